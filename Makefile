@@ -1,0 +1,23 @@
+# quickstart, test and lint make what they need: a virtual environment in .venv with everything installed.
+PYTHON ?= python3
+# The build of torch to install. On a machine with a GPU: make quickstart TORCH=torch
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+
+.PHONY: quickstart test lint
+
+quickstart: .venv/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/python recipes/quickstart.py --configs recipes/configs/quickstart
+
+test: .venv/.installed
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+
+.venv/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet '$(TORCH)'
+	$(BIN)/pip install --quiet -e '.[quickstart,test]'
+	touch $@

@@ -1,0 +1,321 @@
+"""Teacher and student as `SentenceTransformer`: loading, encoding, LoRA, saving, and the fingerprint of an encoder."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+
+from hlm.artefacts import HlmError, atomic_folder, write_manifest
+
+logger = logging.getLogger(__name__)
+
+PACKAGE = "package:"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Names that older sentence-transformers, text-embeddings-inference and vLLM know the modules by.
+LEGACY_MODULES = ("Transformer", "Pooling", "Normalize", "Dense")
+
+
+def resolve(name_or_path: str) -> str:
+    """A folder or Hub id that transformers understands: `package:<package>/<folder>` becomes the folder in the package.
+
+    Raises:
+        HlmError: the package is not installed, or has no such folder.
+    """
+    if not name_or_path.startswith(PACKAGE):
+        return name_or_path
+    package, _, inside = name_or_path[len(PACKAGE) :].partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise HlmError(
+            f"expected an installed package '{package}' ({name_or_path}), found none; pip install "
+            f"{package.replace('_', '-')}, or name a folder or a Hub id instead"
+        )
+    folder = Path(spec.submodule_search_locations[0]) / inside
+    if not folder.is_dir():
+        raise HlmError(f"expected a folder '{inside}' in the package '{package}', found none; correct {name_or_path}")
+    return str(folder)
+
+
+def load_encoder(
+    name_or_path: str,
+    *,
+    device: str | None = None,
+    dtype: str = "float32",
+    max_seq_length: int | None = None,
+    revision: str | None = None,
+) -> SentenceTransformer:
+    """Loads an encoder from a folder, the Hub or an installed package (`package:<package>/<folder in it>`).
+
+    Args:
+        name_or_path: A whole sentence-transformers folder (with modules.json) or a Hub id.
+        device: For example "cpu" or "cuda:0"; None takes what sentence-transformers takes.
+        dtype: "float32" (what a student trains in), "bfloat16" or "float16". Never the checkpoint's own by accident.
+        max_seq_length: Tokens a text is cut to, the special ones counted; None keeps the model's own limit.
+        revision: Branch, tag or commit of a Hub repository.
+
+    Raises:
+        HlmError: nothing to load there, a bare backbone (whose pooling would be guessed), or an unknown dtype.
+    """
+    if dtype not in DTYPES:
+        raise HlmError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
+    source = resolve(str(name_or_path))
+    folder = Path(source)
+    if folder.is_dir():
+        if not (folder / "modules.json").is_file():
+            raise HlmError(
+                f"expected a sentence-transformers folder at {folder}, found no modules.json; a bare backbone would be "
+                "loaded with mean pooling and no normalisation: save the whole SentenceTransformer there"
+            )
+    elif source.startswith((".", "/")) or source.count("/") > 1:
+        raise HlmError(f"expected a model folder at {source}, found none; run the step that writes it")
+    try:
+        model = SentenceTransformer(
+            source, device=device, revision=revision, model_kwargs={"dtype": DTYPES[dtype]}, trust_remote_code=False
+        )
+    except OSError as error:
+        raise HlmError(
+            f"could not load the model {source}: {error}; expected a folder or a reachable Hub id"
+        ) from error
+    if not isinstance(model[0], Transformer) or not any(isinstance(module, Pooling) for module in model):
+        found = ", ".join(type(module).__name__ for module in model)
+        raise HlmError(
+            f"expected a Transformer with Pooling at {source}, found {found}; use a single-route text encoder"
+        )
+    if not isinstance(model[-1], Normalize):
+        model.append(Normalize())  # every vector of HLM has length 1; the flag is part of what is saved
+    if max_seq_length is not None:
+        model.max_seq_length = max_seq_length
+    return model.eval()
+
+
+def prompt_of(model: SentenceTransformer, prompt_name: str | None) -> str:
+    """The text that goes before every input of this role; "" where the model has none."""
+    return (model.prompts or {}).get(prompt_name) or "" if prompt_name else ""
+
+
+def tokenise(model: SentenceTransformer, texts: list[str], prompt: str = "") -> list[list[int]]:
+    """Token ids of each text with the model's own special tokens, cut to its `max_seq_length`; nothing is padded.
+
+    The tokenizer's post-processor places the special tokens, after truncation too: for Qwen3 that is the pooled
+    `<|endoftext|>`, which `tokenizer.eos_token` does not name.
+    """
+    for text in texts:
+        if not isinstance(text, str):
+            raise HlmError(f"expected texts to encode, found {type(text).__name__}; pass a list of str")
+    limit = model.max_seq_length
+    texts = [prompt + text for text in texts]
+    return model.tokenizer(texts, truncation=limit is not None, max_length=limit, padding=False)["input_ids"]
+
+
+def pad(model: SentenceTransformer, ids: list[list[int]]) -> dict[str, torch.Tensor]:
+    """Right-padded int64 `input_ids` and `attention_mask` of shape (rows, longest row).
+
+    Right padding with last-token pooling gives the same vectors as left padding and keeps the fast causal kernel.
+    """
+    tokenizer = model.tokenizer
+    fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    longest = max(map(len, ids))
+    rows = np.full((len(ids), longest), fill, dtype=np.int64)
+    mask = np.zeros_like(rows)
+    for row, tokens in enumerate(ids):
+        rows[row, : len(tokens)] = tokens
+        mask[row, : len(tokens)] = 1
+    return {"input_ids": torch.from_numpy(rows), "attention_mask": torch.from_numpy(mask)}
+
+
+def token_batches(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
+    """Row numbers in batches of similar length: rows x longest stays within `batch_tokens` (one row at the least)."""
+    order = np.argsort(lengths, kind="stable")[::-1]
+    batches, start = [], 0
+    while start < len(order):
+        rows = max(1, batch_tokens // max(1, int(lengths[order[start]])))
+        batches.append(order[start : start + rows])
+        start += rows
+    return batches
+
+
+@torch.inference_mode()
+def encode(
+    model: SentenceTransformer,
+    texts: list[str],
+    *,
+    prompt_name: str | None = None,
+    dim: int | None = None,
+    batch_tokens: int = 4096,
+) -> np.ndarray:
+    """Encodes texts in batches of similar length.
+
+    Args:
+        prompt_name: "query" or "document": the prompt of that role goes before every text.
+        dim: Keep the first `dim` values and normalise again (Matryoshka); None keeps all.
+        batch_tokens: Padded tokens a batch holds at the most.
+
+    Returns:
+        float32 (len(texts), dim), rows L2-normalised, in the order of `texts`.
+
+    Raises:
+        HlmError: `dim` outside 1 ... the model's width, or a text that is no str.
+    """
+    width = model.get_embedding_dimension()
+    if dim is not None and not 1 <= dim <= width:
+        raise HlmError(f"dim: expected 1 to {width} (the width of the model), found {dim}")
+    out = np.empty((len(texts), dim or width), dtype=np.float32)
+    if not texts:
+        return out
+    was_training = model.training
+    model.eval()
+    ids = tokenise(model, texts, prompt_of(model, prompt_name))
+    for rows in token_batches(np.array([len(tokens) for tokens in ids]), batch_tokens):
+        features = {name: value.to(model.device) for name, value in pad(model, [ids[row] for row in rows]).items()}
+        vectors = model(features)["sentence_embedding"].float()[:, : dim or width]
+        out[rows] = torch.nn.functional.normalize(vectors, dim=-1).cpu().numpy()
+    model.train(was_training)
+    return out
+
+
+def fingerprint(model: SentenceTransformer) -> str:
+    """16 hex digits over all that decides an encoder's vectors: weights, tokenizer, prompts, pooling, normalisation,
+    dimension and truncation. Adapters that are not merged count as weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    backend = json.loads(model.tokenizer.backend_tokenizer.to_str())
+    backend["truncation"] = backend["padding"] = None  # these two change with every call of the tokenizer
+    digest.update(json.dumps(backend, sort_keys=True).encode())
+    config = model[0].model.config.to_dict()
+    facts = {
+        "prompts": model.prompts,
+        "modules": [(type(module).__name__, _settings(module)) for module in model],
+        "dim": model.get_embedding_dimension(),
+        "max_seq_length": model.max_seq_length,
+        "is_causal": config.get("is_causal"),
+        "activation": config.get("hidden_act"),
+        "rope": config.get("rope_parameters"),
+        "sliding_window": config.get("sliding_window"),
+    }
+    digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+def _settings(module: torch.nn.Module) -> dict[str, Any]:
+    return (
+        module.get_config_dict() if not isinstance(module, Transformer) and hasattr(module, "get_config_dict") else {}
+    )
+
+
+def add_lora(model: SentenceTransformer, *, rank: int, alpha: int, dropout: float = 0.0) -> SentenceTransformer:
+    """Wraps the backbone in a LoRA adapter on all its linear layers, in place; only the adapter trains.
+
+    Raises:
+        HlmError: a rank below 1.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if rank < 1:
+        raise HlmError(f"lora_rank: expected at least 1, found {rank}")
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear", task_type="FEATURE_EXTRACTION"
+    )
+    model[0].model = get_peft_model(model[0].model, config)
+    return model
+
+
+def enable_gradient_checkpointing(model: SentenceTransformer) -> None:
+    """Recomputes activations in the backward pass. Under LoRA the frozen embeddings' output must ask for gradients, or
+    nothing below the first recomputed block would get any."""
+    backbone = model[0].model
+    backbone.enable_input_require_grads()
+    backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def merge_lora(model: SentenceTransformer) -> SentenceTransformer:
+    """Folds the adapter into the weights, in place; to be done before any vector is kept."""
+    model[0].model = model[0].model.merge_and_unload()
+    return model
+
+
+def save_encoder(
+    model: SentenceTransformer,
+    folder: str | Path,
+    kind: str,
+    *,
+    beside: Callable[[Path], None] | None = None,
+    **manifest: Any,
+) -> None:
+    """Writes the whole sentence-transformers folder and its `hlm.json`, aside first, then renamed.
+
+    The layout is the one that every reader knows (module types under `sentence_transformers.models`, boolean pooling
+    flags): newer ones are mispooled by text-embeddings-inference and vLLM.
+
+    Args:
+        kind: "teacher" or "student".
+        beside: writes more into the folder before it takes its name.
+        manifest: `inputs`, `config` and further facts for `write_manifest`; the encoder's fingerprint is added.
+    """
+    with atomic_folder(folder) as aside:
+        model.save_pretrained(str(aside), create_model_card=False)
+        write_legacy_layout(aside)
+        if beside is not None:
+            beside(aside)
+        write_manifest(aside, kind, encoder=fingerprint(model), dim=model.get_embedding_dimension(), **manifest)
+
+
+def write_legacy_layout(folder: Path) -> None:
+    """Rewrites modules.json and the pooling flags of a saved folder; loading it gives equal vectors."""
+    path = folder / "modules.json"
+    modules = json.loads(path.read_text())
+    for module in modules:
+        name = module["type"].rsplit(".", 1)[-1]
+        if name in LEGACY_MODULES:
+            module["type"] = f"sentence_transformers.models.{name}"
+        if name == "Pooling":
+            _write_pooling_flags(folder / module["path"] / "config.json")
+    path.write_text(json.dumps(modules, indent=2) + "\n")
+
+
+def _write_pooling_flags(path: Path) -> None:
+    config = json.loads(path.read_text())
+    mode = config.pop("pooling_mode", None)
+    if isinstance(mode, str):
+        mode = [mode]
+    if mode is None:
+        return  # the flags are there already
+    flags = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+             "weightedmean": "weightedmean_tokens", "lasttoken": "lasttoken"}  # fmt: skip
+    unknown = set(mode) - set(flags)
+    if unknown:
+        raise HlmError(f"{path}: expected pooling among {', '.join(flags)}, found {', '.join(sorted(unknown))}")
+    config["word_embedding_dimension"] = config.pop("embedding_dimension", config.get("word_embedding_dimension"))
+    for name, flag in flags.items():
+        config[f"pooling_mode_{flag}"] = name in mode
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def add_head(model: SentenceTransformer, student: np.ndarray, teacher: np.ndarray) -> SentenceTransformer:
+    """Puts a linear head before the normalisation, in place and inside the model, so that it is saved and loaded.
+
+    It starts from the least-squares map of sample vectors: a random one would waste the first thousand steps.
+
+    Args:
+        student: float32 (n, the model's width), the model's vectors of a sample of queries.
+        teacher: float32 (n, the teacher's width), the teacher's vectors of the same queries.
+    """
+    from sentence_transformers.sentence_transformer.modules import Dense
+
+    weight, *_ = np.linalg.lstsq(student, teacher, rcond=None)
+    head = Dense(student.shape[1], teacher.shape[1], bias=False, activation_function=torch.nn.Identity())
+    head.linear.weight.data.copy_(torch.from_numpy(weight.T.copy()))
+    model.insert(len(model) - 1, head.to(model.device))
+    return model

@@ -1,0 +1,330 @@
+"""What the three training recipes share: token tables, batches, the dev retrieval, exact resume.
+
+The loop is sentence-transformers' trainer. What differs is what flows through it: rows of tables instead of text
+columns, so that texts are tokenised once and frozen vectors come from the store's memory map, never from a column.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.base.evaluation import BaseEvaluator
+from torch import Tensor
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hlm.artefacts import HlmError, fingerprint_json, read_manifest, write_json
+from hlm.encoders import encode, pad, tokenise
+from hlm.evaluation import Qrels, dense_run, mean, per_query
+from hlm.index import AdIndex
+
+logger = logging.getLogger(__name__)
+
+STATE = "state.safetensors"
+IDENTITY = "identity.json"
+# Arguments that say where and how to report, not what is computed: they may change between a run and its resumption.
+REPORTING = {"output_dir", "run_name", "logging_dir", "logging_steps", "report_to", "disable_tqdm", "save_total_limit"}
+
+
+@dataclass
+class TrainingArguments(SentenceTransformerTrainingArguments):
+    """sentence-transformers' training arguments with this project's defaults; every one can be set in YAML."""
+
+    dataloader_drop_last: bool = field(default=True)  # ranks must see equally many rows
+    remove_unused_columns: bool = field(default=False)
+    report_to: str = field(default="none")
+    save_total_limit: int | None = field(default=2)
+    logging_steps: float = field(default=50)
+    lr_scheduler_type: str = field(default="cosine")
+    warmup_steps: float = field(default=0.05)
+
+
+def recorded(args: TrainingArguments) -> dict[str, Any]:
+    """The training arguments that were set to something else than their default, for manifests: JSON values."""
+    values = args.to_dict()  # masks tokens
+    default = TrainingArguments(output_dir=args.output_dir).to_dict()
+    changed = {name: value for name, value in values.items() if value != default.get(name) and name not in REPORTING}
+    return {name: value for name, value in changed.items() if isinstance(value, str | int | float | bool | None)}
+
+
+class TokenTable:
+    """Token ids of many texts in one flat int32 array: 4 bytes a token, no padding, no Python object a text."""
+
+    def __init__(self, model: SentenceTransformer, texts: Sequence[str], prompt: str = "") -> None:
+        self.model = model
+        pieces: list[np.ndarray] = []
+        lengths: list[int] = []
+        for start in range(0, len(texts), 8192):
+            for ids in tokenise(model, list(texts[start : start + 8192]), prompt):
+                pieces.append(np.asarray(ids, dtype=np.int32))
+                lengths.append(len(ids))
+        self.flat = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int32)
+        self.lengths = np.asarray(lengths, dtype=np.int32)
+        self.ends = np.cumsum(self.lengths, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def features(self, rows: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
+        """Right-padded `input_ids` and `attention_mask`, int64 (rows, longest)."""
+        ids = [self.flat[self.ends[row] - self.lengths[row] : self.ends[row]] for row in rows]
+        return pad(self.model, ids)
+
+
+class LengthBatches:
+    """Batches of rows, new every epoch, the same for the same seed and epoch whatever happened before.
+
+    With lengths, rows of 32 batches are sorted by length before they are cut, and the batches shuffled again: little
+    padding, while every epoch still mixes the rows.
+    """
+
+    def __init__(
+        self, rows: int, batch_size: int, seed: int, *, lengths: np.ndarray | None = None, drop_last: bool = True
+    ) -> None:
+        if rows < batch_size and drop_last:
+            raise HlmError(
+                f"expected at least one whole batch of {batch_size}, found {rows} rows; lower "
+                "per_device_train_batch_size or give more data"
+            )
+        self.rows, self.batch_size, self.seed, self.lengths, self.drop_last = rows, batch_size, seed, lengths, drop_last
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.rows // self.batch_size if self.drop_last else -(-self.rows // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = np.random.default_rng((self.seed, self.epoch))
+        order = generator.permutation(self.rows)
+        if self.lengths is not None:
+            wide = self.batch_size * 32
+            blocks = [order[start : start + wide] for start in range(0, self.rows, wide)]
+            order = np.concatenate([block[np.argsort(self.lengths[block], kind="stable")] for block in blocks])
+        starts = np.arange(len(self)) * self.batch_size
+        for start in generator.permutation(starts) if self.lengths is not None else starts:
+            yield order[start : start + self.batch_size].tolist()
+
+
+class DevRetrieval(BaseEvaluator):
+    """nDCG@10 and precision@10 of the model in training on dev queries: what checkpoints are chosen by.
+
+    Alignment loss predicts ranking only loosely, so no checkpoint is ever chosen by loss.
+
+    Args:
+        texts: dev query id -> text.
+        qrels: the dev judgements.
+        index: frozen document vectors; or None, with `documents` (id -> text) to be encoded anew each time, as for a
+            teacher, whose own document vectors move.
+    """
+
+    def __init__(
+        self,
+        texts: Mapping[str, str],
+        qrels: Qrels,
+        *,
+        index: AdIndex | None = None,
+        documents: Mapping[str, str] | None = None,
+        prompt_name: str = "query",
+    ) -> None:
+        super().__init__()
+        self.texts, self.qrels, self.index, self.documents = texts, qrels, index, documents
+        self.prompt_name = prompt_name
+        self.primary_metric = "dev_ndcg@10"
+
+    def __call__(self, model: SentenceTransformer, output_path: str | None = None, epoch: float = -1, steps: int = -1):
+        index = self.index
+        if index is None:
+            vectors = encode(model, list(self.documents.values()), prompt_name="document")
+            index = AdIndex.from_vectors(vectors, list(self.documents))
+        queries = encode(model, list(self.texts.values()), prompt_name=self.prompt_name)
+        run = dense_run(queries, index, list(self.texts), 100)
+        scores = per_query(run, self.qrels, 10)
+        metrics = {f"dev_{name}": mean(scores[name]) for name in ("ndcg@10", "precision@10")}
+        logger.info("step %s: %s", steps, ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        return metrics
+
+
+class RecipeTrainer(SentenceTransformerTrainer):
+    """sentence-transformers' trainer over rows: `collate(rows)` makes a batch, `step_loss(model, batch)` its loss.
+
+    Args:
+        rows: number of training rows; a row's meaning is the recipe's.
+        collate: list of row numbers -> dict of tensors and of features (nested dicts).
+        step_loss: (model as wrapped for distribution, batch on the device) -> scalar.
+        lengths: tokens of each row, to batch rows of similar length; None for batches at random.
+        extra_state: tensors that must survive a kill beside weights and optimizer, updated in place by the recipe.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        args: TrainingArguments,
+        *,
+        rows: int,
+        collate: Callable[[list[int]], dict[str, Any]],
+        step_loss: Callable[[torch.nn.Module, dict[str, Any]], Tensor],
+        lengths: np.ndarray | None = None,
+        evaluator: BaseEvaluator | None = None,
+        extra_state: dict[str, Tensor] | None = None,
+        callbacks: list | None = None,
+    ) -> None:
+        self.lengths, self.step_loss = lengths, step_loss
+        self.extra_state = extra_state or {}
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=Dataset.from_dict({"row": np.arange(rows)}),
+            data_collator=_Collator(collate),
+            evaluator=evaluator,
+            loss=torch.nn.Identity(),  # the trainer wants a module; compute_loss below does the work
+            callbacks=callbacks,
+        )
+
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        """No card from the trainer: it would describe a column of row numbers."""
+
+    def get_batch_sampler(self, dataset, batch_size, drop_last, valid_label_columns=None, generator=None, seed=0):
+        return LengthBatches(len(dataset), batch_size, seed, lengths=self.lengths, drop_last=drop_last)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = self.step_loss(model, inputs)
+        return (loss, {}) if return_outputs else loss
+
+    def _trained(self) -> dict[str, Tensor]:
+        wanted = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        return {name: tensor for name, tensor in self.model.state_dict().items() if name in wanted}
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        # Only what trains: a checkpoint of an 8B teacher under LoRA holds the adapter, not 16 GB of frozen weights.
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"model.{name}": tensor.contiguous() for name, tensor in self._trained().items()}
+        tensors |= {f"extra.{name}": tensor.contiguous() for name, tensor in self.extra_state.items()}
+        save_file(tensors, str(folder / STATE))
+
+    def _load_from_checkpoint(self, checkpoint_path: str) -> None:
+        tensors = load_file(str(Path(checkpoint_path) / STATE))
+        trained = self._trained()
+        found = {name[len("model.") :]: tensor for name, tensor in tensors.items() if name.startswith("model.")}
+        if found.keys() != trained.keys():
+            raise HlmError(f"{checkpoint_path} does not hold this model's weights; delete {self.args.output_dir}")
+        with torch.no_grad():
+            for name, tensor in found.items():
+                trained[name].copy_(tensor)
+            for name, tensor in self.extra_state.items():
+                tensor.copy_(tensors[f"extra.{name}"])
+
+    def _load_best_model(self) -> None:
+        # The parent's version logs an error and goes on with the last weights; a best model that is lost must stop.
+        logger.info("best: %s (%.4f)", Path(self.state.best_model_checkpoint).name, self.state.best_metric)
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+class _Collator:
+    valid_label_columns: list[str] = []  # asked for by sentence-transformers' loader
+
+    def __init__(self, collate: Callable[[list[int]], dict[str, Any]]) -> None:
+        self.collate = collate
+
+    def __call__(self, items: list[dict[str, int]]) -> dict[str, Any]:
+        return self.collate([item["row"] for item in items])
+
+
+def up_to_date(folder: str | Path, kind: str, identity: dict[str, Any]) -> bool:
+    """Whether `folder` already holds this artefact, made from the same inputs with the same configuration."""
+    if not (Path(folder) / "hlm.json").is_file():
+        return False
+    manifest = read_manifest(folder, kind)
+    same = fingerprint_json({name: manifest[name] for name in ("inputs", "config")}) == fingerprint_json(identity)
+    if same:
+        logger.info("%s: up to date", folder)
+    return same
+
+
+def train(trainer: RecipeTrainer, identity: dict[str, Any]) -> None:
+    """Trains, or goes on from the last whole checkpoint in `output_dir`, to the same weights as a run never stopped.
+
+    Args:
+        identity: {"inputs": fingerprints, "config": values}: what this run is. Kept beside the checkpoints.
+
+    Raises:
+        HlmError: the checkpoints there belong to another run; the message names what differs.
+    """
+    folder = Path(trainer.args.output_dir)
+    path = folder / IDENTITY
+    if path.is_file():
+        _same_run(path, identity)
+    checkpoint = last_checkpoint(folder)
+    if trainer.is_world_process_zero():
+        write_json(path, identity)
+    trainer.accelerator.wait_for_everyone()
+    if checkpoint:
+        logger.info("resuming from %s", checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def _same_run(path: Path, identity: dict[str, Any]) -> None:
+    import json
+
+    before = json.loads(path.read_text())
+    for part in ("inputs", "config"):
+        old, new = before.get(part, {}), json.loads(json.dumps(identity[part]))
+        differing = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+        if differing:
+            name = differing[0]
+            raise HlmError(
+                f"{path.parent} holds checkpoints of another run: {part} '{name}' was {old.get(name)!r}, now "
+                f"{new.get(name)!r}; set it back to resume, or delete {path.parent} to start anew"
+            )
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest whole checkpoint: `trainer_state.json` is what the trainer writes last."""
+    whole = [path.parent for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")]
+    return str(max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]))) if whole else None
+
+
+def finish(trainer: RecipeTrainer) -> None:
+    """Removes the checkpoints once the artefact they led to is whole."""
+    if trainer.is_world_process_zero():
+        shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
+
+
+def set_dropout(model: SentenceTransformer, probability: float) -> None:
+    """Sets every dropout of the model. A student aligned by L2 wants none: it would learn to answer noise."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = probability
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = probability
+
+
+def as_config(config: Any, args: TrainingArguments | None = None) -> dict[str, Any]:
+    """A recipe's dataclass (and training arguments) as the JSON values of a manifest's `config`."""
+    values = {item.name: getattr(config, item.name) for item in fields(config) if item.name != "output"}
+    return values | ({"training": recorded(args)} if args is not None else {})
+
+
+def check_student(folder: str | Path, teacher: str) -> None:
+    """Refuses a student that was pruned or aligned for another teacher's space.
+
+    Raises:
+        HlmError: the student's manifest is missing or names another teacher.
+    """
+    found = read_manifest(folder, "student")["inputs"].get("teacher")
+    if found != teacher:
+        raise HlmError(
+            f"expected a student of teacher {teacher} (the vectors'), found one of {found} in {folder}; align it to "
+            "this teacher, or name the other teacher's vectors"
+        )

@@ -1,0 +1,186 @@
+"""Phase 2: prunes the student and aligns it to the frozen teacher's query vectors, cut by cut.
+
+    accelerate launch recipes/align.py --config recipes/configs/quickstart/align.yaml
+
+Every stage of `cascade` cuts the student of the stage before and trains it again; each finished stage is kept in
+`output`.stages, so a killed run goes on where it was. Without a cascade the student is aligned as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from hlm.artefacts import HlmError
+from hlm.config import parse, run_recipe
+from hlm.data import load
+from hlm.encoders import add_head, encode, fingerprint, load_encoder, prompt_of, save_encoder
+from hlm.index import AdIndex
+from hlm.losses import cosine_alignment, kernel_alignment, kl_distillation, l2_alignment, matryoshka
+from hlm.pruning import check_cascade, cut
+from hlm.store import VectorStore
+from hlm.training import (
+    DevRetrieval,
+    RecipeTrainer,
+    TokenTable,
+    TrainingArguments,
+    as_config,
+    finish,
+    set_dropout,
+    train,
+    up_to_date,
+)  # fmt: skip
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class AlignConfig:
+    student: str = field(metadata={"help": "what the first stage starts from: a folder, a Hub id or package:..."})
+    data: str = field(metadata={"help": "the dataset: a folder or a Hub id"})
+    vectors: str = field(metadata={"help": "the teacher's stores, as recipes/embed.py writes them"})
+    output: str = field(metadata={"help": "folder for the aligned student"})
+    cascade: list[dict] = field(
+        default_factory=list, metadata={"help": "stages: {layers: 4 or [0, 1, 4, 5], ffn: 1024, epochs: 2}, in order"}
+    )
+    method: Literal["middle_skip", "norm_ratio"] = field(
+        default="middle_skip", metadata={"help": "which layers a stage keeps when it gives their number"}
+    )
+    objective: Literal["l2", "cosine", "kernel", "kl"] = field(default="l2")
+    temperature: float = field(default=0.05, metadata={"help": "of the kl objective"})
+    kl_documents: int = field(default=4096, metadata={"help": "ads that the kl objective compares the queries with"})
+    head: bool = field(default=False, metadata={"help": "a linear head to the teacher's width, inside the model"})
+    parts: list[str] = field(
+        default_factory=lambda: ["unlabelled", "train"], metadata={"help": "queries to align on: unlabelled, train"}
+    )
+    prompt: bool = field(default=False, metadata={"help": "keep the student's query prompt; alignment teaches it"})
+    dropout: float = field(default=0.0)
+    calibration: int = field(default=512, metadata={"help": "queries that layers and FFN units are scored on"})
+    max_seq_length: int | None = field(default=None)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config, args = parse(AlignConfig, TrainingArguments, argv=argv)
+    stages = config.cascade or [{}]
+    check_cascade(stages)
+    data = load(config.data, splits=("train", "dev"))
+    queries = Queries(config, data)
+    documents = VectorStore.open(Path(config.vectors) / "corpus")
+    documents.check(encoder=queries.encoder, source=data.fingerprint("corpus"))
+    source = config.student
+    for number, stage in enumerate(stages, 1):
+        last = number == len(stages)
+        output = config.output if last else f"{config.output}.stages/{number}"
+        source = align(source, stage, output, config, args, data, queries, documents)
+
+
+def align(source: str, stage: dict, output: str, config: AlignConfig, args, data, queries, documents) -> str:
+    """One stage: cut, train, save to `output`; returns the folder."""
+    args = dataclasses.replace(args, num_train_epochs=stage.get("epochs", args.num_train_epochs))
+    args.output_dir = f"{output}.training"
+    model = load_encoder(source, max_seq_length=config.max_seq_length)
+    identity = {
+        "inputs": {"student": fingerprint(model), "teacher": queries.encoder, "vectors": queries.fingerprint}
+        | {"documents": documents.fingerprint},
+        "config": as_config(config, args) | {"stage": stage},
+    }
+    if up_to_date(output, "student", identity):
+        return output
+    model = cut(model, stage.get("layers"), stage.get("ffn"), config.method, queries.texts[: config.calibration])
+    if not config.prompt:
+        model.prompts = {"query": "", "document": ""}
+    width = model.get_embedding_dimension()
+    if config.head or width > documents.dim:
+        sample = np.arange(min(2048, len(queries.texts)))
+        add_head(model, encode(model, [queries.texts[row] for row in sample]), queries.teacher(sample).numpy())
+        width = documents.dim
+    set_dropout(model, config.dropout)
+    tokens = TokenTable(model, queries.texts, prompt_of(model, "query"))
+    loss = objective(config, documents, width)
+    trainer = RecipeTrainer(
+        model,
+        args,
+        rows=len(tokens),
+        lengths=tokens.lengths,
+        collate=lambda rows: {"query": tokens.features(rows), "teacher": queries.teacher(np.asarray(rows))},
+        step_loss=lambda wrapped, batch: loss(wrapped(batch["query"])["sentence_embedding"], batch["teacher"]),
+        evaluator=DevRetrieval(
+            dict(data.split_queries("dev")), data.qrels["dev"], index=AdIndex.build(documents, dim=width)
+        ),
+    )
+    train(trainer, identity)
+    if trainer.is_world_process_zero():
+        save_encoder(model, output, "student", **identity)
+    finish(trainer)
+    return output
+
+
+class Queries:
+    """The texts to align on, each with its row in one of the teacher's stores."""
+
+    def __init__(self, config: AlignConfig, data) -> None:
+        unknown = set(config.parts) - {"unlabelled", "train"}
+        if unknown or not config.parts:
+            raise HlmError(f"parts: expected unlabelled, train or both, found {config.parts}")
+        self.texts: list[str] = []
+        self.stores: list[tuple[VectorStore, np.ndarray]] = []
+        for part in config.parts:
+            name = "queries" if part == "train" else part
+            store = VectorStore.open(Path(config.vectors) / name)
+            store.check(source=data.fingerprint(name))
+            if part == "train":
+                ids, texts = zip(*data.split_queries("train"), strict=True)
+                rows = store.rows_of(list(ids))
+            else:
+                texts = data.unlabelled["text"]
+                rows = np.arange(len(texts))
+            self.texts += list(texts)
+            self.stores.append((store, rows))
+        encoders = {store.encoder for store, _ in self.stores}
+        if len(encoders) > 1:
+            raise HlmError(f"expected one teacher's vectors in {config.vectors}, found {encoders}; run embed again")
+        self.encoder = encoders.pop()
+        self.fingerprint = " ".join(store.fingerprint for store, _ in self.stores)
+        # The texts are read in a fixed shuffled order, so that calibration sees all parts.
+        self.order = np.random.default_rng(0).permutation(len(self.texts))
+        self.texts = [self.texts[row] for row in self.order]
+        self.starts = np.cumsum([0] + [len(rows) for _, rows in self.stores])
+
+    def teacher(self, rows: np.ndarray) -> torch.Tensor:
+        """The teacher's vectors of these queries: float32 (rows, teacher's width), from the memory map."""
+        rows = self.order[rows]
+        part = np.searchsorted(self.starts, rows, side="right") - 1
+        out = np.empty((len(rows), self.stores[0][0].dim), dtype=np.float32)
+        for number, (store, known) in enumerate(self.stores):
+            here = part == number
+            if here.any():
+                out[here] = store.gather(known[rows[here] - self.starts[number]])
+        return torch.from_numpy(out)
+
+
+def objective(config: AlignConfig, documents: VectorStore, width: int):
+    """(student (B, width), teacher (B, teacher's width)) -> scalar."""
+    if config.objective == "kernel":
+        return kernel_alignment  # compares similarities, so widths may differ
+    if config.objective == "kl":
+        count = min(config.kl_documents, len(documents))
+        rows = np.linspace(0, len(documents) - 1, count).astype(np.int64)
+        pool = matryoshka(torch.from_numpy(documents.gather(rows)), width)
+
+        def kl(student, teacher):
+            return kl_distillation(student, matryoshka(teacher, width), pool.to(student.device), config.temperature)
+
+        return kl
+    distance = l2_alignment if config.objective == "l2" else cosine_alignment
+    return lambda student, teacher: distance(student, matryoshka(teacher, width))
+
+
+if __name__ == "__main__":
+    run_recipe(main)

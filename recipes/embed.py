@@ -1,0 +1,171 @@
+"""Writes a teacher's vectors of the ads and of the queries into vector stores: `output/{corpus,unlabelled,queries}`.
+
+    accelerate launch recipes/embed.py --config recipes/configs/quickstart/embed.yaml
+
+Every part of the dataset becomes one store, written shard by shard: a killed run goes on after the last whole shard,
+and a store that is up to date is left alone. Several processes share the shards and write the same store as one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from tqdm.auto import tqdm
+
+from hlm.artefacts import HlmError
+from hlm.config import parse, run_recipe
+from hlm.data import document_text, load, query_text
+from hlm.encoders import encode, fingerprint, load_encoder
+from hlm.store import pending_shards, write_store
+
+logger = logging.getLogger(__name__)
+
+PARTS = ("corpus", "unlabelled", "queries")
+# Texts between two steps of the progress bar. A constant, because in bf16 it decides which texts share a batch and so
+# the last bits of the vectors.
+TEXTS_PER_STEP = 4096
+
+
+@dataclass
+class EmbedConfig:
+    model: str = field(metadata={"help": "the teacher: a folder, a Hub id or package:<package>/<folder in it>"})
+    data: str = field(metadata={"help": "the dataset: a folder or a Hub id"})
+    output: str = field(metadata={"help": "folder for the stores, one a part"})
+    parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": f"which of {', '.join(PARTS)}"})
+    oracle: bool = field(default=False, metadata={"help": "let the teacher read the `oracle` columns as well"})
+    dim: int | None = field(default=None, metadata={"help": "keep the first dim values (Matryoshka); null: all"})
+    max_seq_length: int | None = field(default=None, metadata={"help": "tokens a text is cut to; null: the model's"})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "what the model computes in; stores are float16 in any case"}
+    )
+    batch_tokens: int = field(default=4096, metadata={"help": "padded tokens a batch; lower it where memory runs out"})
+    shard_rows: int = field(default=65536, metadata={"help": "rows a shard: what a kill can cost"})
+    model_revision: str | None = field(default=None, metadata={"help": "revision of a model on the Hub"})
+    data_revision: str | None = field(default=None, metadata={"help": "revision of a dataset on the Hub"})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    (config,) = parse(EmbedConfig, argv=argv)
+    check(config)
+    process = processes()
+    with process.local_main_process_first():  # the others find the checked tables in the cache
+        data = load(config.data, revision=config.data_revision, splits=())
+    tables = {part: getattr(data, part) for part in config.parts}
+    sources = {part: data.fingerprint(part) for part in config.parts}  # refuses a part that the dataset lacks
+    if config.oracle and not any("oracle" in table.column_names for table in tables.values()):
+        raise HlmError(f"oracle: expected an 'oracle' column in {config.data}, found none; add it or set oracle: false")
+    model = load_encoder(
+        config.model,
+        device=str(process.device),
+        dtype=config.dtype,
+        max_seq_length=config.max_seq_length,
+        revision=config.model_revision,
+    )
+    encoder = fingerprint(model)
+    for part, table in tables.items():
+        facts = {
+            "prompt": "document" if part == "corpus" else "query",
+            "oracle": config.oracle,
+            "dtype": config.dtype,
+        }
+        plan = {
+            "dim": config.dim or model.get_embedding_dimension(),
+            "encoder": encoder,
+            "source": sources[part],
+            "n_rows": len(table),
+            "shard_rows": config.shard_rows,
+            "facts": facts,
+        }
+        folder = Path(config.output) / part
+        mine = [n for n in pending_shards(folder, **plan) if n % process.num_processes == process.process_index]
+        left = sum(min(config.shard_rows, len(table) - n * config.shard_rows) for n in mine)
+        encode_part = partial(
+            encode, model, prompt_name=facts["prompt"], dim=config.dim, batch_tokens=config.batch_tokens
+        )
+        with tqdm(desc=f"embed {part}", total=left, unit="text", disable=not (process.is_main_process and left)) as bar:
+            write_store(
+                folder,
+                records_of(table, part, config.oracle),
+                stepwise(encode_part, bar),
+                process_index=process.process_index,
+                num_processes=process.num_processes,
+                **plan,
+            )
+        by = " by the first process" if process.num_processes > 1 else ""
+        logger.info("%s: %s", folder, f"{left} of {len(table)} vectors written{by}" if left else "up to date")
+
+
+def check(config: EmbedConfig) -> None:
+    """Refuses unknown or repeated parts and numbers below 1, before anything is loaded."""
+    unknown = [part for part in config.parts if part not in PARTS]
+    if unknown or not config.parts or len(set(config.parts)) < len(config.parts):
+        raise HlmError(f"parts: expected some of {', '.join(PARTS)}, each once, found {config.parts}")
+    for name in ("dim", "max_seq_length", "batch_tokens", "shard_rows"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise HlmError(f"{name}: expected at least 1, found {value}")
+
+
+def processes() -> PartialState:
+    """This process among those that the launcher started."""
+    # Alone, PartialState takes several processes without an accelerator for so many single ones.
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=cpu)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if state.num_processes != started:
+        raise HlmError(
+            f"expected {started} processes (WORLD_SIZE), found {state.num_processes} working together; start the "
+            "recipe with accelerate launch or torchrun, once"
+        )
+    return state
+
+
+def records_of(table: datasets.Dataset, part: str, oracle: bool) -> Callable[[int, int], Iterator[tuple[str, str]]]:
+    """The store's view of a table: (start, stop) -> (row id, text) of these rows, read in batches."""
+    render = document_text if part == "corpus" else query_text
+    columns = [name for name in ("_id", "title", "text", "oracle") if name in table.column_names]
+    has_id = "_id" in columns  # unlabelled queries need none
+
+    def records(start: int, stop: int) -> Iterator[tuple[str, str]]:
+        number = start
+        for batch in table.select_columns(columns).select(range(start, stop)).iter(batch_size=1024):
+            for cells in zip(*batch.values(), strict=True):
+                row = dict(zip(batch, cells, strict=True))
+                yield row["_id"] if has_id else f"u{number}", render(row, oracle=oracle)
+                number += 1
+
+    return records
+
+
+def stepwise(encode_texts: Callable[[list[str]], np.ndarray], bar: tqdm) -> Callable[[list[str]], np.ndarray]:
+    """The same encoding in steps that move the bar."""
+
+    def encode_shard(texts: list[str]) -> np.ndarray:
+        vectors = encode_texts(texts[:TEXTS_PER_STEP])
+        bar.update(len(vectors))
+        if len(texts) > TEXTS_PER_STEP:  # filled in place: joining the steps would hold the shard twice
+            whole = np.empty((len(texts), vectors.shape[1]), dtype=np.float32)
+            whole[:TEXTS_PER_STEP] = vectors
+            for start in range(TEXTS_PER_STEP, len(texts), TEXTS_PER_STEP):
+                stop = min(start + TEXTS_PER_STEP, len(texts))
+                whole[start:stop] = encode_texts(texts[start:stop])
+                bar.update(stop - start)
+            vectors = whole
+        return vectors
+
+    return encode_shard
+
+
+if __name__ == "__main__":
+    run_recipe(main)

@@ -1,0 +1,277 @@
+"""Last step: every system searches the catalogue; metrics, recovery with intervals, table, plot and report.json.
+
+    accelerate launch recipes/evaluate.py --config recipes/configs/quickstart/evaluate.yaml
+
+Under `output`: report.json, report.png, per_query.parquet, and what a rerun need not do again (runs/, stores/).
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hlm.artefacts import HlmError, fingerprint_json, fingerprint_texts, read_manifest, write_json
+from hlm.config import parse, run_recipe
+from hlm.data import RetrievalData, document_text, load
+from hlm.encoders import encode, fingerprint, load_encoder
+from hlm.evaluation import Run, bm25_run, dense_run
+from hlm.index import AdIndex
+from hlm.pruning import parameter_counts
+from hlm.report import STUDENTS, SYSTEMS, build_report, environment, format_table, plot
+from hlm.store import VectorStore, write_store
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class EvaluateConfig:
+    data: str = field(metadata={"help": "folder or Hub id in the data contract"})
+    systems: dict[str, Any] = field(
+        metadata={"help": "name -> nothing (bm25), a model, or {model, corpus (store), oracle, prompt_name}"}
+    )
+    output: str = field(default="runs/quickstart", metadata={"help": "folder for the report"})
+    revision: str | None = field(default=None, metadata={"help": "Hub revision of the data"})
+    split: str = "test"
+    k: int = field(default=10, metadata={"help": "cut-off of precision, nDCG, MRR and overlap"})
+    depth: int = field(default=100, metadata={"help": "documents retrieved for each query, at least 100"})
+    relevance_level: int | None = field(default=None, metadata={"help": "lowest relevant grade; default 2, or 1"})
+    incomplete: bool = field(default=False, metadata={"help": "add condensed nDCG and judged@k"})
+    bm25_k1: float = 1.5
+    bm25_b: float = 0.75
+    bootstrap_samples: int = 10_000
+    bootstrap_seed: int = 0
+    device: str | None = None
+
+
+@dataclass
+class System:
+    """One entry of `systems`."""
+
+    model: str  # folder, "package:..." or Hub id; students: the folder that a recipe wrote
+    corpus: str | None = None  # store of document vectors; encoded here (backbone, teacher) or the teacher's (students)
+    oracle: bool = False  # the teacher's queries are read with their oracle column
+    prompt_name: str | None = "query"
+    dtype: str = "float32"  # what the model computes in
+    max_seq_length: int | None = None  # the model's own; must be what the store was made with
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    (config,) = parse(EvaluateConfig, argv=argv)
+    if os.environ.get("RANK", "0") != "0":
+        return  # nothing here is distributed: under a multi-process launch the first process does it all
+    systems = read_systems(config)
+    data = load(config.data, revision=config.revision, splits=(config.split,))
+    queries = data.split_queries(config.split)
+
+    runs, parameters, encoders = {}, {}, {}
+    teacher = None
+    for name, system in systems.items():
+        if system is None:
+            runs[name], parameters[name] = bm25(config, data, queries), (0, 0)
+            continue
+        model = load_encoder(
+            system.model, device=config.device, dtype=system.dtype, max_seq_length=system.max_seq_length
+        )
+        encoders[name], parameters[name] = fingerprint(model), parameter_counts(model)
+        catalogue = open_catalogue(config, data, name, system, model, encoders[name], teacher)
+        if name == "teacher":
+            teacher = catalogue
+        runs[name] = search(config, data, name, system, model, encoders[name], catalogue)
+        logger.info("searched with %s", name)
+
+    report, scores = build_report(
+        runs,
+        data.qrels[config.split],
+        dataset=config.data,
+        split=config.split,
+        parameters=parameters,
+        texts=dict(queries),
+        kinds=query_kinds(data),
+        k=config.k,
+        relevance_level=config.relevance_level,
+        incomplete=config.incomplete,
+        samples=config.bootstrap_samples,
+        seed=config.bootstrap_seed,
+        environment=environment(command(argv)) | {"encoders": encoders, "corpus": data.fingerprint("corpus")},
+    )
+    output = Path(config.output)
+    write_parquet(output / "per_query.parquet", scores)
+    plot(report, output / "report.png")
+    write_json(output / "report.json", report)
+    print(format_table(report))
+
+
+def read_systems(config: EvaluateConfig) -> dict[str, System | None]:
+    """The checked `systems` in the report's order, in which the teacher comes before the students."""
+    if config.depth < max(100, config.k):
+        raise HlmError(f"depth: expected {max(100, config.k)} or more (recall@100, k={config.k}), found {config.depth}")
+    names = [known.name for known in fields(System)]
+    systems: dict[str, System | None] = {}
+    for name, given in config.systems.items():
+        if name not in SYSTEMS:
+            raise HlmError(f"systems: expected {', '.join(SYSTEMS)}, found '{name}'{closest(name, SYSTEMS)}")
+        if name == "bm25":
+            if given:
+                raise HlmError(f"systems: bm25 takes nothing here, found {given!r}; set bm25_k1 and bm25_b instead")
+            systems[name] = None
+            continue
+        entry = {"model": given} if isinstance(given, str) else given
+        if not isinstance(entry, dict) or not isinstance(entry.get("model"), str):
+            raise HlmError(f"systems: expected a model for '{name}', found {given!r}; write `{name}: path/to/model`")
+        for key in entry.keys() - set(names):
+            raise HlmError(
+                f"systems: '{name}' has no setting '{key}'{closest(key, names)}; it takes {', '.join(names)}"
+            )
+        systems[name] = System(**entry)
+    return {name: systems[name] for name in SYSTEMS if name in systems}
+
+
+def bm25(config: EvaluateConfig, data: RetrievalData, queries: list[tuple[str, str]]) -> Run:
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG on import
+    corpus = data.corpus.select_columns(["_id", "title", "text"])
+    key = [data.fingerprint("corpus"), queries_fingerprint(queries), config.depth, config.bm25_k1, config.bm25_b]
+    return cached_run(
+        Path(config.output) / "runs" / "bm25.parquet",
+        key,
+        [query for query, _ in queries],
+        lambda: bm25_run(corpus, queries, config.depth, k1=config.bm25_k1, b=config.bm25_b),
+    )
+
+
+class Catalogue:
+    """A store and the exact indexes over it, one for each width that is asked for, built on first use."""
+
+    def __init__(self, store: VectorStore) -> None:
+        self.store = store
+        self._indexes: dict[int, AdIndex] = {}
+
+    def index(self, dim: int) -> AdIndex:
+        if dim not in self._indexes:
+            self._indexes[dim] = AdIndex.build(self.store, dim=dim)
+        return self._indexes[dim]
+
+
+def open_catalogue(
+    config: EvaluateConfig,
+    data: RetrievalData,
+    name: str,
+    system: System,
+    model: Any,
+    encoder: str,
+    teacher: Catalogue | None,
+) -> Catalogue:
+    """The document vectors that `name` searches; refuses those of another encoder or another corpus."""
+    source = data.fingerprint("corpus")
+    if name in STUDENTS:
+        if system.corpus is None and teacher is None:
+            raise HlmError(f"systems: '{name}' searches the teacher's vectors: add `teacher`, or give it a `corpus`")
+        catalogue = Catalogue(VectorStore.open(system.corpus)) if system.corpus else teacher
+        aligned_to = read_manifest(system.model, "student")["inputs"].get("teacher")
+        if aligned_to != catalogue.store.encoder:
+            raise HlmError(
+                f"{system.model} is a student of teacher {aligned_to}, but the vectors at {catalogue.store.folder} were "
+                f"made by {catalogue.store.encoder}; evaluate it with its own teacher, or train it again"
+            )
+        catalogue.store.check(source=source)
+        return catalogue
+    if system.corpus is not None:
+        store = VectorStore.open(system.corpus)
+    else:
+        # Named after what it holds: another model or corpus gets a folder of its own.
+        corpus = data.corpus.select_columns(["_id", "title", "text"])
+        folder = Path(config.output) / "stores" / f"{name}-{encoder}-{source}"
+        write_store(
+            folder,
+            lambda start, stop: ((row["_id"], document_text(row)) for row in corpus.select(range(start, stop))),
+            lambda texts: encode(model, texts, prompt_name="document"),
+            dim=model.get_embedding_dimension(),
+            encoder=encoder,
+            source=source,
+            n_rows=len(data.corpus),
+        )
+        store = VectorStore.open(folder)
+    store.check(encoder=encoder, source=source)
+    return Catalogue(store)
+
+
+def search(
+    config: EvaluateConfig,
+    data: RetrievalData,
+    name: str,
+    system: System,
+    model: Any,
+    encoder: str,
+    catalogue: Catalogue,
+) -> Run:
+    """The run of a dense system; a student narrower than the store searches the store's first components."""
+    queries = data.split_queries(config.split, oracle=system.oracle)
+    ids, texts = [query for query, _ in queries], [text for _, text in queries]
+    dim = None if name in STUDENTS else catalogue.store.dim
+
+    def make() -> Run:
+        vectors = encode(model, texts, prompt_name=system.prompt_name, dim=dim)
+        return dense_run(vectors, catalogue.index(vectors.shape[1]), ids, config.depth)
+
+    key = [encoder, catalogue.store.fingerprint, queries_fingerprint(queries), system.prompt_name, config.depth]
+    return cached_run(Path(config.output) / "runs" / f"{name}.parquet", key, ids, make)
+
+
+def cached_run(path: Path, key: list[Any], queries: list[str], make: Callable[[], Run]) -> Run:
+    """The run kept at `path` if it was made from the same `key`; otherwise makes and keeps it."""
+    stamp = fingerprint_json(key)
+    if path.is_file():
+        table = pq.read_table(path)
+        if (table.schema.metadata or {}).get(b"hlm_key") == stamp.encode():
+            logger.info("%s is up to date", path)
+            run: Run = {query: {} for query in queries}
+            for query, document, score in zip(*(table[name].to_pylist() for name in table.column_names), strict=True):
+                run[query][document] = score
+            return run
+    run = make()
+    rows = [(query, document, score) for query in run for document, score in run[query].items()]
+    schema = pa.schema(
+        [("query_id", pa.string()), ("document_id", pa.string()), ("score", pa.float64())], {"hlm_key": stamp}
+    )
+    columns = list(zip(*rows, strict=True)) or [(), (), ()]
+    write_parquet(path, pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema))
+    return run
+
+
+def write_parquet(path: Path, table: pa.Table) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    pq.write_table(table, aside)
+    os.replace(aside, path)
+
+
+def query_kinds(data: RetrievalData) -> dict[str, str] | None:
+    if "kind" not in data.queries.column_names:
+        return None
+    return {row["_id"]: row["kind"] or "(none)" for row in data.queries.select_columns(["_id", "kind"])}
+
+
+def queries_fingerprint(queries: list[tuple[str, str]]) -> str:
+    return fingerprint_texts(field for query in queries for field in query)
+
+
+def closest(word: str, known: Sequence[str]) -> str:
+    matches = difflib.get_close_matches(str(word), known, n=1)
+    return f" (did you mean '{matches[0]}'?)" if matches else ""
+
+
+def command(argv: Sequence[str] | None) -> str:
+    return shlex.join(["recipes/evaluate.py", *(sys.argv[1:] if argv is None else argv)])
+
+
+if __name__ == "__main__":
+    run_recipe(main)

@@ -1,0 +1,212 @@
+"""Derives training pairs and unlabelled queries from a catalogue that has none, as bid keywords are derived.
+
+    python recipes/prepare_catalogue_queries.py --config recipes/configs/electronics/prepare.yaml
+
+Reads a dataset in HLM's layout without a `train` split; writes the same layout with train and dev queries, their
+judgements, and `unlabelled.jsonl`. Judged queries of the input stay out of all three, also in another word order,
+in the plural, or with and without a space.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hlm.artefacts import HlmError, atomic_folder, fingerprint_file, read_manifest, write_manifest
+from hlm.config import parse, run_recipe
+from hlm.data import RetrievalData, iterate, load
+from hlm.keywords import Catalogue, Keyword
+from hlm.spelling import canonical, normalise, spellings
+from hlm.tables import find_table, read_rows
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PrepareConfig:
+    source: str = field(metadata={"help": "catalogue in HLM's layout: folder or Hub dataset id"})
+    output: str = field(metadata={"help": "folder to write"})
+    revision: str | None = field(default=None, metadata={"help": "revision of a Hub dataset"})
+    general_queries: str | None = field(
+        default=None, metadata={"help": "table with a `text` column of general queries, mixed into unlabelled"}
+    )
+    attributes_column: str = field(default="attrs", metadata={"help": "column with the attributes (dict or JSON)"})
+    type_attribute: str = field(default="product_type", metadata={"help": "attribute that names the product's type"})
+    train_queries: int = field(default=20_000, metadata={"help": "derived queries with judgements for training"})
+    dev_queries: int = field(default=500, metadata={"help": "derived queries for choosing checkpoints"})
+    unlabelled_queries: int = field(default=40_000, metadata={"help": "distinct derived queries for alignment"})
+    max_positives: int = field(default=16, metadata={"help": "products judged relevant to one training query"})
+    dev_max_relevant: int = field(
+        default=200, metadata={"help": "a dev query lists all its products; those with more are left out"}
+    )
+    passes: int = field(default=20, metadata={"help": "most rounds over the catalogue, one drawn query a product each"})
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("train_queries", "dev_queries", "unlabelled_queries", "max_positives", "passes"):
+            if getattr(self, name) < 1:
+                raise HlmError(f"{name}: expected at least 1, found {getattr(self, name)}")
+
+
+class _Rows:
+    """The corpus as an iterable that can be gone through again."""
+
+    def __init__(self, data: RetrievalData) -> None:
+        self._corpus = data.corpus
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iterate(self._corpus)
+
+
+def main(argv: list[str] | None = None) -> None:
+    (config,) = parse(PrepareConfig, argv=argv)
+    data = load(config.source, revision=config.revision)
+    if "train" in data.qrels:
+        raise HlmError(f"{config.source} has a train split: expected a catalogue without one; train on it as it is")
+    inputs = {name: data.fingerprint(name) for name in ("corpus", "queries", *(f"qrels/{s}" for s in data.qrels))}
+    if config.general_queries:
+        inputs["general_queries"] = fingerprint_file(_existing(config.general_queries))
+    if _up_to_date(config, inputs):
+        logger.info("%s is up to date", config.output)
+        return
+
+    catalogue = Catalogue(_Rows(data), attributes_column=config.attributes_column, type_attribute=config.type_attribute)
+    logger.info("%d product types, synonyms %s", len(catalogue.types), catalogue.synonyms or "none")
+    train, dev, unlabelled = derive(catalogue, data, config)
+    general = _general_queries(config, data)
+    with atomic_folder(config.output) as folder:
+        _write(folder, data, config, train, dev, unlabelled + general)
+        counts = {"train": len(train), "dev": len(dev), "unlabelled": len(unlabelled), "general": len(general)}
+        write_manifest(folder, "dataset", inputs=inputs, config=asdict(config), queries=counts)
+    logger.info("wrote %s: %s", config.output, counts)
+
+
+def derive(
+    catalogue: Catalogue, data: RetrievalData, config: PrepareConfig
+) -> tuple[list[Keyword], list[Keyword], list[Keyword]]:
+    """Distinct (train, dev, unlabelled) queries; train is part of unlabelled, dev of neither, in any spelling."""
+    judged = judged_spellings(data)
+    dev_share = 2 * config.dev_queries / config.unlabelled_queries  # twice: many of them satisfy too many products
+    seen: set[str] = set()
+    train: list[Keyword] = []
+    dev: list[Keyword] = []
+    unlabelled: list[Keyword] = []
+    for keyword in _keywords(catalogue, data, config):
+        if keyword.text in seen or not keyword.text or spellings(keyword.text) & judged:
+            continue
+        seen.add(keyword.text)
+        # By canonical form, so that "usb hubs" is on the same side as "usb hub".
+        if _share(canonical(keyword.text), config.seed) < dev_share:
+            if 0 < len(keyword.rows) <= config.dev_max_relevant and len(dev) < config.dev_queries:
+                dev.append(keyword)
+            continue
+        if keyword.rows and len(train) < config.train_queries:
+            train.append(keyword)
+        if len(unlabelled) < config.unlabelled_queries:
+            unlabelled.append(keyword)
+        elif len(train) == config.train_queries and len(dev) == config.dev_queries:
+            return train, dev, unlabelled
+    logger.warning("the catalogue gave %d train, %d dev, %d unlabelled queries", len(train), len(dev), len(unlabelled))
+    if not train or not dev:
+        raise HlmError(f"{config.source}: expected queries for train and dev, found too few; give a larger catalogue")
+    return train, dev, unlabelled
+
+
+def judged_spellings(data: RetrievalData) -> frozenset[str]:
+    """All spellings of the judged queries: what must not be trained on."""
+    return frozenset(key for text in data.queries["text"] for key in spellings(text))
+
+
+def _keywords(catalogue: Catalogue, data: RetrievalData, config: PrepareConfig) -> Iterator[Keyword]:
+    yield from catalogue.head_keywords()
+    rng = random.Random(config.seed)
+    for _ in range(config.passes):
+        # Shuffled, so that a last round cut short does not favour the catalogue's beginning.
+        order = data.corpus.add_column("_row", range(len(data.corpus))).shuffle(seed=rng.randrange(1 << 30))
+        for row in iterate(order):
+            if keyword := catalogue.draw(row["_row"], row, rng):
+                yield keyword
+
+
+def _share(text: str, seed: int) -> float:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{text}".encode()).digest()[:8], "big") / 2**64
+
+
+def _general_queries(config: PrepareConfig, data: RetrievalData) -> list[Keyword]:
+    if not config.general_queries:
+        return []
+    judged = judged_spellings(data)
+    found = {}
+    for place, row in read_rows(_existing(config.general_queries)):
+        if not isinstance(row.get("text"), str) or not row["text"].strip():
+            raise HlmError(f"{config.general_queries}, {place}: expected a filled column 'text', found {list(row)}")
+        if not spellings(row["text"]) & judged:
+            found.setdefault(normalise(row["text"]) or row["text"], Keyword(row["text"], "general", ()))
+    return list(found.values())
+
+
+def _existing(path: str) -> Path:
+    if not Path(path).is_file():
+        raise HlmError(f"general_queries: expected a table file, found nothing at '{path}'; correct the path")
+    return Path(path)
+
+
+def _up_to_date(config: PrepareConfig, inputs: dict[str, str]) -> bool:
+    if not Path(config.output).exists():
+        return False
+    manifest = read_manifest(config.output, "dataset")  # refuses to replace a folder that is not ours
+    return manifest["config"] == asdict(config) and manifest["inputs"] == inputs
+
+
+def _write(
+    folder: Path,
+    data: RetrievalData,
+    config: PrepareConfig,
+    train: list[Keyword],
+    dev: list[Keyword],
+    unlabelled: list[Keyword],
+) -> None:
+    original = find_table(Path(config.source), "corpus") if Path(config.source).is_dir() else None
+    if original:
+        shutil.copyfile(original, folder / original.name)
+    else:
+        data.corpus.to_parquet(folder / "corpus.parquet")
+    rng = random.Random(config.seed)
+    ids = data.corpus.data.column("_id")
+    qrels = {split: dict(judged) for split, judged in data.qrels.items()}
+    with open(folder / "queries.jsonl", "w", encoding="utf-8") as file:
+        for row in iterate(data.queries):
+            _line(file, row)
+        for split, keywords in (("train", train), ("dev", dev)):
+            judgements = qrels.setdefault(split, {})
+            for number, keyword in enumerate(keywords):
+                query_id = f"{split}-{number}"
+                _line(file, {"_id": query_id, "text": keyword.text, "kind": keyword.kind})
+                rows = keyword.rows
+                if split == "train" and len(rows) > config.max_positives:
+                    rows = tuple(sorted(rng.sample(rows, config.max_positives)))
+                judgements[query_id] = {ids[row].as_py(): 3 for row in rows}
+    with open(folder / "unlabelled.jsonl", "w", encoding="utf-8") as file:
+        for keyword in unlabelled:
+            _line(file, {"text": keyword.text, "kind": keyword.kind})
+    (folder / "qrels").mkdir()
+    for split, judgements in qrels.items():
+        with open(folder / "qrels" / f"{split}.jsonl", "w", encoding="utf-8") as file:
+            for query_id, documents in judgements.items():
+                for document_id, grade in documents.items():
+                    _line(file, {"query-id": query_id, "corpus-id": document_id, "score": grade})
+
+
+def _line(file: Any, row: dict[str, Any]) -> None:
+    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    run_recipe(main)

@@ -1,0 +1,55 @@
+"""Phase 2, the cut alone: writes a student with fewer layers and narrower FFNs, without any training.
+
+    python recipes/prune.py --config recipes/configs/quickstart/prune.yaml
+
+`recipes/align.py` cuts by itself, stage by stage; this recipe makes the student that is pruned only, at once: the
+row that shows what alignment is worth, and the start of the baseline that is never aligned.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from hlm.config import parse, run_recipe
+from hlm.data import load
+from hlm.encoders import fingerprint, load_encoder, save_encoder
+from hlm.pruning import check_cascade, cut
+from hlm.store import VectorStore
+from hlm.training import as_config, up_to_date
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PruneConfig:
+    model: str = field(metadata={"help": "what is cut: a folder, a Hub id or package:..."})
+    data: str = field(metadata={"help": "the dataset whose queries layers and FFN units are scored on"})
+    vectors: str = field(metadata={"help": "the teacher's stores: which teacher's space the student searches"})
+    output: str = field(metadata={"help": "folder for the pruned student"})
+    layers: list[int] = field(default_factory=list, metadata={"help": "layers to keep; empty: `keep` chooses"})
+    keep: int | None = field(default=None, metadata={"help": "how many layers to keep, chosen by `method`"})
+    method: Literal["middle_skip", "norm_ratio"] = field(default="middle_skip")
+    ffn: int | None = field(default=None, metadata={"help": "FFN units to keep; null: all"})
+    calibration: int = field(default=512, metadata={"help": "queries that layers and FFN units are scored on"})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    (config,) = parse(PruneConfig, argv=argv)
+    layers = config.layers or config.keep
+    check_cascade([{"layers": layers, "ffn": config.ffn}])
+    data = load(config.data, splits=())
+    teacher = VectorStore.open(Path(config.vectors) / "corpus").encoder
+    model = load_encoder(config.model)
+    identity = {"inputs": {"student": fingerprint(model), "teacher": teacher}, "config": as_config(config)}
+    if up_to_date(config.output, "student", identity):
+        return
+    texts = (data.unlabelled or data.queries)[: config.calibration]["text"]
+    save_encoder(cut(model, layers, config.ffn, config.method, list(texts)), config.output, "student", **identity)
+
+
+if __name__ == "__main__":
+    run_recipe(main)

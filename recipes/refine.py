@@ -1,0 +1,221 @@
+"""Phase 3: trains the student contrastively against the teacher's frozen ad vectors; no ad is encoded.
+
+    accelerate launch recipes/refine.py --config recipes/configs/quickstart/refine.yaml
+
+Started from a student that was never aligned, it is the paper's naive baseline.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+
+from hlm.artefacts import HlmError
+from hlm.config import parse, run_recipe
+from hlm.data import load, training_pairs
+from hlm.encoders import encode, fingerprint, load_encoder, prompt_of, save_encoder
+from hlm.gradcache import gather_with_gradient
+from hlm.index import AdIndex
+from hlm.losses import id_mask, l2_alignment, matryoshka, refinement_contrastive
+from hlm.mining import positive_scores, select_hard_negatives, top_k_documents
+from hlm.store import VectorStore
+from hlm.training import (
+    DevRetrieval,
+    RecipeTrainer,
+    TokenTable,
+    TrainingArguments,
+    as_config,
+    check_student,
+    finish,
+    set_dropout,
+    train,
+    up_to_date,
+)  # fmt: skip
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RefineConfig:
+    student: str = field(metadata={"help": "folder of the student to refine"})
+    data: str = field(metadata={"help": "the dataset: a folder or a Hub id"})
+    vectors: str = field(metadata={"help": "the teacher's stores, as recipes/embed.py writes them"})
+    output: str = field(metadata={"help": "folder for the refined student"})
+    min_score: int = field(default=1, metadata={"help": "lowest grade that makes a training pair"})
+    pool: int = field(
+        default=16384, metadata={"help": "ads a step draws as negatives; the whole corpus if it is smaller"}
+    )
+    hard_negatives: int = field(default=8, metadata={"help": "ads mined a query with the current student; 0: none"})
+    refresh_epochs: int = field(default=1, metadata={"help": "mine anew after so many epochs"})
+    mask_top: int = field(default=3, metadata={"help": "the teacher's best ads of a query, never its negatives"})
+    query_query: bool = field(default=False, metadata={"help": "other queries as negatives as well"})
+    temperature: float = field(default=0.02)
+    margin: float = field(default=0.1, metadata={"help": "a negative that scores above the positive by this is masked"})
+    alignment_weight: float = field(
+        default=0.0, metadata={"help": "of the L2 to the teacher's query vector, kept beside"}
+    )
+    dropout: float = field(default=0.0)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config, args = parse(RefineConfig, TrainingArguments, argv=argv)
+    args.output_dir = f"{config.output}.training"
+    data = load(config.data, splits=("train", "dev"))
+    model = load_encoder(config.student)
+    documents = VectorStore.open(Path(config.vectors) / "corpus")
+    documents.check(source=data.fingerprint("corpus"))
+    check_student(config.student, documents.encoder)
+    queries = VectorStore.open(Path(config.vectors) / "queries")
+    queries.check(encoder=documents.encoder, source=data.fingerprint("queries"))
+    identity = {
+        "inputs": {"student": fingerprint(model), "teacher": documents.encoder, "vectors": documents.fingerprint}
+        | {"queries": queries.fingerprint, "qrels": data.fingerprint("qrels/train")},
+        "config": as_config(config, args),
+    }
+    if up_to_date(config.output, "student", identity):
+        return
+    set_dropout(model, config.dropout)
+    refinement = Refinement(model, data, documents, queries, config, args.seed)
+    trainer = RecipeTrainer(
+        model,
+        args,
+        rows=len(refinement.pairs),
+        lengths=refinement.tokens.lengths[refinement.pairs[:, 0]],
+        collate=refinement.collate,
+        step_loss=refinement.loss,
+        evaluator=DevRetrieval(
+            dict(data.split_queries("dev")), data.qrels["dev"], index=AdIndex.build(documents, dim=refinement.width)
+        ),
+        extra_state={"negatives": refinement.negatives},
+        callbacks=[Refresh(refinement, config.refresh_epochs)] if config.hard_negatives else [],
+    )
+    train(trainer, identity)
+    if trainer.is_world_process_zero():
+        save_encoder(model, config.output, "student", **identity)
+    finish(trainer)
+
+
+class Refinement:
+    """Pairs, pool and masks as row numbers of the store, and the loss over them."""
+
+    def __init__(self, model, data, documents, queries, config: RefineConfig, seed: int) -> None:
+        self.model, self.documents, self.config, self.seed = model, documents, config, seed
+        self.width = model.get_embedding_dimension()
+        triples = training_pairs(data, "train", min_score=config.min_score)
+        if not triples:
+            raise HlmError(f"expected pairs of grade {config.min_score} or more in qrels/train, found none")
+        number = {name: row for row, name in enumerate(dict.fromkeys(query for query, _, _ in triples))}
+        rows = documents.rows_of([document for _, document, _ in triples])
+        self.pairs = np.stack([[number[query] for query, _, _ in triples], rows], axis=1)
+        self.known: list[list[int]] = [[] for _ in number]
+        for query, row in self.pairs:
+            self.known[query].append(int(row))
+        texts = dict(data.split_queries("train"))
+        self.texts = [texts[name] for name in number]
+        self.tokens = TokenTable(model, self.texts, prompt_of(model, "query"))
+        self.teacher_queries, self.teacher_rows = queries, queries.rows_of(list(number))
+        excluded = np.full((len(number), max(map(len, self.known))), -1, dtype=np.int64)
+        for line, known in zip(excluded, self.known, strict=True):
+            line[: len(known)] = known
+        self.excluded = torch.from_numpy(excluded)
+        self.teacher_top = torch.full((len(number), 1), -1)
+        if config.mask_top:
+            vectors = queries.gather(self.teacher_rows)
+            self.teacher_top = torch.from_numpy(top_k_documents(vectors, documents, config.mask_top)[1])
+        self.negatives = torch.full((len(number), config.hard_negatives), -1)
+        self.whole = config.pool >= len(documents)
+        if self.whole:
+            self.pool_rows = np.arange(len(documents))
+            self.pool = self.vectors(self.pool_rows)
+
+    def vectors(self, rows: np.ndarray) -> torch.Tensor:
+        """float32 (rows, student's width): frozen ad vectors from the store."""
+        return matryoshka(torch.from_numpy(self.documents.gather(rows)), self.width)
+
+    def refresh(self) -> None:
+        """Mines hard negatives with the student as it is now."""
+        vectors = encode(self.model, self.texts, prompt_name="query")
+        if self.width < self.documents.dim:  # the store is searched at the student's width
+            vectors = np.pad(vectors, ((0, 0), (0, self.documents.dim - self.width)))
+        depth = min(len(self.documents), 100)
+        scores, rows = top_k_documents(vectors, self.documents, depth)
+        limits = positive_scores(vectors, self.known, self.documents)
+        never = [{*known, *top} for known, top in zip(self.known, self.teacher_top.tolist(), strict=True)]
+        found = select_hard_negatives(scores, rows, limits, never, self.config.hard_negatives)
+        self.negatives.copy_(torch.from_numpy(found))
+        logger.info("hard negatives: %.1f a query", float((found >= 0).sum(axis=1).mean()))
+
+    def collate(self, rows: list[int]) -> dict:
+        query, positive = self.pairs[rows].T
+        return {
+            "query": self.tokens.features(query),
+            "query_ids": torch.from_numpy(query.copy()),
+            "positive_ids": torch.from_numpy(positive.copy()),
+        }
+
+    def draw(self, positive_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The step's pool: ids (M,) and vectors (M, width). Drawn from the batch itself, so a resumed run draws alike."""
+        if not self.whole:
+            generator = np.random.default_rng((self.seed, *positive_ids.tolist()))
+            self.pool_rows = np.sort(generator.choice(len(self.documents), self.config.pool, replace=False))
+            self.pool = self.vectors(self.pool_rows)
+        return torch.from_numpy(self.pool_rows), self.pool
+
+    def loss(self, model, batch: dict) -> torch.Tensor:
+        device = batch["query_ids"].device
+        query_ids, positive_ids = batch["query_ids"].cpu(), batch["positive_ids"].cpu()
+        queries = model(batch["query"])["sentence_embedding"]
+        pool_ids, pool = self.draw(positive_ids)
+        negative_ids = self.negatives[query_ids]
+        hard = None
+        if negative_ids.shape[1]:
+            hard = self.vectors(negative_ids.clamp(min=0).view(-1).numpy()).view(*negative_ids.shape, -1)
+        together = {}
+        if self.config.query_query:
+            together = {"use_query_query": True, "query_ids": batch["query_ids"]}
+            if torch.distributed.is_initialized():
+                together |= {
+                    "all_queries": gather_with_gradient(queries),
+                    "all_query_ids": gather_with_gradient(batch["query_ids"]),
+                    "offset": torch.distributed.get_rank() * len(queries),
+                }
+        loss = refinement_contrastive(
+            queries,
+            self.vectors(positive_ids.numpy()).to(device),
+            pool.to(device),
+            positive_ids=positive_ids.to(device),
+            pool_ids=pool_ids.to(device),
+            mask=id_mask(self.teacher_top[query_ids], pool_ids).to(device),
+            negatives=None if hard is None else hard.to(device),
+            negative_ids=None if hard is None else negative_ids.to(device),
+            excluded_ids=self.excluded[query_ids].to(device),
+            temperature=self.config.temperature,
+            margin=self.config.margin,
+            **together,
+        )
+        if self.config.alignment_weight:
+            teacher = torch.from_numpy(self.teacher_queries.gather(self.teacher_rows[query_ids.numpy()])).to(device)
+            loss = loss + self.config.alignment_weight * l2_alignment(queries, matryoshka(teacher, self.width))
+        return loss
+
+
+class Refresh(TrainerCallback):
+    """Mines at the start and then every `epochs` epochs; a resumed run goes on with the negatives it had."""
+
+    def __init__(self, refinement: Refinement, epochs: int) -> None:
+        self.refinement, self.epochs = refinement, epochs
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        steps = max(1, state.max_steps // max(1, round(state.num_train_epochs))) * self.epochs
+        if state.global_step % steps == 0:
+            self.refinement.refresh()
+
+
+if __name__ == "__main__":
+    run_recipe(main)

@@ -1,0 +1,263 @@
+"""Phase 1: LoRA fine-tunes the teacher contrastively on query-document pairs, merges it, saves adapter and model.
+
+    accelerate launch recipes/teacher.py --config recipes/configs/quickstart/teacher.yaml
+
+Writes `output` (the merged model, a sentence-transformers folder) and `output/adapter` (the LoRA adapter alone).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+from accelerate import PartialState
+
+from hlm.artefacts import HlmError, fingerprint_json
+from hlm.config import parse, run_recipe
+from hlm.data import RetrievalData, document_text, iterate, load, query_text, training_pairs
+from hlm.encoders import (
+    add_lora,
+    enable_gradient_checkpointing,
+    encode,
+    fingerprint,
+    load_encoder,
+    merge_lora,
+    prompt_of,
+    save_encoder,
+)  # fmt: skip
+from hlm.gradcache import cached_loss, gather_with_gradient
+from hlm.losses import qwen3_contrastive
+from hlm.mining import mine_hard_negatives
+from hlm.store import VectorStore, write_store
+from hlm.training import (
+    DevRetrieval,
+    RecipeTrainer,
+    TokenTable,
+    TrainingArguments,
+    as_config,
+    finish,
+    train,
+    up_to_date,
+)  # fmt: skip
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TeacherConfig:
+    backbone: str = field(metadata={"help": "what is tuned: a folder, a Hub id or package:<package>/<folder in it>"})
+    data: str = field(metadata={"help": "the dataset: a folder or a Hub id"})
+    output: str = field(metadata={"help": "folder for the merged teacher"})
+    min_score: int = field(default=1, metadata={"help": "lowest grade that makes a training pair"})
+    pairs_per_query: int | None = field(default=None, metadata={"help": "at most so many pairs of one query, the best"})
+    hard_negatives: int = field(default=1, metadata={"help": "documents mined a pair with the backbone; 0: none"})
+    oracle: bool = field(default=False, metadata={"help": "read the `oracle` columns, which only exist offline"})
+    lora_rank: int = field(default=256)
+    lora_alpha: int = field(default=512)
+    lora_dropout: float = field(default=0.0)
+    temperature: float = field(default=0.02)
+    margin: float = field(default=0.1, metadata={"help": "a negative that scores above the positive by this is masked"})
+    use_in_batch: bool = field(default=True, metadata={"help": "q-d: other pairs' documents"})
+    use_query_query: bool = field(default=True, metadata={"help": "q-q: other queries"})
+    use_document_document: bool = field(default=True, metadata={"help": "d-d: other documents against the positive"})
+    cache_chunk: int | None = field(default=None, metadata={"help": "rows encoded at a time (gradient caching)"})
+    dev_documents: int = field(default=2000, metadata={"help": "documents beside the positives in the dev corpus"})
+    max_seq_length: int | None = field(default=None)
+    dtype: str = field(default="float32")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config, args = parse(TeacherConfig, TrainingArguments, argv=argv)
+    args.output_dir = f"{config.output}.training"
+    data = load(config.data, splits=("train", "dev"))
+    model = load_encoder(config.backbone, dtype=config.dtype, max_seq_length=config.max_seq_length)
+    parts = ("corpus", "queries", "qrels/train")
+    identity = {
+        "inputs": {"backbone": fingerprint(model)} | {part: data.fingerprint(part) for part in parts},
+        "config": as_config(config, args),
+    }
+    if up_to_date(config.output, "teacher", identity):
+        return
+    pairs = Pairs(data, config)
+    source = fingerprint_json([identity["inputs"]["corpus"], config.oracle])
+    negatives = mine(model, pairs, config, f"{args.output_dir}/backbone", source)
+    add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout)
+    if args.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+        args.gradient_checkpointing = False  # done, and in the only order that works under LoRA
+    batches = Batches(model, pairs, negatives, config)
+    trainer = RecipeTrainer(
+        model,
+        args,
+        rows=len(pairs.rows),
+        collate=batches.collate,
+        step_loss=batches.loss,
+        evaluator=dev_retrieval(data, config),
+    )
+    train(trainer, identity)
+    if trainer.is_world_process_zero():
+        adapter = {name: tensor.clone() for name, tensor in trainer._trained().items()}
+        peft = model[0].model
+        peft_config = peft.peft_config["default"]
+        save_encoder(
+            merge_lora(model), config.output, "teacher", **identity,
+            beside=lambda folder: save_adapter(adapter, peft_config, config.backbone, folder / "adapter"),
+        )  # fmt: skip
+        logger.info("%s: teacher %s", config.output, fingerprint(model))
+    finish(trainer)
+
+
+class Pairs:
+    """(query, document) training pairs as row numbers, with every query's known positives."""
+
+    def __init__(self, data: RetrievalData, config: TeacherConfig) -> None:
+        triples = training_pairs(data, "train", min_score=config.min_score)
+        if not triples:
+            raise HlmError(f"expected pairs of grade {config.min_score} or more in qrels/train, found none")
+        self.query_texts = {row["_id"]: query_text(row, oracle=config.oracle) for row in iterate(data.queries)}
+        self.documents = [document_text(row, oracle=config.oracle) for row in iterate(data.corpus)]
+        row_of = {name: row for row, name in enumerate(data.corpus["_id"])}
+        best: dict[str, list[tuple[int, int]]] = {}
+        for query, document, grade in triples:
+            best.setdefault(query, []).append((-grade, row_of[document]))
+        self.queries = list(best)
+        self.known = [[row for _, row in found] for found in best.values()]
+        generator = np.random.default_rng(0)
+        rows = []
+        for number, found in enumerate(best.values()):
+            # Best grades first; among equals by chance, or the catalogue's order would choose.
+            order = sorted(range(len(found)), key=lambda i: (found[i][0], generator.random()))
+            rows += [(number, found[i][1]) for i in order[: config.pairs_per_query]]
+        self.rows = np.asarray(rows, dtype=np.int64)  # (pairs, 2): query number, document row
+        width = max(map(len, self.known))
+        self.excluded = np.full((len(self.known), width), -1, dtype=np.int64)
+        for number, known in enumerate(self.known):
+            self.excluded[number, : len(known)] = known
+
+
+def mine(model, pairs: Pairs, config: TeacherConfig, folder: str, source: str) -> np.ndarray:
+    """(queries, k) document rows mined with the untuned backbone, padded with -1; k = 0 mines nothing.
+
+    The backbone's document vectors lie in a store in `folder`: a killed run finds them there.
+    """
+    if not config.hard_negatives:
+        return np.zeros((len(pairs.queries), 0), dtype=np.int64)
+    logger.info("mining with the backbone: %d queries, %d documents", len(pairs.queries), len(pairs.documents))
+    state = PartialState()
+    records = list(enumerate(pairs.documents))
+    write_store(
+        folder,
+        lambda start, stop: ((str(row), text) for row, text in records[start:stop]),
+        partial(encode, model, prompt_name="document"),
+        dim=model.get_embedding_dimension(),
+        encoder=fingerprint(model),
+        source=source,
+        n_rows=len(records),
+        shard_rows=8192,
+        process_index=state.process_index,
+        num_processes=state.num_processes,
+    )
+    state.wait_for_everyone()
+    queries = encode(model, [pairs.query_texts[name] for name in pairs.queries], prompt_name="query")
+    return mine_hard_negatives(queries, pairs.known, VectorStore.open(folder), config.hard_negatives)
+
+
+class Batches:
+    def __init__(self, model, pairs: Pairs, negatives: np.ndarray, config: TeacherConfig) -> None:
+        self.pairs, self.negatives, self.config = pairs, negatives, config
+        texts = [pairs.query_texts[name] for name in pairs.queries]
+        self.queries = TokenTable(model, texts, prompt_of(model, "query"))
+        self.documents = TokenTable(model, pairs.documents, prompt_of(model, "document"))
+
+    def collate(self, rows: list[int]) -> dict:
+        query, positive = self.pairs.rows[rows].T
+        negative = self.negatives[query]
+        chunk = self.config.cache_chunk or len(rows)
+        return {
+            "query": [self.queries.features(part) for part in split(query, chunk)],
+            "positive": [self.documents.features(part) for part in split(positive, chunk)],
+            "negative": [self.documents.features(part) for part in split(np.maximum(negative, 0).ravel(), chunk)],
+            "query_ids": torch.from_numpy(query),
+            "positive_ids": torch.from_numpy(positive),
+            "negative_ids": torch.from_numpy(negative),
+            "excluded_ids": torch.from_numpy(self.pairs.excluded[query]),
+        }
+
+    def loss(self, model, batch: dict) -> torch.Tensor:
+        groups = [batch[name] for name in ("query", "positive", "negative") if batch[name]]
+        query_ids, positive_ids = batch["query_ids"], batch["positive_ids"]
+        all_query_ids, all_positive_ids = gather_with_gradient(query_ids), gather_with_gradient(positive_ids)
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+        def contrast(queries, positives, negatives=None):
+            if negatives is not None:
+                negatives = negatives.view(len(queries), -1, negatives.shape[-1])
+            return qwen3_contrastive(
+                queries,
+                positives,
+                negatives,
+                query_ids=query_ids,
+                positive_ids=positive_ids,
+                negative_ids=batch["negative_ids"] if negatives is not None else None,
+                excluded_ids=batch["excluded_ids"],
+                temperature=self.config.temperature,
+                margin=self.config.margin,
+                use_hard=negatives is not None,
+                use_in_batch=self.config.use_in_batch,
+                use_query_query=self.config.use_query_query,
+                use_document_document=self.config.use_document_document,
+                all_queries=gather_with_gradient(queries),
+                all_positives=gather_with_gradient(positives),
+                all_query_ids=all_query_ids,
+                all_positive_ids=all_positive_ids,
+                offset=rank * len(queries),
+            )
+
+        def encode_chunk(features):
+            return model(features)["sentence_embedding"]
+
+        if self.config.cache_chunk:
+            return cached_loss(encode_chunk, groups, contrast, no_sync=getattr(model, "no_sync", None))
+        return contrast(*(encode_chunk(group[0]) for group in groups))
+
+
+def split(rows: np.ndarray, chunk: int) -> list[np.ndarray]:
+    return [rows[start : start + chunk] for start in range(0, len(rows), chunk)]
+
+
+def dev_retrieval(data: RetrievalData, config: TeacherConfig) -> DevRetrieval | None:
+    """Dev queries over their judged documents and a fixed sample of others: the teacher's own documents move."""
+    if "dev" not in data.qrels:
+        return None
+    judged = {document for grades in data.qrels["dev"].values() for document in grades}
+    ids = data.corpus["_id"]
+    keep = min(1.0, config.dev_documents / max(1, len(ids)))
+    limit = math.floor(keep * 16**8)
+    documents = {
+        row["_id"]: document_text(row, oracle=config.oracle)
+        for row in iterate(data.corpus)
+        if row["_id"] in judged or int(fingerprint_json(row["_id"])[:8], 16) < limit
+    }
+    return DevRetrieval(dict(data.split_queries("dev", oracle=config.oracle)), data.qrels["dev"], documents=documents)
+
+
+def save_adapter(adapter: dict[str, torch.Tensor], peft_config, backbone: str, folder) -> None:
+    """The adapter in PEFT's own layout, so that `PeftModel.from_pretrained` loads it over the backbone."""
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    peft_config.base_model_name_or_path = backbone
+    peft_config.inference_mode = True
+    peft_config.save_pretrained(str(folder))
+    names = {name: name.split("base_model.model.", 1)[1].replace(".default.", ".") for name in adapter}
+    tensors = {f"base_model.model.{names[name]}": tensor.contiguous() for name, tensor in adapter.items()}
+    save_file(tensors, str(folder / "adapter_model.safetensors"))
+
+
+if __name__ == "__main__":
+    run_recipe(main)

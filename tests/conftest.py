@@ -1,0 +1,99 @@
+"""Real tiny models made from config and a small catalogue, shared by the tests; nothing is fetched."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
+
+LAYERS, HIDDEN, FFN = 6, 32, 64
+WORDS = """red blue green black white steel wooden cotton small large cheap new used laptop notebook printer camera phone
+charger cable shoe boot jacket kettle vacuum cleaner drill saw lamp desk chair bike helmet tent bottle litre inch
+with without for and the a of in 1 2 3 4 5 6 7 8 9 0""".split()
+
+
+def sentence_transformer(backbone, tokenizer, folder: Path, pooling: str, prompts: dict[str, str]) -> str:
+    bare = folder / "bare"
+    backbone.save_pretrained(bare)
+    tokenizer.save_pretrained(bare)
+    transformer = Transformer(str(bare))
+    transformer.max_seq_length = 48
+    model = SentenceTransformer(
+        modules=[transformer, Pooling(HIDDEN, pooling_mode=pooling), Normalize()], prompts=prompts, device="cpu"
+    )
+    model.save_pretrained(str(folder / "model"), create_model_card=False)
+    return str(folder / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory) -> str:
+    """A BERT of 6 layers, 32 wide, FFN 64, mean pooling, no prompts: the path of a sentence-transformers folder."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    alphabet = [chr(code) for code in range(33, 127)]
+    trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 3, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        model_max_length=48,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=4,
+        intermediate_size=FFN, max_position_embeddings=64, initializer_range=0.2,
+    )  # fmt: skip
+    return sentence_transformer(BertModel(config), fast, tmp_path_factory.mktemp("tiny_bert"), "mean", {})
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3(tmp_path_factory) -> str:
+    """A Qwen3 of 6 layers, 32 wide, FFN 64, last-token pooling, with an instruction for queries.
+
+    As with Qwen3-Embedding, the tokenizer's post-processor appends `<|endoftext|>` while `eos_token` is `<|im_end|>`.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 3, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", tokenizer.token_to_id("<|endoftext|>"))]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token="<|im_end|>", model_max_length=48
+    )
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, intermediate_size=FFN, max_position_embeddings=64, initializer_range=0.2,
+    )  # fmt: skip
+    prompts = {"query": "Instruct: find the ad\nQuery:", "document": ""}
+    return sentence_transformer(Qwen3Model(config), fast, tmp_path_factory.mktemp("tiny_qwen3"), "lasttoken", prompts)
+
+
+@pytest.fixture(scope="session")
+def catalogue_200(tmp_path_factory) -> str:
+    """The sample catalogue at 200 ads, in the data contract."""
+    from hlm.sample_catalogue import write_catalogue
+
+    folder = tmp_path_factory.mktemp("catalogue") / "data"
+    write_catalogue(folder, ads=200, unlabelled=400, train_queries=150, dev_queries=20, test_queries=30, seed=0)
+    return str(folder)

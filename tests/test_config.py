@@ -1,0 +1,178 @@
+import logging
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+import pytest
+
+from hlm.artefacts import HlmError
+from hlm.config import parse, run_recipe
+
+
+@dataclass
+class Settings:
+    corpus: str = field(metadata={"help": "where the products are"})
+    layers: list[int] = field(default_factory=lambda: [4])
+    cascade: list[dict[str, Any]] | None = None
+    sizes: dict[str, float] = field(default_factory=dict)
+    kind: Literal["flat", "ivf"] = "flat"
+    rate: Optional[float] = None  # noqa: UP045 - both spellings of an optional field must work
+    steps: int = 10
+    shuffle: bool = True
+    note: str | None = None
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    def write(text):
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_yaml_sets_defaults_and_the_command_line_wins(yaml_file):
+    path = yaml_file(
+        "corpus: data\nlayers: [4, 2]\ncascade: [{layers: 4, ffn: 1024}, {layers: 2}]\nkind: ivf\nrate: 1e-5\n"
+        "shuffle: false\nsizes: {a: 1e-3, b: 2}\n"
+    )
+    (settings,) = parse(Settings, argv=["--config", path, "--rate", "3e-4", "--layers", "8", "6", "--steps=5"])
+    assert settings == Settings(
+        corpus="data",
+        layers=[8, 6],
+        cascade=[{"layers": 4, "ffn": 1024}, {"layers": 2}],
+        kind="ivf",
+        rate=3e-4,
+        steps=5,
+        shuffle=False,
+        sizes={"a": 1e-3, "b": 2.0},
+    )
+    (from_file,) = parse(Settings, argv=["--config", path])
+    assert from_file.rate == 1e-5 and isinstance(from_file.rate, float)
+
+
+def test_command_line_alone():
+    (settings,) = parse(Settings, argv=["--corpus", "x", "--cascade", '[{"layers": 2}]', "--no_shuffle"])
+    assert settings.cascade == [{"layers": 2}] and settings.shuffle is False
+    assert settings.layers == [4] and settings.rate is None
+    assert parse(Settings, argv=["--corpus", "x", "--shuffle", "false"])[0].shuffle is False
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("corpus: x\nlayer: [2]\n", ["line 2", "'layer'", "did you mean 'layers'"]),
+        ("corpus: x\nsteps: 3\nsteps: 4\n", ["line 3", "'steps'", "line 2"]),
+        ("corpus: x\nsizes:\n  a: 1\n  a: 2\n", ["line 4", "'a'"]),
+        ("corpus: x\nsteps: many\n", ["line 2", "steps", "a whole number", "'many'"]),
+        ("corpus: x\nsteps: true\n", ["steps", "a whole number", "True"]),
+        ("corpus: x\nsteps: 1.5\n", ["steps", "a whole number", "1.5"]),
+        ("corpus: x\nrate: fast\n", ["rate", "a number", "'fast'"]),
+        ("corpus: x\nlayers: [4, two]\n", ["layers", "a whole number", "two"]),
+        ("corpus: x\nkind: tree\n", ["kind", "'flat', 'ivf'", "'tree'"]),
+        ("corpus: x\nshuffle: 'yes'\n", ["shuffle", "true or false", "'yes'"]),
+        ("corpus: no\n", ["corpus", "text", "False", "quotes"]),
+        ("corpus: 7\n", ["corpus", "text", "7", "quotes"]),
+        ("steps: 3\n", ["missing required", "corpus", "--corpus"]),
+        ("- a\n", ["key: value", "sequence"]),
+        ("corpus: [\n", ["not valid YAML"]),
+    ],
+)
+def test_bad_yaml_is_named(yaml_file, text, words):
+    with pytest.raises(HlmError) as error:
+        parse(Settings, argv=["--config", yaml_file(text)])
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--corpus", "x", "--step", "3"], ["--step", "did you mean '--steps'"]),
+        (["--corpus", "x", "--steps", "three"], ["--steps", "three"]),
+        (["--corpus", "x", "--kind", "tree"], ["--kind", "tree"]),
+        (["--corpus", "x", "--cascade", "[1"], ["--cascade", "JSON"]),
+        (["--corpus", "x", "--cascade", "[1]"], ["--cascade", "a mapping", "[1]"]),
+        (["--config", "nowhere.yaml"], ["--config", "nowhere.yaml"]),
+        (["stray", "--corpus", "x"], ["stray"]),
+    ],
+)
+def test_bad_command_line_is_named(argv, words):
+    with pytest.raises(HlmError) as error:
+        parse(Settings, argv=argv)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_dataclass_own_check_becomes_one_error():
+    @dataclass
+    class Checked:
+        size: int = 1
+
+        def __post_init__(self):
+            if self.size < 1:
+                raise ValueError(f"size must be positive, not {self.size}")
+
+    with pytest.raises(HlmError, match="Checked: size must be positive, not 0"):
+        parse(Checked, argv=["--size", "0"])
+
+
+def test_help_shows_every_field(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(Settings, argv=["--help"])
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert "where the products are" in printed and "--cascade" in printed and "--config" in printed
+
+
+def test_trainer_arguments_share_the_file(yaml_file, tmp_path):
+    from sentence_transformers import SentenceTransformerTrainingArguments
+
+    path = yaml_file(
+        f"corpus: x\nlearning_rate: 1e-4\neval_strategy: 'no'\nreport_to: none\nuse_cpu: true\noutput_dir: {tmp_path}\n"
+        "accelerator_config: {use_seedable_sampler: true}\n"
+    )
+    settings, trainer = parse(
+        Settings, SentenceTransformerTrainingArguments, argv=["--config", path, "--num_train_epochs", "2"]
+    )
+    assert settings.corpus == "x"
+    assert trainer.learning_rate == 1e-4 and trainer.num_train_epochs == 2.0 and trainer.report_to == []
+    assert trainer.accelerator_config.use_seedable_sampler is True
+    with pytest.raises(HlmError, match="did you mean '--learning_rate'"):
+        parse(Settings, SentenceTransformerTrainingArguments, argv=["--corpus", "x", "--lerning_rate", "1"])
+
+
+def test_run_recipe_prints_one_line_and_exits_2(capsys):
+    def broken():
+        raise HlmError("expected this,\n  found that")
+
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    try:
+        with pytest.raises(SystemExit) as stop:
+            run_recipe(broken)
+    finally:
+        root.handlers[:], root.level = before
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: expected this, found that\n"
+
+
+@pytest.mark.parametrize(("rank", "expected"), [("0", ["hello", "careful"]), ("1", [])])
+def test_only_the_main_process_logs(rank, expected):
+    code = (
+        "import logging; from hlm.config import run_recipe\n"
+        "log = logging.getLogger('hlm.data')\n"
+        "run_recipe(lambda: (log.info('hello'), log.warning('careful')))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"RANK": rank, "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert [line.split(": ")[1] for line in done.stderr.splitlines()] == expected
