@@ -1,0 +1,63 @@
+"""Who may import whom, and what may not be written anywhere."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# Lowest first; a module imports from its own line and from those above it.
+LAYERS = [
+    {"artefacts"},
+    {"config", "tables", "data", "spelling", "keywords", "sample_vocabulary", "sample_catalogue", "losses",
+     "gradcache", "store_writer", "store"},
+    {"encoders", "pruning"},
+    {"mining", "index", "evaluation", "metric", "report"},
+    {"training"},
+]  # fmt: skip
+MODULES = sorted((ROOT / "hlm").glob("*.py"))
+RECIPES = sorted((ROOT / "recipes").glob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def level(name: str) -> int:
+    return next(number for number, names in enumerate(LAYERS) if name in names)
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if p.stem != "__init__"], ids=lambda path: path.stem)
+def test_the_library_imports_downwards_only(path):
+    names = imported(path)
+    assert not {name.split(".")[0] for name in names} & {"recipes", "spaces", "tests"}
+    for name in names:
+        if name.startswith("hlm."):
+            assert level(name.split(".")[1]) <= level(path.stem), f"{path.stem} imports {name}"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_do_not_import_one_another(path):
+    assert not any(name.split(".")[0] == "recipes" for name in imported(path))
+    # Recipes run with their own folder first on the path: `import evaluate` there is our recipe, not the library.
+    assert not imported(path) & {"evaluate", "hlm.metric"}
+
+
+@pytest.mark.parametrize("path", MODULES + RECIPES, ids=lambda path: path.stem)
+def test_nothing_is_unpickled_and_no_remote_code_runs(path):
+    text = path.read_text()
+    assert not imported(path) & {"pickle", "dill", "joblib", "shelve"}
+    assert not re.search(r"torch\.(load|save)\(|allow_pickle=True|trust_remote_code=True|use_auth_token", text)
+
+
+def test_training_arguments_never_carry_a_token_into_a_manifest():
+    from hlm.training import TrainingArguments, recorded
+
+    assert "secret" not in str(recorded(TrainingArguments(output_dir="x", hub_token="hf_secret")))

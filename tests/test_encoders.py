@@ -1,0 +1,205 @@
+"""Encoders: loading, token-exact encoding, fingerprints, LoRA merge, the saved layout."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel
+
+from hlm.artefacts import HlmError
+from hlm.encoders import (
+    add_head,
+    add_lora,
+    enable_gradient_checkpointing,
+    encode,
+    fingerprint,
+    load_encoder,
+    merge_lora,
+    pad,
+    prompt_of,
+    save_encoder,
+    token_batches,
+    tokenise,
+)
+
+TEXTS = ["red shoe", "a used black laptop with charger", "kettle", "steel saw and drill for wooden desk " * 6]
+
+
+@pytest.fixture(params=["tiny_bert", "tiny_qwen3"])
+def path(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_encode_equals_sentence_transformers(path):
+    model = load_encoder(path)
+    for prompt_name in ("query", "document"):
+        want = SentenceTransformer(path, device="cpu").encode(TEXTS, prompt_name=prompt_name)
+        got = encode(model, TEXTS, prompt_name=prompt_name, batch_tokens=40)
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got, want, atol=2e-6)
+        np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, atol=1e-6)
+
+
+def test_vectors_do_not_depend_on_the_batch(path):
+    model = load_encoder(path)
+    alone = np.concatenate([encode(model, [text]) for text in TEXTS])
+    np.testing.assert_allclose(encode(model, TEXTS, batch_tokens=100_000), alone, atol=2e-6)
+
+
+def test_left_and_right_padding_give_the_same_vectors(tiny_qwen3):
+    model = load_encoder(tiny_qwen3)
+    ids = tokenise(model, TEXTS)
+    right = model({k: v for k, v in pad(model, ids).items()})["sentence_embedding"]
+    longest = max(map(len, ids))
+    left = {
+        "input_ids": torch.tensor([[0] * (longest - len(row)) + row for row in ids]),
+        "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids]),
+    }
+    np.testing.assert_allclose(right.detach(), model(left)["sentence_embedding"].detach(), atol=1e-5)
+
+
+def test_qwen3_pools_endoftext_after_truncation_too(tiny_qwen3):
+    model = load_encoder(tiny_qwen3)
+    pooled = model.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert model.tokenizer.eos_token_id != pooled  # the trap: eos_token is <|im_end|>
+    ids = tokenise(model, [*TEXTS, "laptop " * 500], prompt_of(model, "query"))
+    assert all(row[-1] == pooled for row in ids)
+    assert len(ids[-1]) == model.max_seq_length == 48
+
+
+def test_prompt_is_a_real_newline_and_no_space(tiny_qwen3):
+    model = load_encoder(tiny_qwen3)
+    text = model.tokenizer.decode(tokenise(model, ["shoe"], prompt_of(model, "query"))[0])
+    assert text == "Instruct: find the ad\nQuery:shoe<|endoftext|>"
+    assert prompt_of(model, "document") == ""
+
+
+def test_qwen3_is_causal(tiny_qwen3):
+    backbone = load_encoder(tiny_qwen3)[0].model
+    a, b = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[5, 6, 7, 9]])
+    with torch.no_grad():
+        first, second = backbone(a).last_hidden_state, backbone(b).last_hidden_state
+    torch.testing.assert_close(first[:, :3], second[:, :3])
+    assert not torch.allclose(first[:, 3], second[:, 3])
+
+
+def test_matryoshka_slice_is_normalised(path):
+    model = load_encoder(path)
+    whole = encode(model, TEXTS)
+    want = whole[:, :8] / np.linalg.norm(whole[:, :8], axis=1, keepdims=True)
+    np.testing.assert_allclose(encode(model, TEXTS, dim=8), want, atol=1e-6)
+    with pytest.raises(HlmError, match="expected 1 to 32.*found 33"):
+        encode(model, TEXTS, dim=33)
+
+
+def test_a_bare_backbone_is_refused(path, tmp_path):
+    AutoModel.from_pretrained(path).save_pretrained(tmp_path / "bare")
+    with pytest.raises(HlmError, match="modules.json"):
+        load_encoder(str(tmp_path / "bare"))
+
+
+@pytest.mark.parametrize("name", ["package:no_such_package/model", "package:hlm/no_such_folder", "./no/such/folder"])
+def test_what_is_not_there_is_named(name):
+    with pytest.raises(HlmError, match="found none"):
+        load_encoder(name)
+
+
+def test_dtype_is_what_was_asked(path):
+    assert load_encoder(path).dtype == torch.float32
+    assert load_encoder(path, dtype="bfloat16").dtype == torch.bfloat16
+    with pytest.raises(HlmError, match="dtype"):
+        load_encoder(path, dtype="fp8")
+
+
+def test_fingerprint_covers_what_decides_vectors(path):
+    model = load_encoder(path)
+    first = fingerprint(model)
+    encode(model, TEXTS)  # the tokenizer's state moves, the fingerprint must not
+    assert fingerprint(model) == fingerprint(load_encoder(path)) == first
+    assert fingerprint(load_encoder(path, max_seq_length=20)) != first
+    model.prompts = {**model.prompts, "query": "other: "}
+    assert fingerprint(model) != first
+    model = load_encoder(path)
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] += 1e-3
+    assert fingerprint(model) != first
+
+
+def test_saved_layout_is_read_alike_by_old_and_new(path, tmp_path):
+    model = load_encoder(path)
+    save_encoder(model, tmp_path / "saved", "student", inputs={}, config={})
+    again = load_encoder(str(tmp_path / "saved"))
+    assert np.array_equal(encode(again, TEXTS, prompt_name="query"), encode(model, TEXTS, prompt_name="query"))
+    assert fingerprint(again) == fingerprint(model)
+    modules = json.loads((tmp_path / "saved/modules.json").read_text())
+    assert [module["type"].rsplit(".", 1)[0] for module in modules] == ["sentence_transformers.models"] * 3
+    pooling = json.loads((tmp_path / "saved/1_Pooling/config.json").read_text())
+    assert sum(value for name, value in pooling.items() if name.startswith("pooling_mode_")) == 1
+    assert json.loads((tmp_path / "saved/hlm.json").read_text())["encoder"] == fingerprint(model)
+
+
+def test_a_failed_save_leaves_what_was_there(path, tmp_path):
+    model = load_encoder(path)
+    save_encoder(model, tmp_path / "saved", "student", inputs={}, config={})
+    before = (tmp_path / "saved/model.safetensors").read_bytes()
+
+    def fail(folder):
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        save_encoder(model, tmp_path / "saved", "student", beside=fail, inputs={}, config={})
+    assert (tmp_path / "saved/model.safetensors").read_bytes() == before
+
+
+def test_lora_changes_the_vectors_and_merges_exactly(path):
+    model = add_lora(load_encoder(path), rank=4, alpha=8)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained and all("lora_" in name for name in trained)
+    before = encode(model, TEXTS)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    adapted = encode(model, TEXTS)
+    assert np.abs(adapted - before).max() > 1e-3
+    np.testing.assert_allclose(encode(merge_lora(model), TEXTS), adapted, atol=1e-5)
+    assert not any("lora" in name for name in model.state_dict())
+
+
+def test_gradient_checkpointing_under_lora_reaches_the_first_layer(path):
+    model = add_lora(load_encoder(path), rank=4, alpha=8).train()
+    enable_gradient_checkpointing(model)
+    model(pad(model, tokenise(model, TEXTS)))["sentence_embedding"][:, 0].sum().backward()
+    gradients = [p.grad for name, p in model.named_parameters() if "lora_B" in name]
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
+
+
+def test_head_lives_in_the_model(path, tmp_path):
+    model = load_encoder(path)
+    student = encode(model, TEXTS)
+    teacher = np.linalg.qr(np.random.default_rng(0).normal(size=(48, 32)))[0].astype(np.float32)  # 32 -> 48 wide
+    add_head(model, student, student @ teacher.T)
+    got = encode(model, TEXTS)
+    np.testing.assert_allclose(got, student @ teacher.T, atol=1e-4)
+    save_encoder(model, tmp_path / "saved", "student", inputs={}, config={})
+    assert np.array_equal(encode(load_encoder(str(tmp_path / "saved")), TEXTS), got)
+
+
+def test_token_batches_keep_the_budget_and_lose_no_row():
+    lengths = np.array([3, 50, 7, 7, 120, 1])
+    batches = token_batches(lengths, 60)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(6))
+    assert all(len(rows) == 1 or len(rows) * lengths[rows].max() <= 60 for rows in batches)
+
+
+def test_texts_must_be_texts(path):
+    with pytest.raises(HlmError, match="found NoneType"):
+        encode(load_encoder(path), ["shoe", None])
+
+
+def test_folder_can_move(path, tmp_path):
+    shutil.copytree(path, tmp_path / "elsewhere")
+    assert fingerprint(load_encoder(str(tmp_path / "elsewhere"))) == fingerprint(load_encoder(path))
