@@ -226,7 +226,12 @@ def add_lora(model: SentenceTransformer, *, rank: int, alpha: int, dropout: floa
     if rank < 1:
         raise HlmError(f"lora_rank: expected at least 1, found {rank}")
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear", task_type="FEATURE_EXTRACTION"
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules="all-linear",
+        exclude_modules=r".*pooler.*",  # BERT's pooler takes no part in mean pooling: it would get no gradient
+        task_type="FEATURE_EXTRACTION",
     )
     model[0].model = get_peft_model(model[0].model, config)
     return model

@@ -187,7 +187,7 @@ class RecipeTrainer(SentenceTransformerTrainer):
             train_dataset=Dataset.from_dict({"row": np.arange(rows)}),
             data_collator=_Collator(collate),
             evaluator=evaluator,
-            loss=torch.nn.Identity(),  # the trainer wants a module; compute_loss below does the work
+            loss=_Trained(model),
             callbacks=callbacks,
         )
 
@@ -229,6 +229,15 @@ class RecipeTrainer(SentenceTransformerTrainer):
         # The parent's version logs an error and goes on with the last weights; a best model that is lost must stop.
         logger.info("best: %s (%.4f)", Path(self.state.best_model_checkpoint).name, self.state.best_metric)
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+class _Trained(torch.nn.Module):
+    """What the optimizer is made for: sentence-transformers trains the parameters of the loss module, not the model's.
+    The loss itself is computed by `RecipeTrainer.compute_loss`."""
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        super().__init__()
+        self.model = model
 
 
 class _Collator:

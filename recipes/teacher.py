@@ -16,6 +16,7 @@ from functools import partial
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import set_seed
 
 from hlm.artefacts import HlmError, fingerprint_json
 from hlm.config import parse, run_recipe
@@ -86,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pairs = Pairs(data, config)
     source = fingerprint_json([identity["inputs"]["corpus"], config.oracle])
     negatives = mine(model, pairs, config, f"{args.output_dir}/backbone", source)
+    set_seed(args.seed)  # the adapter starts at random: alike in every process and after a kill
     add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout)
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(model)

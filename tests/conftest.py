@@ -95,5 +95,5 @@ def catalogue_200(tmp_path_factory) -> str:
     from hlm.sample_catalogue import write_catalogue
 
     folder = tmp_path_factory.mktemp("catalogue") / "data"
-    write_catalogue(folder, ads=200, unlabelled=400, train_queries=150, dev_queries=20, test_queries=30, seed=0)
+    write_catalogue(folder, ads=200, unlabelled=400, train_queries=150, dev_queries=20, test_queries=80, seed=0)
     return str(folder)
