@@ -4,7 +4,7 @@ skipped.
     python recipes/quickstart.py --configs recipes/configs/quickstart
 
 Each step is a recipe with a YAML in the folder given; a step without one is left out. What a step depends on is its
-YAML, its script, the library's sources, the files outside `runs/` that its YAML names, and the step before.
+YAML, its script, the library's sources, the files its YAML names that no step makes, and the step before.
 """
 
 from __future__ import annotations
@@ -49,10 +49,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: expected YAML files of steps in {configs}, found none; name a folder under recipes/configs")
         return 2
     output = Path(yaml.safe_load(steps[-1][2].read_text())["output"])
+    made = [Path(yaml.safe_load(config.read_text())["output"]) for _, _, config in steps]
     begun, before, seconds = time.monotonic(), "", {}
     for name, script, config in steps:
         stamp_path = output / ".steps" / f"{name}.json"
-        stamp = fingerprint(RECIPES / f"{script}.py", config, before)
+        stamp = fingerprint(RECIPES / f"{script}.py", config, made, before)
         values = yaml.safe_load(config.read_text())
         if Path(values["output"]).exists() and stamp_path.is_file():
             if json.loads(stamp_path.read_text())["stamp"] == stamp:
@@ -88,18 +89,20 @@ def command(script: str, config: Path, processes: int) -> list[str]:
     return [sys.executable, path, "--config", str(config)]
 
 
-def fingerprint(script: Path, config: Path, before: str) -> str:
-    """What the step's result follows from; sizes and times stand for the content of files that are not ours."""
+def fingerprint(script: Path, config: Path, made: list[Path], before: str) -> str:
+    """What the step's result follows from; sizes and times stand for the content of files that no step makes."""
     digest = hashlib.sha256(before.encode())
     sources = sorted((RECIPES.parent / "hlm").glob("*.py"))
     for path in (script, config, *sources):
         digest.update(path.read_bytes())
     for value in yaml.safe_load(config.read_text()).values():
-        if isinstance(value, str) and not value.startswith("runs/") and Path(value).exists():
-            files = [Path(value)] if Path(value).is_file() else sorted(Path(value).rglob("*"))
-            for path in files:
-                status = path.stat()
-                digest.update(f"{path} {status.st_size} {status.st_mtime_ns}".encode())
+        if not isinstance(value, str) or not Path(value).exists():
+            continue
+        if any(Path(value) == output or output in Path(value).parents for output in made):
+            continue  # an earlier step's: `before` stands for it
+        for path in [Path(value)] if Path(value).is_file() else sorted(Path(value).rglob("*")):
+            status = path.stat()
+            digest.update(f"{path} {status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()[:16]
 
 

@@ -73,6 +73,7 @@ def test_every_part_of_the_catalogue(tiny_bert, catalogue_200, tmp_path, caplog)
     assert VectorStore.open(tmp_path / "out/corpus").ids.to_pylist() == data.corpus["_id"][:]
 
     before = content(tmp_path / "out")
+    caplog.clear()
     with caplog.at_level("INFO", logger="recipes.embed"):
         run(tiny_bert, catalogue_200, tmp_path / "out", "--shard_rows", "64")
     assert [record.message.split(": ")[1] for record in caplog.records] == ["up to date"] * 3

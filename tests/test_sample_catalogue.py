@@ -87,8 +87,8 @@ def test_distractors_differ_in_one_attribute_and_repeats_in_none():
 
 
 def test_too_much_for_too_few_ads(tmp_path):
-    with pytest.raises(HlmError, match="expected 5000 distinct queries, found"):
-        write_catalogue(tmp_path / "data", **SIZES | {"ads": 5, "test_queries": 5000})
+    with pytest.raises(HlmError, match="expected 500 distinct queries, found"):
+        write_catalogue(tmp_path / "data", **SIZES | {"ads": 1, "test_queries": 500})
     with pytest.raises(HlmError, match="ads: expected at least 1, found 0"):
         write_catalogue(tmp_path / "data", **SIZES | {"ads": 0})
     assert not (tmp_path / "data").exists()
