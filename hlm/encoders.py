@@ -297,7 +297,8 @@ def _write_pooling_flags(path: Path) -> None:
         mode = [mode]
     if mode is None:
         return  # the flags are there already
-    flags = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    flags = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens",
+             "mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
              "weightedmean": "weightedmean_tokens", "lasttoken": "lasttoken"}  # fmt: skip
     unknown = set(mode) - set(flags)
     if unknown:

@@ -5,7 +5,8 @@ similarity is a cosine in [-1, 1]) and computes in fp32 or wider with autocast o
 the B rows. Shapes: B queries of this process, N queries of all processes (N = B in one process), K hard negatives a
 query, M pool documents, d dimensions. Ids are int64 and non-negative; -1 is padding where padding is allowed.
 
-For batches larger than one device holds, see `hlm.gradcache`. Sources: the alignment losses and phase 3 are of HARNESS-LM (arXiv 2605.23572); the contrastive loss is eq. 1-2 of the
+For batches larger than one device holds, see `hlm.gradcache`. Sources: the alignment losses and phase 3 are of
+HARNESS-LM (arXiv 2605.23572); the contrastive loss is eq. 1-2 of the
 Qwen3-Embedding report (arXiv 2506.05176).
 """
 
@@ -143,7 +144,7 @@ def qwen3_contrastive(
         all_queries, all_positives, all_query_ids, all_positive_ids: (N, d) and (N,): the rows of all processes in rank
             order; give all four or none. offset: where this process's rows start in them (rank x B).
 
-    Distribution: with `all_*` from `gather_with_gradient`, the mean of this loss over the ranks is the loss of the whole
+    Distribution: with `all_*` from `gather_with_gradient`, the mean of this loss over the ranks is that of the whole
     batch in one process, and the gradients that DDP averages are its gradients. Hard negatives stay with their query.
 
     Raises:

@@ -213,7 +213,8 @@ def draw_queries(
                 found.append((text, kind, intent))
         if len(found) < counts[split]:
             raise HlmError(
-                f"{split}: expected {counts[split]} distinct queries, found {len(found)} that {ads} ads can give; ask for "
+                f"{split}: expected {counts[split]} distinct queries, found {len(found)} that {ads} ads can give; ask "
+                "for "
                 "fewer, or make more ads"
             )
         if split == "unlabelled":

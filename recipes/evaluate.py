@@ -179,7 +179,8 @@ def open_catalogue(
         aligned_to = read_manifest(system.model, "student")["inputs"].get("teacher")
         if aligned_to != catalogue.store.encoder:
             raise HlmError(
-                f"{system.model} is a student of teacher {aligned_to}, but the vectors at {catalogue.store.folder} were "
+                f"{system.model} is a student of teacher {aligned_to}, but the vectors at {catalogue.store.folder} "
+                "were "
                 f"made by {catalogue.store.encoder}; evaluate it with its own teacher, or train it again"
             )
         catalogue.store.check(source=source)

@@ -160,7 +160,7 @@ class Refinement:
         }
 
     def draw(self, positive_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The step's pool: ids (M,) and vectors (M, width). Drawn from the batch itself, so a resumed run draws alike."""
+        """The step's pool: ids (M,) and vectors (M, width). The batch seeds the draw, so a resumed run draws alike."""
         if not self.whole:
             generator = np.random.default_rng((self.seed, *positive_ids.tolist()))
             self.pool_rows = np.sort(generator.choice(len(self.documents), self.config.pool, replace=False))

@@ -17,8 +17,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
 LAYERS, HIDDEN, FFN = 6, 32, 64
-WORDS = """red blue green black white steel wooden cotton small large cheap new used laptop notebook printer camera phone
-charger cable shoe boot jacket kettle vacuum cleaner drill saw lamp desk chair bike helmet tent bottle litre inch
+WORDS = """red blue green black white steel wooden cotton small large cheap new used laptop notebook printer camera
+phone charger cable shoe boot jacket kettle vacuum cleaner drill saw lamp desk chair bike helmet tent bottle litre inch
 with without for and the a of in 1 2 3 4 5 6 7 8 9 0""".split()
 
 

@@ -15,6 +15,7 @@ LAYERS = [
     {"encoders", "pruning"},
     {"mining", "index", "evaluation", "metric", "report"},
     {"training"},
+    {"cli"},
 ]  # fmt: skip
 MODULES = sorted((ROOT / "hlm").glob("*.py"))
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))

@@ -55,7 +55,7 @@ def slow_contrastive(batch, temperature, margin, hard=True, qq=True, dd=True, qd
 
 @pytest.fixture
 def batch():
-    """Random vectors near their pairs; repeated query (0, 3), repeated positive (1, 4), a padded and a known negative."""
+    """Random vectors near their pairs; repeated query (0, 3), repeated positive (1, 4), a padded, a known negative."""
     random = torch.Generator().manual_seed(3)
     queries = torch.randn(B, D, generator=random)
     return {

@@ -26,7 +26,8 @@ BEST += ["--metric_for_best_model", "dev_ndcg@10", "--greater_is_better", "true"
 
 def teacher_arguments(data, backbone, output):
     return ["--backbone", backbone, "--data", data, "--output", str(output), "--min_score", "3", "--lora_rank", "4",
-            "--pairs_per_query", "2", "--max_steps", "6", "--save_strategy", "steps", "--save_steps", "2", *TRAIN]  # fmt: skip
+            "--pairs_per_query", "2", "--max_steps", "6", "--save_strategy", "steps", "--save_steps", "2",
+            *TRAIN]  # fmt: skip
 
 
 def align_arguments(house, output, *more):
