@@ -15,8 +15,10 @@ Train, dev and test are disjoint by intent. Ad i depends on the seed and i alone
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,12 +29,21 @@ import numpy as np
 from hlm.artefacts import HlmError, atomic_folder, write_manifest
 from hlm.sample_vocabulary import AXES, DEPARTMENTS, PITCHES
 
-VERSION = 1  # of the catalogue's making; a change of words or rules raises it
+VERSION = 2  # of the catalogue's making; a change of words or rules raises it
 NEAR, DISTRACTOR = 3, 4  # of every five ads the fourth repeats the first, the fifth alters one value of the second
 CATEGORIES = [(name, ad, queries) for name, (_, _, items) in DEPARTMENTS.items() for ad, queries in items]
 BRANDS = [(name, brand) for name, (_, brands, _) in DEPARTMENTS.items() for brand in brands]
+OWN_PAIRS = {
+    name: [
+        pair
+        for pair in itertools.combinations(range(3), 2)
+        if sum({axes[i] for i in pair} <= set(others) for others, _, _ in DEPARTMENTS.values()) == 1
+    ]
+    for name, (axes, _, _) in DEPARTMENTS.items()
+}
 KINDS = {"head": 0.2, "torso": 0.35, "tail": 0.2, "brand": 0.1, "attribute": 0.15}
 MAX_POSITIVES = 10  # of a training query
+PLAIN, SYNONYM = 0.2, 0.45  # how often an ad states a value, and its category, in people's words
 SPLITS = {"dev": (0.0, 0.08), "test": (0.08, 0.24), "train": (0.24, 1.0)}  # shares of the intents
 
 
@@ -86,7 +97,9 @@ def row(seed: int, number: int) -> dict[str, Any]:
     brand = BRANDS[found.brand][1]
     axes = axes_of(found.category)
     plain = [list(AXES[axis])[value] for axis, value in zip(axes, found.values, strict=True)]
-    words = [rng.choice(AXES[axis][value][0]) for axis, value in zip(axes, plain, strict=True)]
+    words = [
+        rng.choice(AXES[axis][value][1 if rng.random() < PLAIN else 0]) for axis, value in zip(axes, plain, strict=True)
+    ]
     model = f"{rng.choice('ABCDEFGHKLMNPRSTVX')}{rng.randrange(10, 999)}"
     title = rng.choice(
         [
@@ -98,8 +111,12 @@ def row(seed: int, number: int) -> dict[str, Any]:
         ]
     )
     price = round(5 * 1.6 ** rng.uniform(0, 9), 2)
-    facts = [word for word in words if word not in title]
-    text = " ".join([f"{', '.join(facts).capitalize()}." if facts else "", rng.choice(PITCHES)]).strip()
+    stated = set(re.findall(r"\w+", title))
+    facts = [word for word in words if word not in title or not stated.issuperset(re.findall(r"\w+", word))]
+    sentences = [", ".join(facts)] if facts else []
+    if rng.random() < SYNONYM:
+        sentences.append(f"for those who look for: {rng.choice(colloquial)}")
+    text = " ".join([*(sentence[0].upper() + sentence[1:] + "." for sentence in sentences), rng.choice(PITCHES)])
     return {
         "_id": f"ad{number:07d}",
         "title": title[0].upper() + title[1:],
@@ -135,7 +152,11 @@ def grades(intent: Intent, table: np.ndarray) -> np.ndarray:
 def draw_intent(rng: random.Random, found: Ad) -> tuple[str, Intent]:
     """A kind of query and an intent that this ad meets."""
     kind = rng.choices(list(KINDS), weights=list(KINDS.values()))[0]
-    axes = rng.sample(range(3), {"head": 1, "torso": 2, "tail": rng.choice([2, 3]), "attribute": 2, "brand": 0}[kind])
+    choices = range(3)
+    if kind == "attribute":
+        # Two axes that another department has too would ask for its ads as well, and they would be judged 0.
+        choices = rng.choice(OWN_PAIRS[CATEGORIES[found.category][0]])
+    axes = rng.sample(choices, {"head": 1, "torso": 2, "tail": rng.choice([2, 3]), "attribute": 2, "brand": 0}[kind])
     values = tuple(found.values[axis] if axis in axes else -1 for axis in range(3))
     category = -1 if kind == "attribute" else found.category
     brand = found.brand if kind == "brand" or (kind == "tail" and len(axes) == 2) else -1
@@ -183,7 +204,7 @@ def misspell(text: str, rng: random.Random) -> str:
             word[:at] + word[at + 1 :],
             word[:at] + word[at] + word[at:],
         ]
-        words[i] = rng.choice(slips)
+        words[i] = rng.choice([slip for slip in slips if slip != word])  # two equal letters swap to the same word
     return " ".join(words)
 
 
@@ -214,8 +235,7 @@ def draw_queries(
         if len(found) < counts[split]:
             raise HlmError(
                 f"{split}: expected {counts[split]} distinct queries, found {len(found)} that {ads} ads can give; ask "
-                "for "
-                "fewer, or make more ads"
+                "for fewer, or make more ads"
             )
         if split == "unlabelled":
             unlabelled = [text for text, _, _ in found]

@@ -1,12 +1,14 @@
 """The sample catalogue: deterministic, judged by its own rule, split by intent."""
 
 import json
+import random
+import re
 
 import pytest
 
 from hlm.artefacts import HlmError, fingerprint_file
 from hlm.data import load
-from hlm.sample_catalogue import CATEGORIES, DISTRACTOR, Intent, ad, split_of, write_catalogue
+from hlm.sample_catalogue import CATEGORIES, DISTRACTOR, Intent, ad, misspell, split_of, write_catalogue
 from hlm.sample_vocabulary import AXES, DEPARTMENTS
 
 SIZES = {"ads": 400, "unlabelled": 300, "train_queries": 100, "dev_queries": 15, "test_queries": 30}
@@ -78,6 +80,33 @@ def test_grades_follow_from_the_attributes_that_the_corpus_states(folder):
     assert seen == {0, 1, 2, 3}
 
 
+def test_no_two_queries_of_different_splits_ask_for_the_same(folder):
+    """By axis name, not by department: an attribute query must not stand for two departments."""
+    splits = {}
+    for query in lines(folder / "queries.jsonl"):
+        department, category, brand, values = json.loads(query["intent"])
+        axes = DEPARTMENTS[department][0]
+        wanted = frozenset((axis, value) for axis, value in zip(axes, values, strict=True) if value >= 0)
+        if query["kind"] == "attribute":
+            assert sum({axis for axis, _ in wanted} <= set(a) for a, _, _ in DEPARTMENTS.values()) == 1, query
+        splits.setdefault((category, brand, wanted), set()).add(query["_id"].rstrip("0123456789"))
+    assert all(len(found) == 1 for found in splits.values())
+
+
+def test_every_ad_states_its_values_in_words_of_the_vocabulary(folder):
+    for row in lines(folder / "corpus.jsonl"):
+        stated = f"{row['title']}. {row['text']}".lower()
+        for axis, value in row["attributes"].items():
+            forms = [form.lower() for side in AXES[axis][value] for form in side]
+            assert any(re.search(rf"(?<!\w){re.escape(form)}(?!\w)", stated) for form in forms), (axis, value, row)
+
+
+def test_a_slip_changes_one_word():
+    for number in range(300):
+        slipped = misspell("yellow kettle red", random.Random(number)).split(" ")
+        assert [a == b for a, b in zip(slipped, ["yellow", "kettle", "red"], strict=True)].count(False) == 1
+
+
 def test_distractors_differ_in_one_attribute_and_repeats_in_none():
     for group in range(0, 200, 5):
         original, altered = ad(1, group + 1), ad(1, group + DISTRACTOR)
@@ -87,8 +116,8 @@ def test_distractors_differ_in_one_attribute_and_repeats_in_none():
 
 
 def test_too_much_for_too_few_ads(tmp_path):
-    with pytest.raises(HlmError, match="expected 500 distinct queries, found"):
-        write_catalogue(tmp_path / "data", **SIZES | {"ads": 1, "test_queries": 500})
+    with pytest.raises(HlmError, match="expected 60 distinct queries, found"):
+        write_catalogue(tmp_path / "data", **SIZES | {"ads": 1, "test_queries": 60})
     with pytest.raises(HlmError, match="ads: expected at least 1, found 0"):
         write_catalogue(tmp_path / "data", **SIZES | {"ads": 0})
     assert not (tmp_path / "data").exists()
