@@ -6,8 +6,7 @@ the B rows. Shapes: B queries of this process, N queries of all processes (N = B
 query, M pool documents, d dimensions. Ids are int64 and non-negative; -1 is padding where padding is allowed.
 
 For batches larger than one device holds, see `hlm.gradcache`. Sources: the alignment losses and phase 3 are of
-HARNESS-LM (arXiv 2605.23572); the contrastive loss is eq. 1-2 of the
-Qwen3-Embedding report (arXiv 2506.05176).
+HARNESS-LM (arXiv 2605.23572); the contrastive loss is eq. 1-2 of the Qwen3-Embedding report (arXiv 2506.05176).
 """
 
 from __future__ import annotations

@@ -142,7 +142,7 @@ def select_hard_negatives(
     candidates = np.empty(scores.shape, dtype=bool)
     for start in range(0, count, _QUERIES):  # padded to the longest set: not for all queries at once
         part = slice(start, start + _QUERIES)
-        known = id_mask(_padded(never[part]), torch.from_numpy(np.ascontiguousarray(rows[part])))
+        known = id_mask(padded_rows(never[part]), torch.from_numpy(np.ascontiguousarray(rows[part])))
         candidates[part] = ~known.numpy()
     candidates &= np.cumsum(candidates, axis=1) > skip_top
     candidates &= scores < threshold[:, None]
@@ -196,7 +196,8 @@ def _top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, columns.gather(1, order)
 
 
-def _padded(sets: Sequence[Collection[int]]) -> Tensor:
+def padded_rows(sets: Sequence[Collection[int]]) -> Tensor:
+    """One line a set, as long as the longest: int64 (n, longest), padded with -1."""
     padded = np.full((len(sets), max((len(rows) for rows in sets), default=0)), -1, dtype=np.int64)
     for line, rows in zip(padded, sets, strict=True):
         line[: len(rows)] = list(rows)

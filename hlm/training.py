@@ -6,6 +6,7 @@ columns, so that texts are tokenised once and frozen vectors come from the store
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -201,7 +202,8 @@ class RecipeTrainer(SentenceTransformerTrainer):
         loss = self.step_loss(model, inputs)
         return (loss, {}) if return_outputs else loss
 
-    def _trained(self) -> dict[str, Tensor]:
+    def trained_tensors(self) -> dict[str, Tensor]:
+        """Name -> tensor of every parameter that trains: under LoRA the adapter's alone."""
         wanted = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         return {name: tensor for name, tensor in self.model.state_dict().items() if name in wanted}
 
@@ -209,13 +211,13 @@ class RecipeTrainer(SentenceTransformerTrainer):
         # Only what trains: a checkpoint of an 8B teacher under LoRA holds the adapter, not 16 GB of frozen weights.
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"model.{name}": tensor.contiguous() for name, tensor in self._trained().items()}
+        tensors = {f"model.{name}": tensor.contiguous() for name, tensor in self.trained_tensors().items()}
         tensors |= {f"extra.{name}": tensor.contiguous() for name, tensor in self.extra_state.items()}
         save_file(tensors, str(folder / STATE))
 
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:
         tensors = load_file(str(Path(checkpoint_path) / STATE))
-        trained = self._trained()
+        trained = self.trained_tensors()
         found = {name[len("model.") :]: tensor for name, tensor in tensors.items() if name.startswith("model.")}
         if found.keys() != trained.keys():
             raise HlmError(f"{checkpoint_path} does not hold this model's weights; delete {self.args.output_dir}")
@@ -284,8 +286,6 @@ def train(trainer: RecipeTrainer, identity: dict[str, Any]) -> None:
 
 
 def _same_run(path: Path, identity: dict[str, Any]) -> None:
-    import json
-
     before = json.loads(path.read_text())
     for part in ("inputs", "config"):
         old, new = before.get(part, {}), json.loads(json.dumps(identity[part]))
@@ -334,6 +334,6 @@ def check_student(folder: str | Path, teacher: str) -> None:
     found = read_manifest(folder, "student")["inputs"].get("teacher")
     if found != teacher:
         raise HlmError(
-            f"expected a student of teacher {teacher} (the vectors'), found one of {found} in {folder}; align it to "
-            "this teacher, or name the other teacher's vectors"
+            f"expected a student of teacher {teacher} (the vectors'), found {folder}, a student of teacher {found}; "
+            "align it to this teacher, or name the other teacher's vectors"
         )

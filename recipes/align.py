@@ -36,7 +36,7 @@ from hlm.training import (
     set_dropout,
     train,
     up_to_date,
-)  # fmt: skip
+)
 
 logger = logging.getLogger(__name__)
 

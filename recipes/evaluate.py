@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hlm.artefacts import HlmError, fingerprint_json, fingerprint_texts, read_manifest, write_json
+from hlm.artefacts import HlmError, fingerprint_json, fingerprint_texts, write_json
 from hlm.config import parse, run_recipe
 from hlm.data import RetrievalData, document_text, load
 from hlm.encoders import encode, fingerprint, load_encoder
@@ -29,6 +29,7 @@ from hlm.index import AdIndex
 from hlm.pruning import parameter_counts
 from hlm.report import STUDENTS, SYSTEMS, build_report, environment, format_table, plot
 from hlm.store import VectorStore, write_store
+from hlm.training import check_student
 
 logger = logging.getLogger(__name__)
 
@@ -176,13 +177,7 @@ def open_catalogue(
         if system.corpus is None and teacher is None:
             raise HlmError(f"systems: '{name}' searches the teacher's vectors: add `teacher`, or give it a `corpus`")
         catalogue = Catalogue(VectorStore.open(system.corpus)) if system.corpus else teacher
-        aligned_to = read_manifest(system.model, "student")["inputs"].get("teacher")
-        if aligned_to != catalogue.store.encoder:
-            raise HlmError(
-                f"{system.model} is a student of teacher {aligned_to}, but the vectors at {catalogue.store.folder} "
-                "were "
-                f"made by {catalogue.store.encoder}; evaluate it with its own teacher, or train it again"
-            )
+        check_student(system.model, catalogue.store.encoder)
         catalogue.store.check(source=source)
         return catalogue
     if system.corpus is not None:

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -44,17 +45,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=1, help="processes to launch each training step on")
     options = parser.parse_args(argv)
     configs = Path(options.configs)
-    steps = [(name, script, configs / f"{name}.yaml") for name, script in STEPS if (configs / f"{name}.yaml").is_file()]
+    found = [(name, script, configs / f"{name}.yaml") for name, script in STEPS]
+    steps = [(*step, yaml.safe_load(step[2].read_text())) for step in found if step[2].is_file()]
     if not steps:
         print(f"error: expected YAML files of steps in {configs}, found none; name a folder under recipes/configs")
         return 2
-    output = Path(yaml.safe_load(steps[-1][2].read_text())["output"])
-    made = [Path(yaml.safe_load(config.read_text())["output"]) for _, _, config in steps]
+    made = [Path(values["output"]) for *_, values in steps]
+    output = made[-1]
     begun, before, seconds = time.monotonic(), "", {}
-    for name, script, config in steps:
+    for name, script, config, values in steps:
         stamp_path = output / ".steps" / f"{name}.json"
-        stamp = fingerprint(RECIPES / f"{script}.py", config, made, before)
-        values = yaml.safe_load(config.read_text())
+        stamp = fingerprint(RECIPES / f"{script}.py", config, values, made, before)
         if Path(values["output"]).exists() and stamp_path.is_file():
             if json.loads(stamp_path.read_text())["stamp"] == stamp:
                 print(f"{name}: up to date", flush=True)
@@ -89,13 +90,13 @@ def command(script: str, config: Path, processes: int) -> list[str]:
     return [sys.executable, path, "--config", str(config)]
 
 
-def fingerprint(script: Path, config: Path, made: list[Path], before: str) -> str:
+def fingerprint(script: Path, config: Path, values: dict[str, Any], made: list[Path], before: str) -> str:
     """What the step's result follows from; sizes and times stand for the content of files that no step makes."""
     digest = hashlib.sha256(before.encode())
     sources = sorted((RECIPES.parent / "hlm").glob("*.py"))
     for path in (script, config, *sources):
         digest.update(path.read_bytes())
-    for value in yaml.safe_load(config.read_text()).values():
+    for value in values.values():
         if not isinstance(value, str) or not Path(value).exists():
             continue
         if any(Path(value) == output or output in Path(value).parents for output in made):

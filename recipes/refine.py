@@ -23,7 +23,7 @@ from hlm.encoders import encode, fingerprint, load_encoder, prompt_of, save_enco
 from hlm.gradcache import gather_with_gradient
 from hlm.index import AdIndex
 from hlm.losses import id_mask, l2_alignment, matryoshka, refinement_contrastive
-from hlm.mining import positive_scores, select_hard_negatives, top_k_documents
+from hlm.mining import padded_rows, positive_scores, select_hard_negatives, top_k_documents
 from hlm.store import VectorStore
 from hlm.training import (
     DevRetrieval,
@@ -36,7 +36,7 @@ from hlm.training import (
     set_dropout,
     train,
     up_to_date,
-)  # fmt: skip
+)
 
 logger = logging.getLogger(__name__)
 
@@ -120,10 +120,7 @@ class Refinement:
         self.texts = [texts[name] for name in number]
         self.tokens = TokenTable(model, self.texts, prompt_of(model, "query"))
         self.teacher_queries, self.teacher_rows = queries, queries.rows_of(list(number))
-        excluded = np.full((len(number), max(map(len, self.known))), -1, dtype=np.int64)
-        for line, known in zip(excluded, self.known, strict=True):
-            line[: len(known)] = known
-        self.excluded = torch.from_numpy(excluded)
+        self.excluded = padded_rows(self.known)
         self.teacher_top = torch.full((len(number), 1), -1)
         if config.mask_top:
             vectors = queries.gather(self.teacher_rows)

@@ -20,7 +20,7 @@ from accelerate.utils import set_seed
 
 from hlm.artefacts import HlmError, fingerprint_json
 from hlm.config import parse, run_recipe
-from hlm.data import RetrievalData, document_text, iterate, load, query_text, training_pairs
+from hlm.data import RetrievalData, document_text, iterate, load, training_pairs
 from hlm.encoders import (
     add_lora,
     enable_gradient_checkpointing,
@@ -30,10 +30,10 @@ from hlm.encoders import (
     merge_lora,
     prompt_of,
     save_encoder,
-)  # fmt: skip
+)
 from hlm.gradcache import cached_loss, gather_with_gradient
 from hlm.losses import qwen3_contrastive
-from hlm.mining import mine_hard_negatives
+from hlm.mining import mine_hard_negatives, padded_rows
 from hlm.store import VectorStore, write_store
 from hlm.training import (
     DevRetrieval,
@@ -44,7 +44,7 @@ from hlm.training import (
     finish,
     train,
     up_to_date,
-)  # fmt: skip
+)
 
 logger = logging.getLogger(__name__)
 
@@ -103,9 +103,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     train(trainer, identity)
     if trainer.is_world_process_zero():
-        adapter = {name: tensor.clone() for name, tensor in trainer._trained().items()}
-        peft = model[0].model
-        peft_config = peft.peft_config["default"]
+        adapter = {name: tensor.clone() for name, tensor in trainer.trained_tensors().items()}
+        peft_config = model[0].model.peft_config["default"]
         save_encoder(
             merge_lora(model), config.output, "teacher", **identity,
             beside=lambda folder: save_adapter(adapter, peft_config, config.backbone, folder / "adapter"),
@@ -121,13 +120,13 @@ class Pairs:
         triples = training_pairs(data, "train", min_score=config.min_score)
         if not triples:
             raise HlmError(f"expected pairs of grade {config.min_score} or more in qrels/train, found none")
-        self.query_texts = {row["_id"]: query_text(row, oracle=config.oracle) for row in iterate(data.queries)}
         self.documents = [document_text(row, oracle=config.oracle) for row in iterate(data.corpus)]
         row_of = {name: row for row, name in enumerate(data.corpus["_id"])}
         best: dict[str, list[tuple[int, int]]] = {}
         for query, document, grade in triples:
             best.setdefault(query, []).append((-grade, row_of[document]))
-        self.queries = list(best)
+        texts = dict(data.split_queries("train", oracle=config.oracle))
+        self.queries = [texts[name] for name in best]
         self.known = [[row for _, row in found] for found in best.values()]
         generator = np.random.default_rng(0)
         rows = []
@@ -136,10 +135,7 @@ class Pairs:
             order = sorted(range(len(found)), key=lambda i: (found[i][0], generator.random()))
             rows += [(number, found[i][1]) for i in order[: config.pairs_per_query]]
         self.rows = np.asarray(rows, dtype=np.int64)  # (pairs, 2): query number, document row
-        width = max(map(len, self.known))
-        self.excluded = np.full((len(self.known), width), -1, dtype=np.int64)
-        for number, known in enumerate(self.known):
-            self.excluded[number, : len(known)] = known
+        self.excluded = padded_rows(self.known)
 
 
 def mine(model, pairs: Pairs, config: TeacherConfig, folder: str, source: str) -> np.ndarray:
@@ -151,29 +147,27 @@ def mine(model, pairs: Pairs, config: TeacherConfig, folder: str, source: str) -
         return np.zeros((len(pairs.queries), 0), dtype=np.int64)
     logger.info("mining with the backbone: %d queries, %d documents", len(pairs.queries), len(pairs.documents))
     state = PartialState()
-    records = list(enumerate(pairs.documents))
     write_store(
         folder,
-        lambda start, stop: ((str(row), text) for row, text in records[start:stop]),
+        lambda start, stop: ((str(row), pairs.documents[row]) for row in range(start, stop)),
         partial(encode, model, prompt_name="document"),
         dim=model.get_embedding_dimension(),
         encoder=fingerprint(model),
         source=source,
-        n_rows=len(records),
+        n_rows=len(pairs.documents),
         shard_rows=8192,
         process_index=state.process_index,
         num_processes=state.num_processes,
     )
     state.wait_for_everyone()
-    queries = encode(model, [pairs.query_texts[name] for name in pairs.queries], prompt_name="query")
+    queries = encode(model, pairs.queries, prompt_name="query")
     return mine_hard_negatives(queries, pairs.known, VectorStore.open(folder), config.hard_negatives)
 
 
 class Batches:
     def __init__(self, model, pairs: Pairs, negatives: np.ndarray, config: TeacherConfig) -> None:
         self.pairs, self.negatives, self.config = pairs, negatives, config
-        texts = [pairs.query_texts[name] for name in pairs.queries]
-        self.queries = TokenTable(model, texts, prompt_of(model, "query"))
+        self.queries = TokenTable(model, pairs.queries, prompt_of(model, "query"))
         self.documents = TokenTable(model, pairs.documents, prompt_of(model, "document"))
 
     def collate(self, rows: list[int]) -> dict:
@@ -187,7 +181,7 @@ class Batches:
             "query_ids": torch.from_numpy(query),
             "positive_ids": torch.from_numpy(positive),
             "negative_ids": torch.from_numpy(negative),
-            "excluded_ids": torch.from_numpy(self.pairs.excluded[query]),
+            "excluded_ids": self.pairs.excluded[query],
         }
 
     def loss(self, model, batch: dict) -> torch.Tensor:

@@ -150,11 +150,11 @@ def test_a_head_makes_a_student_as_wide_as_the_teacher(house, tmp_path):
 
 
 def test_gradient_caching_trains_to_the_same_teacher(house, tmp_path):
+    if "tiny_bert" in house.backbone:
+        pytest.skip("dropout falls differently on other chunks")
     arguments = teacher_arguments(house.data, house.backbone, tmp_path / "cached")
     teacher.main([*arguments, "--cache_chunk", "8"])
     one, other = (load_file(folder / "model.safetensors") for folder in (house / "teacher", tmp_path / "cached"))
-    if "tiny_bert" in house.backbone:
-        pytest.skip("dropout falls differently on other chunks")
     for name in one:
         np.testing.assert_allclose(one[name], other[name], atol=2e-3, err_msg=name)
 
