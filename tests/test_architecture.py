@@ -12,9 +12,10 @@ LAYERS = [
     {"artefacts"},
     {"config", "tables", "data", "spelling", "keywords", "sample_vocabulary", "sample_catalogue", "losses",
      "gradcache", "store_writer", "store"},
-    {"encoders", "pruning"},
-    {"mining", "index", "evaluation", "metric", "report"},
+    {"encoders", "pruning", "planner"},
+    {"export", "runtime", "mining", "index", "evaluation", "metric", "latency", "report"},
     {"training"},
+    {"cards", "hub"},
     {"cli"},
 ]  # fmt: skip
 MODULES = sorted((ROOT / "hlm").glob("*.py"))
