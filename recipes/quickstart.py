@@ -4,7 +4,8 @@ skipped.
     python recipes/quickstart.py --configs recipes/configs/quickstart
 
 Each step is a recipe with a YAML in the folder given; a step without one is left out. What a step depends on is its
-YAML, its script, the library's sources, the files its YAML names that no step makes, and the step before.
+YAML, its script, the library's sources, the files its YAML names that no step makes, and the steps before with the
+manifests they left. A step that is started for nothing sees that by itself and ends at once.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import hashlib
 import json
 import os
-import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from hlm.artefacts import HlmError, write_json
+from hlm.artefacts import MANIFEST, HlmError, write_json
 
 # (step, script); the step's YAML has its name
 STEPS = [
@@ -45,61 +46,81 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=1, help="processes to launch each training step on")
     options = parser.parse_args(argv)
     configs = Path(options.configs)
-    found = [(name, script, configs / f"{name}.yaml") for name, script in STEPS]
-    steps = [(*step, yaml.safe_load(step[2].read_text())) for step in found if step[2].is_file()]
+    steps = [(name, script, configs / f"{name}.yaml") for name, script in STEPS if (configs / f"{name}.yaml").is_file()]
     if not steps:
-        print(f"error: expected YAML files of steps in {configs}, found none; name a folder under recipes/configs")
-        return 2
-    made = [Path(values["output"]) for *_, values in steps]
-    output = made[-1]
-    begun, before, seconds = time.monotonic(), "", {}
-    for name, script, config, values in steps:
-        stamp_path = output / ".steps" / f"{name}.json"
-        stamp = fingerprint(RECIPES / f"{script}.py", config, values, made, before)
-        if Path(values["output"]).exists() and stamp_path.is_file():
-            if json.loads(stamp_path.read_text())["stamp"] == stamp:
-                print(f"{name}: up to date", flush=True)
-                before = stamp
-                continue
-        print(f"{name}: {config}", flush=True)
-        started = time.monotonic()
-        status = subprocess.run(command(script, config, options.processes)).returncode
-        if status:
-            print(f"error: step {name} ended with status {status}; mend its cause and run this command again")
-            return status
-        seconds[name] = round(time.monotonic() - started, 1)
-        write_json(stamp_path, {"stamp": stamp})
-        before = stamp
-    print_report(output)
-    if seconds:
-        peak_gib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # Linux: KiB of the largest step
-        total = round(time.monotonic() - begun, 1)
-        timings = {"seconds": seconds, "total_seconds": total, "peak_memory_gib": round(peak_gib, 2)}
-        write_json(output / "timings.json", timings | {"cores": len(os.sched_getaffinity(0))})
-        print(f"\n{total / 60:.1f} minutes, at most {peak_gib:.1f} GiB")
+        raise HlmError(f"expected YAML files of steps in {configs}, found none; name a folder under recipes/configs")
+    outputs = [Path(settings(config)["output"]) for _, _, config in steps]
+    home = outputs[-1] if steps[-1][0] == "evaluate" else outputs[-1].parent  # beside what the steps make
+    before, skipped, records = "", [], {}
+    for (name, script, config), output in zip(steps, outputs, strict=True):
+        stamp = fingerprint(RECIPES / f"{script}.py", config, outputs, before)
+        path = home / ".steps" / f"{name}.json"
+        record = json.loads(path.read_text()) if path.is_file() else {}
+        if record.get("stamp") == stamp and record.get("result") == result(name, output):
+            print(f"{name}: up to date", flush=True)
+            skipped.append(name)
+        else:
+            print(f"{name}: {config}", flush=True)
+            status, used = run(command(script, config, options.processes))
+            if status:
+                print(f"error: step {name} ended with status {status}; mend its cause and run this command again")
+                print(f"the step alone: {shlex.join(command(script, config, options.processes))}")
+                return status if status > 0 else 128 - status
+            record = {"stamp": stamp, "result": result(name, output), **used}
+            if record["result"] is None:
+                raise HlmError(f"step {name}: expected {MANIFEST} or report.json under {output}, found neither")
+            write_json(path, record)
+            print(f"{name}: {used['seconds']:.1f} s, at most {used['peak_memory_gib']:.2f} GiB", flush=True)
+        before, records[name] = f"{stamp} {record['result']}", record
+    if "evaluate" in skipped:  # else it has just printed the table
+        print_report(home)
+    if len(skipped) < len(steps):
+        write_timings(home, records, whole=not skipped)
     else:
         print("\nnothing had changed")
     return 0
 
 
+def settings(config: Path) -> dict[str, Any]:
+    """The YAML as it stands; the recipe itself checks every key."""
+    try:
+        values = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise HlmError(f"cannot read {config}: {error}") from error
+    if not isinstance(values, dict) or not isinstance(values.get("output"), str):
+        raise HlmError(f"{config}: expected `output: FOLDER`, found none; say where the step writes")
+    return values
+
+
 def command(script: str, config: Path, processes: int) -> list[str]:
-    path = str(RECIPES / f"{script}.py")
+    path = os.path.relpath(RECIPES / f"{script}.py")
     if processes > 1 and script in ("teacher", "embed", "align", "refine"):
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         return [sys.executable, *launch, path, "--config", str(config)]
     return [sys.executable, path, "--config", str(config)]
 
 
-def fingerprint(script: Path, config: Path, values: dict[str, Any], made: list[Path], before: str) -> str:
+def run(words: list[str]) -> tuple[int, dict[str, float]]:
+    """Exit status (negative: the signal), wall seconds and the peak memory of the largest process that was started."""
+    started = time.monotonic()
+    process = subprocess.Popen(words)
+    _, status, usage = os.wait4(process.pid, 0)  # unlike Popen.wait, it tells this child's peak from the others'
+    process.returncode = os.waitstatus_to_exitcode(status)
+    kib = 2**10 if sys.platform == "darwin" else 1  # macOS counts bytes
+    used = {"seconds": time.monotonic() - started, "peak_memory_gib": usage.ru_maxrss / kib / 2**20}
+    return process.returncode, {what: round(value, 2) for what, value in used.items()}
+
+
+def fingerprint(script: Path, config: Path, outputs: list[Path], before: str) -> str:
     """What the step's result follows from; sizes and times stand for the content of files that no step makes."""
     digest = hashlib.sha256(before.encode())
     sources = sorted((RECIPES.parent / "hlm").glob("*.py"))
     for path in (script, config, *sources):
         digest.update(path.read_bytes())
-    for value in values.values():
+    for value in settings(config).values():
         if not isinstance(value, str) or not Path(value).exists():
             continue
-        if any(Path(value) == output or output in Path(value).parents for output in made):
+        if any(Path(value) == output or output in Path(value).parents for output in outputs):
             continue  # an earlier step's: `before` stands for it
         for path in [Path(value)] if Path(value).is_file() else sorted(Path(value).rglob("*")):
             status = path.stat()
@@ -107,12 +128,29 @@ def fingerprint(script: Path, config: Path, values: dict[str, Any], made: list[P
     return digest.hexdigest()[:16]
 
 
-def print_report(output: Path) -> None:
-    from hlm.report import format_table
+def result(name: str, output: Path) -> str | None:
+    """16 hex digits over the manifests that the step left: other ones where a step was run by hand with other
+    settings. None where there is nothing."""
+    paths = [output / "report.json"] if name == "evaluate" else sorted(output.rglob(MANIFEST))
+    paths = [path for path in paths if path.is_file()]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in paths))
+    return digest.hexdigest()[:16] if paths else None
 
-    path = output / "report.json"
-    if path.is_file():
-        print(format_table(json.loads(path.read_text())))
+
+def write_timings(home: Path, records: dict[str, dict[str, Any]], *, whole: bool) -> None:
+    """Writes timings.json: each step's time when it last ran, their sum, and the largest step's peak memory."""
+    seconds = {name: record["seconds"] for name, record in records.items()}
+    total, peak = round(sum(seconds.values()), 1), max(record["peak_memory_gib"] for record in records.values())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    timings = {"seconds": seconds, "total_seconds": total, "peak_memory_gib": peak, "cores": cores}
+    write_json(home / "timings.json", timings | {"in_one_run": whole})
+    print(f"\nall steps: {total / 60:.1f} minutes, at most {peak:.2f} GiB")
+
+
+def print_report(home: Path) -> None:
+    from hlm.report import format_table  # torch and matplotlib come with it: seconds, and only here
+
+    print("\n" + format_table(json.loads((home / "report.json").read_text())))
 
 
 if __name__ == "__main__":
@@ -121,3 +159,5 @@ if __name__ == "__main__":
     except HlmError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
 LAYERS, HIDDEN, FFN = 6, 32, 64
@@ -38,13 +38,13 @@ def sentence_transformer(backbone, tokenizer, folder: Path, pooling: str, prompt
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory) -> str:
     """A BERT of 6 layers, 32 wide, FFN 64, mean pooling, no prompts: the path of a sentence-transformers folder."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    # The vocabulary is written out: a trained one breaks ties differently in every process.
+    characters = [chr(code) for code in range(33, 127)]
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *(f"##{c}" for c in characters), *WORDS]
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    alphabet = [chr(code) for code in range(33, 127)]
-    trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator([" ".join(WORDS)] * 3, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
     )
@@ -66,14 +66,15 @@ def tiny_qwen3(tmp_path_factory) -> str:
 
     As with Qwen3-Embedding, the tokenizer's post-processor appends `<|endoftext|>` while `eos_token` is `<|im_end|>`.
     """
-    tokenizer = Tokenizer(models.BPE())
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    merges = list(dict.fromkeys((text[:end], text[end]) for word in WORDS for text in (word, f"Ġ{word}")
+                                for end in range(1, len(text))))  # fmt: skip
+    pieces = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(left + right for left, right in merges)]
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    tokenizer.add_special_tokens(special)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    tokenizer.train_from_iterator([" ".join(WORDS)] * 3, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", tokenizer.token_to_id("<|endoftext|>"))]
     )
