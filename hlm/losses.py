@@ -132,14 +132,15 @@ def qwen3_contrastive(
 
     with s the cosine, t the temperature, and m = 0 for a false negative: where the term's own s > s(q_i, d_i) + margin
     (math.inf switches that off), where the document is d_i itself or one of query i's `excluded_ids`, and in q-q where
-    the query id is the same. Documents and queries are compared by id: dropout makes equal texts differ.
+    the query is q_i itself or one whose positive d_j is such a document: queries that one document answers are no
+    negatives of each other. Documents and queries are compared by id: dropout makes equal texts differ.
 
     Args:
         queries, positives: (B, d), row i of one belongs to row i of the other.
         negatives: (B, K, d), or None. negative_ids: (B, K) int64, required with them; -1 marks a padded slot.
         query_ids, positive_ids: (B,) int64.
         excluded_ids: (B, E) int64 padded with -1: documents that must never count as negatives of query i, such as its
-            other known positives; masks hard negatives, d-d and q-d.
+            other known positives; masks hard negatives, q-q, d-d and q-d.
         all_queries, all_positives, all_query_ids, all_positive_ids: (N, d) and (N,): the rows of all processes in rank
             order; give all four or none. offset: where this process's rows start in them (rank x B).
 
@@ -174,10 +175,9 @@ def qwen3_contrastive(
         if use_hard and negatives is not None:
             false = _false_documents(negative_ids, positive_ids, excluded_ids)
             parts.append(_masked(_hard_similarity(queries, negatives), false, limit))
+        false = _false_documents(all_positive_ids, positive_ids, excluded_ids)
         if use_query_query:
-            parts.append(_masked(queries @ all_queries.T, query_ids[:, None] == all_query_ids, limit))
-        if use_document_document or use_in_batch:
-            false = _false_documents(all_positive_ids, positive_ids, excluded_ids)
+            parts.append(_masked(queries @ all_queries.T, false | (query_ids[:, None] == all_query_ids), limit))
         if use_document_document:
             parts.append(_masked(positives @ all_positives.T, false, limit))
         if use_in_batch:

@@ -81,22 +81,39 @@ class TokenTable:
         return pad(self.model, ids)
 
 
-class LengthBatches:
+class GroupedBatches:
     """Batches of rows, new every epoch, the same for the same seed and epoch whatever happened before.
 
-    With lengths, rows of 32 batches are sorted by length before they are cut, and the batches shuffled again: little
-    padding, while every epoch still mixes the rows.
+    With `keys`, rows are sorted by key and cut into groups, and batches are put together from groups at random: rows of
+    one key meet, while every epoch still mixes the rows. Token counts as keys save padding; documents as keys let a
+    document be encoded once for several queries.
+
+    Args:
+        keys: a number for each row, or None for batches at random.
+        group: rows that stay together; divides batch_size. By default a whole batch, and then only the rows of 32
+            batches at a time are sorted: every batch would otherwise hold the same rows in every epoch.
     """
 
     def __init__(
-        self, rows: int, batch_size: int, seed: int, *, lengths: np.ndarray | None = None, drop_last: bool = True
+        self,
+        rows: int,
+        batch_size: int,
+        seed: int,
+        *,
+        keys: np.ndarray | None = None,
+        group: int | None = None,
+        drop_last: bool = True,
     ) -> None:
         if rows < batch_size and drop_last:
             raise HlmError(
                 f"expected at least one whole batch of {batch_size}, found {rows} rows; lower "
                 "per_device_train_batch_size or give more data"
             )
-        self.rows, self.batch_size, self.seed, self.lengths, self.drop_last = rows, batch_size, seed, lengths, drop_last
+        group = group or batch_size
+        if batch_size % group:
+            raise HlmError(f"expected a group that divides the batch of {batch_size}, found {group}")
+        self.rows, self.batch_size, self.seed, self.drop_last = rows, batch_size, seed, drop_last
+        self.keys, self.group = keys, group
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -108,12 +125,15 @@ class LengthBatches:
     def __iter__(self) -> Iterator[list[int]]:
         generator = np.random.default_rng((self.seed, self.epoch))
         order = generator.permutation(self.rows)
-        if self.lengths is not None:
-            wide = self.batch_size * 32
+        if self.keys is not None:
+            wide = self.batch_size * 32 if self.group == self.batch_size else self.rows
             blocks = [order[start : start + wide] for start in range(0, self.rows, wide)]
-            order = np.concatenate([block[np.argsort(self.lengths[block], kind="stable")] for block in blocks])
-        starts = np.arange(len(self)) * self.batch_size
-        for start in generator.permutation(starts) if self.lengths is not None else starts:
+            order = np.concatenate([block[np.argsort(self.keys[block], kind="stable")] for block in blocks])
+            whole = self.rows // self.group
+            starts = generator.permutation(whole) * self.group
+            groups = [order[start : start + self.group] for start in starts]
+            order = np.concatenate([*groups, order[whole * self.group :]])
+        for start in np.arange(len(self)) * self.batch_size:
             yield order[start : start + self.batch_size].tolist()
 
 
@@ -163,7 +183,7 @@ class RecipeTrainer(SentenceTransformerTrainer):
         rows: number of training rows; a row's meaning is the recipe's.
         collate: list of row numbers -> dict of tensors and of features (nested dicts).
         step_loss: (model as wrapped for distribution, batch on the device) -> scalar.
-        lengths: tokens of each row, to batch rows of similar length; None for batches at random.
+        keys, group: which rows go into a batch together, see GroupedBatches.
         extra_state: tensors that must survive a kill beside weights and optimizer, updated in place by the recipe.
     """
 
@@ -175,12 +195,13 @@ class RecipeTrainer(SentenceTransformerTrainer):
         rows: int,
         collate: Callable[[list[int]], dict[str, Any]],
         step_loss: Callable[[torch.nn.Module, dict[str, Any]], Tensor],
-        lengths: np.ndarray | None = None,
+        keys: np.ndarray | None = None,
+        group: int | None = None,
         evaluator: BaseEvaluator | None = None,
         extra_state: dict[str, Tensor] | None = None,
         callbacks: list | None = None,
     ) -> None:
-        self.lengths, self.step_loss = lengths, step_loss
+        self.keys, self.group, self.step_loss = keys, group, step_loss
         self.extra_state = extra_state or {}
         super().__init__(
             model=model,
@@ -196,7 +217,7 @@ class RecipeTrainer(SentenceTransformerTrainer):
         """No card from the trainer: it would describe a column of row numbers."""
 
     def get_batch_sampler(self, dataset, batch_size, drop_last, valid_label_columns=None, generator=None, seed=0):
-        return LengthBatches(len(dataset), batch_size, seed, lengths=self.lengths, drop_last=drop_last)
+        return GroupedBatches(len(dataset), batch_size, seed, keys=self.keys, group=self.group, drop_last=drop_last)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = self.step_loss(model, inputs)

@@ -108,7 +108,7 @@ def align(source: str, stage: dict, output: str, config: AlignConfig, args, data
         model,
         args,
         rows=len(tokens),
-        lengths=tokens.lengths,
+        keys=tokens.lengths,
         collate=lambda rows: {"query": tokens.features(rows), "teacher": queries.teacher(np.asarray(rows))},
         step_loss=lambda wrapped, batch: loss(wrapped(batch["query"])["sentence_embedding"], batch["teacher"]),
         evaluator=DevRetrieval(

@@ -48,6 +48,8 @@ from hlm.training import (
 
 logger = logging.getLogger(__name__)
 
+SIMILAR_LENGTH = 32  # rows of similar length that are padded together
+
 
 @dataclass
 class TeacherConfig:
@@ -57,6 +59,9 @@ class TeacherConfig:
     min_score: int = field(default=1, metadata={"help": "lowest grade that makes a training pair"})
     pairs_per_query: int | None = field(default=None, metadata={"help": "at most so many pairs of one query, the best"})
     hard_negatives: int = field(default=1, metadata={"help": "documents mined a pair with the backbone; 0: none"})
+    queries_per_document: int = field(
+        default=1, metadata={"help": "pairs of one document that share a batch: it is encoded once for all of them"}
+    )
     oracle: bool = field(default=False, metadata={"help": "read the `oracle` columns, which only exist offline"})
     lora_rank: int = field(default=256)
     lora_alpha: int = field(default=512)
@@ -99,6 +104,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows=len(pairs.rows),
         collate=batches.collate,
         step_loss=batches.loss,
+        keys=pairs.rows[:, 1] if config.queries_per_document > 1 else None,
+        group=config.queries_per_document,
         evaluator=dev_retrieval(data, config),
     )
     train(trainer, identity)
@@ -171,13 +178,22 @@ class Batches:
         self.documents = TokenTable(model, pairs.documents, prompt_of(model, "document"))
 
     def collate(self, rows: list[int]) -> dict:
-        query, positive = self.pairs.rows[rows].T
+        pairs = self.pairs.rows[rows]
+        query, positive = pairs[np.argsort(self.queries.lengths[pairs[:, 0]], kind="stable")].T
         negative = self.negatives[query]
-        chunk = self.config.cache_chunk or len(rows)
+        # Every document of the batch is encoded once, however many queries it belongs to.
+        documents, places = np.unique([*positive, *np.maximum(negative, 0).ravel()], return_inverse=True)
+        order = np.argsort(self.documents.lengths[documents], kind="stable")
+        documents, places = documents[order], np.argsort(order)[places]
+        # As many chunks on every rank, however many documents are distinct there: gradient caching asks for it.
+        size = self.config.cache_chunk or SIMILAR_LENGTH
+        chunks = -(-(1 + negative.shape[1]) * len(rows) // size)
+        documents = np.pad(documents, (0, max(0, chunks - len(documents))), mode="edge")
         return {
-            "query": [self.queries.features(part) for part in split(query, chunk)],
-            "positive": [self.documents.features(part) for part in split(positive, chunk)],
-            "negative": [self.documents.features(part) for part in split(np.maximum(negative, 0).ravel(), chunk)],
+            "query": [self.queries.features(part) for part in np.array_split(query, -(-len(rows) // size))],
+            "document": [self.documents.features(part) for part in np.array_split(documents, chunks)],
+            "positive_places": torch.from_numpy(places[: len(rows)]),
+            "negative_places": torch.from_numpy(places[len(rows) :].reshape(negative.shape)),
             "query_ids": torch.from_numpy(query),
             "positive_ids": torch.from_numpy(positive),
             "negative_ids": torch.from_numpy(negative),
@@ -185,25 +201,24 @@ class Batches:
         }
 
     def loss(self, model, batch: dict) -> torch.Tensor:
-        groups = [batch[name] for name in ("query", "positive", "negative") if batch[name]]
         query_ids, positive_ids = batch["query_ids"], batch["positive_ids"]
         all_query_ids, all_positive_ids = gather_with_gradient(query_ids), gather_with_gradient(positive_ids)
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        hard = self.negatives.shape[1] > 0
 
-        def contrast(queries, positives, negatives=None):
-            if negatives is not None:
-                negatives = negatives.view(len(queries), -1, negatives.shape[-1])
+        def contrast(queries, documents):
+            positives = documents[batch["positive_places"]]
             return qwen3_contrastive(
                 queries,
                 positives,
-                negatives,
+                documents[batch["negative_places"]] if hard else None,
                 query_ids=query_ids,
                 positive_ids=positive_ids,
-                negative_ids=batch["negative_ids"] if negatives is not None else None,
+                negative_ids=batch["negative_ids"] if hard else None,
                 excluded_ids=batch["excluded_ids"],
                 temperature=self.config.temperature,
                 margin=self.config.margin,
-                use_hard=negatives is not None,
+                use_hard=hard,
                 use_in_batch=self.config.use_in_batch,
                 use_query_query=self.config.use_query_query,
                 use_document_document=self.config.use_document_document,
@@ -217,13 +232,10 @@ class Batches:
         def encode_chunk(features):
             return model(features)["sentence_embedding"]
 
+        groups = [batch["query"], batch["document"]]
         if self.config.cache_chunk:
             return cached_loss(encode_chunk, groups, contrast, no_sync=getattr(model, "no_sync", None))
-        return contrast(*(encode_chunk(group[0]) for group in groups))
-
-
-def split(rows: np.ndarray, chunk: int) -> list[np.ndarray]:
-    return [rows[start : start + chunk] for start in range(0, len(rows), chunk)]
+        return contrast(*(torch.cat([encode_chunk(chunk) for chunk in group]) for group in groups))
 
 
 def dev_retrieval(data: RetrievalData, config: TeacherConfig) -> DevRetrieval | None:

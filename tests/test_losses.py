@@ -44,7 +44,7 @@ def slow_contrastive(batch, temperature, margin, hard=True, qq=True, dd=True, qd
             if j == i:
                 continue
             if qq:
-                z += term(float(q[i] @ q[j]), qid[j] == qid[i])
+                z += term(float(q[i] @ q[j]), qid[j] == qid[i] or false_document(pid[j]))
             if dd:
                 z += term(float(p[i] @ p[j]), false_document(pid[j]))
             if qd:
@@ -128,8 +128,8 @@ def test_each_id_mask_removes_exactly_its_terms():
 
     assert terms() == pytest.approx(3, abs=1e-5)
     assert terms(query_ids=torch.tensor([4, 4])) == pytest.approx(2, abs=1e-5)  # the same query twice: no q-q
-    assert terms(positive_ids=torch.tensor([4, 4])) == pytest.approx(1, abs=1e-5)  # one positive: neither d-d nor q-d
-    assert terms(excluded_ids=torch.tensor([[1], [0]])) == pytest.approx(1, abs=1e-5)
+    assert terms(positive_ids=torch.tensor([4, 4])) == pytest.approx(0, abs=1e-5)  # one positive answers both queries
+    assert terms(excluded_ids=torch.tensor([[1], [0]])) == pytest.approx(0, abs=1e-5)
     assert terms(excluded_ids=torch.tensor([[-1], [-1]])) == pytest.approx(3, abs=1e-5)
     assert terms(negative_ids=torch.tensor([[9], [9]])) == pytest.approx(4, abs=1e-5)
     assert terms(negative_ids=torch.tensor([[0], [1]])) == pytest.approx(3, abs=1e-5)  # the positive itself

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from hlm.artefacts import HlmError, read_manifest
 from hlm.data import load
 from hlm.encoders import encode, fingerprint, load_encoder
+from hlm.losses import qwen3_contrastive
 from hlm.pruning import layers_of
 from hlm.store import VectorStore
 from recipes import align, embed, evaluate, make_catalogue, prune, quickstart, refine, teacher
@@ -26,8 +28,8 @@ BEST += ["--metric_for_best_model", "dev_ndcg@10", "--greater_is_better", "true"
 
 def teacher_arguments(data, backbone, output):
     return ["--backbone", backbone, "--data", data, "--output", str(output), "--min_score", "3", "--lora_rank", "4",
-            "--pairs_per_query", "2", "--max_steps", "6", "--save_strategy", "steps", "--save_steps", "2",
-            *TRAIN]  # fmt: skip
+            "--pairs_per_query", "2", "--queries_per_document", "2", "--max_steps", "6", "--save_strategy", "steps",
+            "--save_steps", "2", *TRAIN]  # fmt: skip
 
 
 def align_arguments(house, output, *more):
@@ -159,6 +161,34 @@ def test_gradient_caching_trains_to_the_same_teacher(house, tmp_path):
     one, other = (load_file(folder / "model.safetensors") for folder in (house / "teacher", tmp_path / "cached"))
     for name in one:
         np.testing.assert_allclose(one[name], other[name], atol=2e-3, err_msg=name)
+
+
+def test_each_document_of_a_batch_is_encoded_once_and_the_loss_stays(house, tmp_path):
+    config = teacher.TeacherConfig(house.backbone, house.data, str(tmp_path), min_score=3, hard_negatives=2)
+    model = load_encoder(house.backbone).eval()
+    pairs = teacher.Pairs(load(house.data, splits=("train", "dev")), config)
+    negatives = np.random.default_rng(0).integers(-1, 200, size=(len(pairs.queries), 2))
+    batches = teacher.Batches(model, pairs, negatives, config)
+    rows = np.argsort(pairs.rows[:, 1], kind="stable")[:48].tolist()  # several queries a document
+    batch = batches.collate(rows)
+    encoded = sum(len(chunk["input_ids"]) for chunk in batch["document"])
+    assert encoded == len(set(pairs.rows[rows, 1]) | set(np.maximum(negatives[pairs.rows[rows, 0]], 0).ravel()))
+    query, positive = pairs.rows[rows].T
+    vectors = {name: torch.from_numpy(encode(model, texts, prompt_name=name)) for name, texts in
+               [("query", pairs.queries), ("document", pairs.documents)]}  # fmt: skip
+    plain = qwen3_contrastive(
+        vectors["query"][query],
+        vectors["document"][positive],
+        vectors["document"][negatives[query]],
+        query_ids=torch.from_numpy(query),
+        positive_ids=torch.from_numpy(positive),
+        negative_ids=torch.from_numpy(negatives[query]),
+        excluded_ids=pairs.excluded[query],
+        temperature=config.temperature,
+        margin=config.margin,
+    )
+    with torch.no_grad():
+        assert batches.loss(model, batch).item() == pytest.approx(plain.item(), rel=1e-4)
 
 
 KILLED = {
