@@ -2,6 +2,8 @@
 
     accelerate launch recipes/embed.py --config recipes/configs/quickstart/embed.yaml
 
+With `index`, a FAISS factory string, it also builds `output/index`, which is what goes online with the student.
+
 Every part of the dataset becomes one store, written shard by shard: a killed run goes on after the last whole shard,
 and a store that is up to date is left alone. Several processes share the shards and write the same store as one.
 """
@@ -23,11 +25,12 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from tqdm.auto import tqdm
 
-from hlm.artefacts import HlmError
+from hlm.artefacts import MANIFEST, HlmError, read_manifest
 from hlm.config import parse, run_recipe
 from hlm.data import document_text, load, query_text
 from hlm.encoders import encode, fingerprint, load_encoder
-from hlm.store import pending_shards, write_store
+from hlm.index import AdIndex
+from hlm.store import VectorStore, pending_shards, write_store
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +46,10 @@ class EmbedConfig:
     data: str = field(metadata={"help": "the dataset: a folder or a Hub id"})
     output: str = field(metadata={"help": "folder for the stores, one a part"})
     parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": f"which of {', '.join(PARTS)}"})
+    index: str | None = field(
+        default=None, metadata={"help": "FAISS factory string, e.g. Flat or HNSW32: builds output/index over the ads"}
+    )
+    index_dim: int | None = field(default=None, metadata={"help": "width of the index, the student's; null: all"})
     oracle: bool = field(default=False, metadata={"help": "let the teacher read the `oracle` columns as well"})
     dim: int | None = field(default=None, metadata={"help": "keep the first dim values (Matryoshka); null: all"})
     max_seq_length: int | None = field(default=None, metadata={"help": "tokens a text is cut to; null: the model's"})
@@ -104,6 +111,22 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         by = " by the first process" if process.num_processes > 1 else ""
         logger.info("%s: %s", folder, f"{left} of {len(table)} vectors written{by}" if left else "up to date")
+    process.wait_for_everyone()
+    if config.index and process.is_main_process:
+        write_index(config.output, config.index, config.index_dim)
+
+
+def write_index(output: str, factory: str, dim: int | None) -> None:
+    """Builds `output/index` from `output/corpus`, unless it is there already, made from the same vectors."""
+    store, folder = VectorStore.open(f"{output}/corpus"), Path(output) / "index"
+    wanted = {"encoder": store.encoder, "source": store.source, "factory": factory, "dim": dim or store.dim}
+    if (folder / MANIFEST).is_file():
+        manifest = read_manifest(folder, "index")
+        if wanted == manifest["inputs"] | {"factory": manifest["config"]["factory"], "dim": manifest["dim"]}:
+            logger.info("%s: up to date", folder)
+            return
+    AdIndex.build(store, factory, dim=dim).save(folder)
+    logger.info("%s: %s over %d ads", folder, factory, len(store))
 
 
 def check(config: EmbedConfig) -> None:
@@ -111,7 +134,9 @@ def check(config: EmbedConfig) -> None:
     unknown = [part for part in config.parts if part not in PARTS]
     if unknown or not config.parts or len(set(config.parts)) < len(config.parts):
         raise HlmError(f"parts: expected some of {', '.join(PARTS)}, each once, found {config.parts}")
-    for name in ("dim", "max_seq_length", "batch_tokens", "shard_rows"):
+    if config.index and "corpus" not in config.parts:
+        raise HlmError(f"index: expected 'corpus' among the parts, found {config.parts}; the index is built over it")
+    for name in ("dim", "index_dim", "max_seq_length", "batch_tokens", "shard_rows"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise HlmError(f"{name}: expected at least 1, found {value}")

@@ -12,6 +12,7 @@ import pytest
 from hlm.artefacts import HlmError
 from hlm.data import document_text, load, query_text
 from hlm.encoders import encode, fingerprint, load_encoder
+from hlm.index import AdIndex
 from hlm.store import VectorStore
 from recipes import embed
 
@@ -125,6 +126,23 @@ def test_dim_is_the_slice_normalised_again(tiny_bert, shop, tmp_path):
     sliced = whole.gather(range(5))[:, :8]
     close(cut.gather(range(5)), sliced / np.linalg.norm(sliced, axis=1, keepdims=True))
     assert cut.encoder == whole.encoder  # the same teacher: only the width differs
+
+
+def test_the_index_goes_with_the_vectors(tiny_bert, shop, tmp_path, caplog):
+    caplog.set_level("INFO")
+    arguments = (tiny_bert, shop, tmp_path / "out", "--index", "HNSW8", "--index_dim", "8")
+    run(*arguments)
+    store, index = VectorStore.open(tmp_path / "out/corpus"), AdIndex.load(tmp_path / "out/index")
+    assert (index.dim, len(index), index.encoder, index.source) == (8, 5, store.encoder, store.source)
+    head = store.gather(np.array([3]))[:, :8]
+    assert index.search(head / np.linalg.norm(head), k=1)[1] == [["a4"]]
+    before = content(tmp_path / "out")
+    run(*arguments)
+    assert content(tmp_path / "out") == before and "index: up to date" in caplog.text
+    run(tiny_bert, shop, tmp_path / "out", "--index", "Flat")
+    assert AdIndex.load(tmp_path / "out/index").dim == store.dim
+    with pytest.raises(HlmError, match="index: expected 'corpus' among the parts"):
+        run(tiny_bert, shop, tmp_path / "out", "--index", "Flat", "--parts", "queries")
 
 
 def test_oracle_reaches_ads_and_queries(tiny_bert, shop, tmp_path):
