@@ -31,7 +31,8 @@ def parse(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[An
     """Fills the dataclasses from `--config file.yaml` and from flags; a flag wins over the file.
 
     Fields are flat keys of one YAML mapping and `--field value` on the command line. Fields that are a dict or a list
-    of anything but scalars are given as JSON on the command line. `--help` prints the fields and exits.
+    of anything but scalars are given as JSON on the command line, or entry by entry (see `Pairs`). `--help` prints the
+    fields and exits.
 
     Args:
         dataclass_types: dataclasses without a field in common, e.g. a recipe's own and
@@ -53,8 +54,11 @@ def parse(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[An
 
     parser = _Parser(dataclass_types, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file with defaults for the fields below; flags win")
+    pairs = {action.dest for action in parser._actions if isinstance(action, Pairs)}
     for action in parser._actions:
-        if action.dest in hints and _needs_json(hints[action.dest]):
+        if action.dest in pairs:
+            action.type = None
+        elif action.dest in hints and _needs_json(hints[action.dest]):
             action.type, action.nargs, action.choices = _json_value, None, None
     if {"-h", "--help"} & set(argv):
         parser.print_help()
@@ -73,8 +77,22 @@ def parse(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[An
     config_path = typed.pop("config", None)
     given = _read_yaml(config_path, hints) if config_path else {}
     for name, value in typed.items():
-        given[name] = _coerce(value, hints[name], f"command line: --{name}")
+        value = _coerce(value, hints[name], f"command line: --{name}")
+        given[name] = {**(given.get(name) or {}), **value} if name in pairs else value
     return tuple(_build(dataclass_type, given) for dataclass_type in dataclass_types)
+
+
+def read_section(dataclass_type: type, given: dict[str, Any], where: str) -> Any:
+    """An instance of `dataclass_type` from a mapping within a field, e.g. one of a recipe's systems.
+
+    Raises:
+        HlmError: unknown key (with the closest match), wrong type or missing key, each after `where`.
+    """
+    hints = get_type_hints(dataclass_type)
+    for key in given:
+        if key not in hints:
+            raise HlmError(f"{where}: unknown key '{key}'{_closest(str(key), hints)}; it takes {', '.join(hints)}")
+    return _build(dataclass_type, {key: _coerce(value, hints[key], f"{where}: {key}") for key, value in given.items()})
 
 
 def run_recipe(main: Callable[[], object]) -> None:
@@ -97,6 +115,22 @@ def run_recipe(main: Callable[[], object]) -> None:
     except HlmError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+class Pairs(argparse.Action):
+    """For a dict field, as its metadata's "action": one `--flag name=value` for each entry, beside the file's; an entry
+    that the file has as well is the command line's."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        name, sign, value = values.rpartition("=")
+        entries = getattr(namespace, self.dest, {})
+        if not name:
+            parser.error(f"argument {option}: expected name=value, found {values!r}")
+        if name in entries:
+            parser.error(f"argument {option}: '{name}' was given before; keep one")
+        setattr(namespace, self.dest, entries | {name: value})
 
 
 class _Parser(HfArgumentParser):

@@ -8,7 +8,7 @@ from typing import Any, Literal, Optional
 import pytest
 
 from hlm.artefacts import HlmError
-from hlm.config import parse, run_recipe
+from hlm.config import Pairs, parse, read_section, run_recipe
 
 
 @dataclass
@@ -105,6 +105,33 @@ def test_bad_command_line_is_named(argv, words):
         parse(Settings, argv=argv)
     for word in words:
         assert word in str(error.value)
+
+
+@dataclass
+class Gate:
+    limits: dict[str, float] = field(default_factory=dict, metadata={"aliases": ["--limit"], "action": Pairs})
+
+
+def test_a_dict_entry_by_entry(yaml_file):
+    path = yaml_file("limits: {p99_ms: 15, recovery: 0.9}\n")
+    (gate,) = parse(Gate, argv=["--config", path, "--limit", "recovery=0.98", "--limit=a=b=2", "--limits", "c=1e-3"])
+    assert gate.limits == {"p99_ms": 15.0, "recovery": 0.98, "a=b": 2.0, "c": 1e-3}
+    assert parse(Gate, argv=[])[0].limits == {}
+    for argv, words in ((["--limit", "p99_ms"], "name=value, found 'p99_ms'"), (["--limit", "a=x"], "--limits.*'x'"),
+                        (["--limit", "a=1", "--limit", "a=2"], "'a' was given before")):  # fmt: skip
+        with pytest.raises(HlmError, match=words):
+            parse(Gate, argv=argv)
+
+
+def test_a_section_is_as_strict_as_the_file():
+    assert read_section(Settings, {"corpus": "x", "rate": "1e-3"}, "here").rate == 1e-3
+    for given, words in (
+        ({"corpus": "x", "step": 1}, "here: unknown key 'step'; did you mean 'steps'"),
+        ({"corpus": "x", "steps": "1"}, "here: steps: expected a whole number, found '1'"),
+        ({}, "missing required setting: corpus"),
+    ):
+        with pytest.raises(HlmError, match=words):
+            read_section(Settings, given, "here")
 
 
 def test_a_dataclass_own_check_becomes_one_error():
