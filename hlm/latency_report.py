@@ -1,0 +1,208 @@
+"""A latency report as a printed table and as a plot of latency against quality."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from hlm.artefacts import HlmError
+
+FEW_SAMPLES = 100  # a p99 of fewer is little more than the slowest one
+
+
+def quality(report: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What recipes/evaluate.py found for a system.
+
+    Returns:
+        {"system", "metric": "ndcg@k", "ndcg", and for a student "recovery" (of that metric), "recovery_ci95" and
+        "overlap" with the teacher}.
+
+    Raises:
+        HlmError: the report has no such system.
+    """
+    if name not in report.get("systems", {}):
+        known = ", ".join(report.get("systems", {})) or "none"
+        raise HlmError(f"report: expected a system among {known}, found '{name}'; name one of them in `quality`")
+    k = report["k"]
+    found = {"system": name, "metric": f"ndcg@{k}", "ndcg": report["systems"][name][f"ndcg@{k}"]}
+    kept = report.get("recovery_by_system", {}).get(name, {}).get(f"ndcg@{k}")
+    if kept:
+        found |= {"recovery": kept["value"], "recovery_ci95": kept["ci95"]}
+    if f"overlap@{k}" in report["systems"][name]:
+        found["overlap"] = report["systems"][name][f"overlap@{k}"]
+    return found
+
+
+def rows(report: Mapping[str, Any]) -> list[list[str]]:
+    """The table, header first: one row a system, "-" where a figure was not taken. For text and Markdown alike.
+
+    "!" marks figures without a clean sample, "~" those derived from fewer layers; `notes` explains both.
+    """
+    systems = report["systems"]
+    columns: list[tuple[str, Any]] = [
+        ("backend", lambda s: " ".join(str(s[key]) for key in ("backend", "engine", "precision", "dtype") if key in s)),
+        ("p50 ms", lambda s: _milliseconds(s, "p50")),
+        ("p95 ms", lambda s: _milliseconds(s, "p95")),
+        ("p99 ms", lambda s: _milliseconds(s, "p99")),
+        ("p50 x", lambda s: f"{s['ratio']['p50']:.1f}x"),
+        ("queries/s", lambda s: f"{s['best_queries_per_s']:,.0f}" if s["best_queries_per_s"] >= 10
+         else f"{s['best_queries_per_s']:.2g}"),
+        ("batch", lambda s: str(s["best_batch_size"])),
+        ("throughput x", lambda s: f"{s['ratio']['throughput']:.1f}x"),
+        ("cold start s", lambda s: f"{s['cold_start']['total_s']:.1f}" if s.get("cold_start") else None),
+        ("peak MiB", lambda s: f"{s['cold_start']['peak_memory_mib']:,.0f}" if s.get("cold_start") else None),
+        ("nDCG", lambda s: f"{s['quality']['ndcg']:.4f}" if s.get("quality") else None),
+        ("recovery", lambda s: f"{s['quality']['recovery']:.1%}" if "recovery" in s.get("quality", {}) else None),
+    ]  # fmt: skip
+    cells = {title: [cell(system) for system in systems.values()] for title, cell in columns}
+    cells = {title: found for title, found in cells.items() if any(found)}
+    table = [["system", *cells]]
+    for row, name in enumerate(systems):
+        table.append([name, *(found[row] or "-" for found in cells.values())])
+    return table
+
+
+def _milliseconds(system: Mapping[str, Any], percentile: str, length: str = "all") -> str | None:
+    found = system["latency_ms"].get(length)
+    if found is None:
+        return None
+    mark = ("!" if found["over"] == "all" else "") + ("~" if "derived" in system else "")
+    return f"{found[percentile]:.{2 if found[percentile] < 100 else 0}f}{mark}"
+
+
+def length_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    """p50 in ms by the query's length in words, header first."""
+    table = [["p50 ms by words", *report["lengths"]]]
+    for name, system in report["systems"].items():
+        table.append([name, *(_milliseconds(system, "p50", length) or "-" for length in report["lengths"])])
+    return table
+
+
+def notes(report: Mapping[str, Any]) -> list[str]:
+    """What a reader must know beside the figures."""
+    found = []
+    limit = report["settings"]["max_other_load"]
+    flagged = sum(block["contaminated"] for block in report["blocks"])
+    if any(block["other_load"] is None for block in report["blocks"]):
+        found.append("what other processes took of the CPUs could not be read here: no sample is flagged")
+    elif flagged:
+        found.append(
+            f"{flagged} of {len(report['blocks'])} blocks are contaminated: others took more than {limit:.0%} of the "
+            "CPUs; their samples are in the JSON and count only where there is no clean one (marked !)"
+        )
+    else:
+        found.append(f"clean: in no block did others take more than {limit:.0%} of the CPUs")
+    for name, system in report["systems"].items():
+        latency = system["latency_ms"]["all"]
+        usable = latency["samples"] - (latency["contaminated"] if latency["over"] == "clean" else 0)
+        if "derived" in system:
+            found.append(f"~ {name}: {system['derived']}")
+        if system.get("weights") == "random":
+            found.append(f"{name}: random weights, {system['input']}")
+        if usable < FEW_SAMPLES:
+            found.append(f"{name}: p99 of {usable} samples is little more than the slowest of them")
+        start = system.get("cold_start") or {}
+        if (start.get("other_load") or 0) > limit:
+            found.append(f"{name}: others took {start['other_load']:.0%} of the CPUs during its cold start")
+        of = system.get("quality", {}).get("system", name)
+        if of != name:
+            found.append(f"{name}: nDCG and recovery are those of '{of}' in the report")
+        if "agreement" in system:
+            same = system["agreement"]
+            text = f"{name}: vectors of {same['with']} within a cosine of {same['min_cosine']:.6f}"
+            if "overlap" in same:
+                text += f", {same['overlap']:.2%} of their first {same['k']} ads in common"
+            found.append(text)
+    return found
+
+
+def format_table(report: Mapping[str, Any]) -> str:
+    lengths = ", ".join(f"{words}: {count}" for words, count in report["lengths"].items())
+    title = f"{report['queries']} queries of {report['data']} (by words {lengths}), {report['settings']['repeats']} "
+    title += f"interleaved repeats, ratios to {report['reference']}"
+    lines = [title, "", *_align(rows(report)), "", *_align(length_rows(report)), ""]
+    return "\n".join(lines + [f"- {note}" for note in notes(report)])
+
+
+def _align(table: list[list[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    left = 2 if table[0][1] == "backend" else 1
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    ]
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
+
+
+def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """The names of (latency, quality) points that no other beats in both, fastest first."""
+    front: list[str] = []
+    for name, (_, value) in sorted(points.items(), key=lambda item: (item[1][0], -item[1][1])):
+        if not front or value > points[front[-1]][1]:
+            front.append(name)
+    return front
+
+
+def plot(report: Mapping[str, Any], path: str | Path) -> None:
+    """Draws p50 at batch 1 against nDCG with the Pareto front (p50 to p99 alone where no quality is known), and
+    throughput over batch sizes, as a PNG."""
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    points = {
+        name: (system["latency_ms"]["all"]["p50"], system["quality"]["ndcg"])
+        for name, system in report["systems"].items()
+        if system.get("quality")
+    }
+    if points:
+        _plot_quality(axes[0], report, points)
+    else:
+        _plot_spread(axes[0], report)
+    axes[0].set_xscale("log")
+    axes[0].set_xlabel("latency at batch 1, ms" + (" (p50)" if points else " (p50 to p99)"))
+    for name, system in report["systems"].items():
+        sizes = sorted(map(int, system["throughput"]))
+        rates = [system["throughput"][str(size)]["queries_per_s"] for size in sizes]
+        style = {"linestyle": "--"} if "derived" in system else {}
+        axes[1].plot(sizes, rates, marker="o", markersize=4, label=name, **style)
+    axes[1].set_xscale("log", base=2)
+    axes[1].set_yscale("log")
+    axes[1].set_xlabel("batch size")
+    axes[1].set_ylabel("throughput, queries/s")
+    axes[1].legend(fontsize=8, frameon=False)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    cpu = report["environment"].get("gpu") or report["environment"].get("cpu")
+    figure.suptitle(f"{report['data']}, {report['queries']} queries, {cpu}", fontsize=10)
+    aside = Path(path).with_name(f".{Path(path).name}.partial")
+    figure.savefig(aside, dpi=150, format="png")
+    os.replace(aside, path)
+
+
+def _plot_quality(axis: Any, report: Mapping[str, Any], points: Mapping[str, tuple[float, float]]) -> None:
+    front = pareto(points)
+    axis.plot(*zip(*(points[name] for name in front), strict=True), color="#9aa5b1", linewidth=1, label="Pareto front")
+    for name, (latency, value) in points.items():
+        colour = "#d98324" if name == report["reference"] else "#1b6ca8" if name in front else "#9aa5b1"
+        axis.scatter(latency, value, color=colour, zorder=3)
+        axis.annotate(name, (latency, value), (5, 5), textcoords="offset points", fontsize=8)
+    metric = next(system["quality"]["metric"] for system in report["systems"].values() if system.get("quality"))
+    axis.set_ylabel(metric.replace("ndcg", "nDCG"))
+    axis.margins(x=0.2, y=0.15)
+    axis.legend(fontsize=8, frameon=False)
+
+
+def _plot_spread(axis: Any, report: Mapping[str, Any]) -> None:
+    for row, system in enumerate(report["systems"].values()):
+        figures = system["latency_ms"]["all"]
+        axis.plot([figures["p50"], figures["p99"]], [row, row], color="#9aa5b1")
+        axis.scatter(figures["p50"], row, color="#1b6ca8", zorder=3)
+    axis.set_yticks(range(len(report["systems"])), list(report["systems"]), fontsize=8)
+    axis.invert_yaxis()
