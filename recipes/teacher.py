@@ -30,6 +30,7 @@ from hlm.encoders import (
     merge_lora,
     prompt_of,
     save_encoder,
+    weaken_lora,
 )
 from hlm.gradcache import cached_loss, gather_with_gradient
 from hlm.losses import qwen3_contrastive
@@ -72,6 +73,9 @@ class TeacherConfig:
     use_query_query: bool = field(default=True, metadata={"help": "q-q: other queries"})
     use_document_document: bool = field(default=True, metadata={"help": "d-d: other documents against the positive"})
     cache_chunk: int | None = field(default=None, metadata={"help": "rows encoded at a time (gradient caching)"})
+    merge_weight: float = field(
+        default=1.0, metadata={"help": "share of what was learnt that is kept; 0.5: half-way from the backbone"}
+    )
     dev_documents: int = field(default=2000, metadata={"help": "documents beside the positives in the dev corpus"})
     max_seq_length: int | None = field(default=None)
     dtype: str = field(default="float32")
@@ -79,6 +83,8 @@ class TeacherConfig:
 
 def main(argv: Sequence[str] | None = None) -> None:
     config, args = parse(TeacherConfig, TrainingArguments, argv=argv)
+    if not 0 < config.merge_weight <= 1:
+        raise HlmError(f"merge_weight: expected above 0 and up to 1, found {config.merge_weight}")
     args.output_dir = f"{config.output}.training"
     data = load(config.data, splits=("train", "dev"))
     model = load_encoder(config.backbone, dtype=config.dtype, max_seq_length=config.max_seq_length)
@@ -110,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     train(trainer, identity)
     if trainer.is_world_process_zero():
+        weaken_lora(model, config.merge_weight)
         adapter = {name: tensor.clone() for name, tensor in trainer.trained_tensors().items()}
         peft_config = model[0].model.peft_config["default"]
         save_encoder(

@@ -23,6 +23,7 @@ from hlm.encoders import (
     save_encoder,
     token_batches,
     tokenise,
+    weaken_lora,
 )
 
 TEXTS = ["red shoe", "a used black laptop with charger", "kettle", "steel saw and drill for wooden desk " * 6]
@@ -167,6 +168,26 @@ def test_lora_changes_the_vectors_and_merges_exactly(path):
     assert np.abs(adapted - before).max() > 1e-3
     np.testing.assert_allclose(encode(merge_lora(model), TEXTS), adapted, atol=1e-5)
     assert not any("lora" in name for name in model.state_dict())
+
+
+def test_weakened_lora_lies_on_the_line_to_the_backbone(tiny_bert):
+    def tuned(weight):
+        model = load_encoder(tiny_bert)
+        torch.manual_seed(0)
+        add_lora(model, rank=4, alpha=8)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.1)
+        weaken_lora(model, weight)
+        return merge_lora(model).state_dict()
+
+    backbone, whole, half = load_encoder(tiny_bert).state_dict(), tuned(1.0), tuned(0.5)
+    for name in backbone:
+        torch.testing.assert_close(half[name], (backbone[name] + whole[name]) / 2)
+    assert any(not torch.equal(whole[name], backbone[name]) for name in backbone)
+    with pytest.raises(HlmError, match="above 0 and up to 1, found 1.5"):
+        tuned(1.5)
 
 
 def test_gradient_checkpointing_under_lora_reaches_the_first_layer(path):
