@@ -5,6 +5,8 @@ positive is likely an unlabelled positive, so only those clearly below it are ta
 of the store is read once, block by block, and no index is needed.
 
 Scores are inner products of the vectors as they are; with L2-normalised vectors (`encode`, `VectorStore`) cosines.
+Queries may be narrower than the store, as a smaller student's are: they meet the documents' first components,
+L2-normalised again (Matryoshka).
 Documents are row numbers of the store (int64), -1 is padding.
 """
 
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hlm.artefacts import HlmError
-from hlm.losses import id_mask
+from hlm.losses import id_mask, matryoshka
 from hlm.store import VectorStore
 
 # Queries scored at once: bounds the score matrix at _QUERIES x rows_per_block floats (256 MiB by default).
@@ -35,8 +37,8 @@ def top_k_documents(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k best documents of every query by exact search: scores (n, k) float32 and rows (n, k) int64, best first.
 
-    query_vectors (n, dim) float32. Equal scores are ordered by row, so the result does not depend on `rows_per_block`
-    (beyond the last bit of a product). Holds one block of documents and n x k results.
+    query_vectors (n, dim) float32, dim up to the store's. Equal scores are ordered by row, so the result does not
+    depend on `rows_per_block` (beyond the last bit of a product). Holds one block of documents and n x k results.
 
     Raises:
         HlmError: widths differ, a query is not finite, or k is not within 1..len(store).
@@ -48,7 +50,7 @@ def top_k_documents(
     best_scores = torch.empty(count, 0)
     best_rows = torch.empty(count, 0, dtype=torch.long)
     for start, block in store.iter_blocks(rows_per_block):
-        documents = torch.from_numpy(block).to(device)
+        documents = _at_width(block, queries.shape[1]).to(device)
         found = []
         for part in queries.split(_QUERIES):
             scores, columns = _top(part.to(device) @ documents.T, min(k, len(documents)))
@@ -174,7 +176,7 @@ def positive_scores(query_vectors: np.ndarray, positives: Sequence[Collection[in
         part = range(start, min(start + _QUERIES, len(queries)))
         documents = store.gather([row for query in part for row in positives[query]])
         owner = np.repeat(np.arange(start, part.stop), sizes[part.start : part.stop])
-        products = np.einsum("nd,nd->n", queries[owner], documents)
+        products = np.einsum("nd,nd->n", queries[owner], _at_width(documents, queries.shape[1]).numpy())
         lowest[part.start : part.stop] = np.minimum.reduceat(products, np.searchsorted(owner, np.asarray(part)))
     return lowest
 
@@ -204,11 +206,16 @@ def padded_rows(sets: Sequence[Collection[int]]) -> Tensor:
     return torch.from_numpy(padded)
 
 
+def _at_width(documents: np.ndarray, width: int) -> Tensor:
+    vectors = torch.from_numpy(documents)
+    return vectors if width == documents.shape[1] else matryoshka(vectors, width)
+
+
 def _checked_queries(query_vectors: np.ndarray, store: VectorStore) -> Tensor:
-    if query_vectors.ndim != 2 or query_vectors.shape[1] != store.dim:
+    if query_vectors.ndim != 2 or not 1 <= query_vectors.shape[1] <= store.dim:
         raise HlmError(
-            f"expected query vectors of shape (n, {store.dim}) like the store's, found {query_vectors.shape}; "
-            "encode the queries with the store's encoder at its dimension"
+            f"expected query vectors of shape (n, {store.dim}) like the store's, or narrower, found "
+            f"{query_vectors.shape}; encode the queries with the store's encoder or a student of it"
         )
     if not np.isfinite(query_vectors).all():
         raise HlmError("expected finite query vectors, found NaN or infinity; check the encoder's dtype")

@@ -138,8 +138,6 @@ class Refinement:
     def refresh(self) -> None:
         """Mines hard negatives with the student as it is now."""
         vectors = encode(self.model, self.texts, prompt_name="query")
-        if self.width < self.documents.dim:  # the store is searched at the student's width
-            vectors = np.pad(vectors, ((0, 0), (0, self.documents.dim - self.width)))
         depth = min(len(self.documents), 100)
         scores, rows = top_k_documents(vectors, self.documents, depth)
         limits = positive_scores(vectors, self.known, self.documents)

@@ -70,6 +70,16 @@ def test_top_k_of_more_queries_than_are_scored_at_once(make_store):
     assert rows[:, 0].tolist() == [0, 1, 2] * 700
 
 
+def test_a_narrower_student_meets_slices_of_length_one(make_store):
+    vectors = np.random.default_rng(0).standard_normal((9, 6)).astype(np.float32)
+    store = make_store(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+    queries = np.random.default_rng(1).standard_normal((4, 3)).astype(np.float32)
+    heads = vectors[:, :3] / np.linalg.norm(vectors[:, :3], axis=1, keepdims=True)
+    scores, rows = top_k_documents(queries, store, 9)
+    np.testing.assert_array_equal(rows, np.argsort(-(queries @ heads.T), axis=1))
+    np.testing.assert_allclose(positive_scores(queries, [[2]] * 4, store), queries @ heads[2], atol=2e-3)
+
+
 def test_negatives_lie_below_95_percent_of_the_positive(make_store):
     #                   0     1    2     3     4    5     limit 0.95 x 0.8 = 0.76
     store = make_store(at(0.9, 0.8, 0.77, 0.75, 0.5, 0.1))
