@@ -36,7 +36,9 @@ STEPS = [
     ("refine", "refine"),
     ("contrastive_only", "refine"),
     ("evaluate", "evaluate"),
+    ("benchmark", "benchmark"),
 ]
+REPORTS = {"evaluate": "report.json", "benchmark": "latency.json"}  # these steps write files, not artefacts
 RECIPES = Path(__file__).resolve().parent
 
 
@@ -50,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     if not steps:
         raise HlmError(f"expected YAML files of steps in {configs}, found none; name a folder under recipes/configs")
     outputs = [Path(settings(config)["output"]) for _, _, config in steps]
-    home = outputs[-1] if steps[-1][0] == "evaluate" else outputs[-1].parent  # beside what the steps make
+    home = outputs[-1] if steps[-1][0] in REPORTS else outputs[-1].parent  # beside what the steps make
     before, skipped, records = "", [], {}
     for (name, script, config), output in zip(steps, outputs, strict=True):
         stamp = fingerprint(RECIPES / f"{script}.py", config, outputs, before)
@@ -68,12 +70,11 @@ def main(argv: list[str] | None = None) -> int:
                 return status if status > 0 else 128 - status
             record = {"stamp": stamp, "result": result(name, output), **used}
             if record["result"] is None:
-                raise HlmError(f"step {name}: expected {MANIFEST} or report.json under {output}, found neither")
+                raise HlmError(f"step {name}: expected {REPORTS.get(name, MANIFEST)} under {output}, found none")
             write_json(path, record)
             print(f"{name}: {used['seconds']:.1f} s, at most {used['peak_memory_gib']:.2f} GiB", flush=True)
         before, records[name] = f"{stamp} {record['result']}", record
-    if "evaluate" in skipped:  # else it has just printed the table
-        print_report(home)
+    print_reports(home, [name for name in REPORTS if name in skipped])  # the others have just printed their tables
     if len(skipped) < len(steps):
         write_timings(home, records, whole=not skipped)
     else:
@@ -131,7 +132,7 @@ def fingerprint(script: Path, config: Path, outputs: list[Path], before: str) ->
 def result(name: str, output: Path) -> str | None:
     """16 hex digits over the manifests that the step left: other ones where a step was run by hand with other
     settings. None where there is nothing."""
-    paths = [output / "report.json"] if name == "evaluate" else sorted(output.rglob(MANIFEST))
+    paths = [output / REPORTS[name]] if name in REPORTS else sorted(output.rglob(MANIFEST))
     paths = [path for path in paths if path.is_file()]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in paths))
     return digest.hexdigest()[:16] if paths else None
@@ -147,10 +148,13 @@ def write_timings(home: Path, records: dict[str, dict[str, Any]], *, whole: bool
     print(f"\nall steps: {total / 60:.1f} minutes, at most {peak:.2f} GiB")
 
 
-def print_report(home: Path) -> None:
-    from hlm.report import format_table  # torch and matplotlib come with it: seconds, and only here
+def print_reports(home: Path, names: list[str]) -> None:
+    for name in names:
+        # torch and matplotlib come with them: seconds, and only here
+        from hlm import latency_report, report
 
-    print("\n" + format_table(json.loads((home / "report.json").read_text())))
+        table = report.format_table if name == "evaluate" else latency_report.format_table
+        print("\n" + table(json.loads((home / REPORTS[name]).read_text())))
 
 
 if __name__ == "__main__":

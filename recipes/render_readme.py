@@ -2,7 +2,8 @@
 
     python recipes/render_readme.py runs/quickstart
 
-Folders given are kept first: report.json and timings.json of runs/<name> become results/<name>.json.
+Folders given are kept first: report.json and timings.json of runs/<name> become results/<name>.json, latency.json
+becomes results/latency-<name>.json.
 """
 
 from __future__ import annotations
@@ -53,6 +54,9 @@ def block() -> str:
         if path.is_file():
             results = json.loads(path.read_text())
             parts.append(f"### {title}\n\n{table(results['report'])}\n\n{timing(results)}".rstrip())
+        path = ROOT / "results" / f"latency-{name}.json"
+        if path.is_file():
+            parts.append(latency_table(json.loads(path.read_text())))
     return "\n\n".join(parts) or "Not measured yet."
 
 
@@ -64,6 +68,29 @@ def timing(results: dict[str, Any]) -> str:
         f"All steps took {times['total_seconds'] / 60:.1f} minutes on {times['cores']} cores of "
         f"{environment['cpu']} and {times['peak_memory_gib']:.1f} GiB at the most."
     )
+
+
+def latency_table(latency: dict[str, Any]) -> str:
+    """latency.json as Markdown: a row a system, ratios to the reference."""
+    reference = latency["reference"]
+    lines = [
+        f"| encoder | run by | p50 ms | p95 ms | p99 ms | queries/s | p50 against {reference} | throughput |",
+        "|---|---|" + "---:|" * 6,
+    ]
+    for name, row in latency["systems"].items():
+        times, ratio = row["latency_ms"]["all"], row["ratio"]
+        cells = [f"{times[part]:.2f}" for part in ("p50", "p95", "p99")]
+        cells += [f"{row['best_queries_per_s']:.0f} (batch {row['best_batch_size']})"]
+        cells += [f"{ratio['p50']:.1f}x", f"{ratio['throughput']:.1f}x"]
+        lines.append(f"| {name} | {row['backend']} | " + " | ".join(cells) + " |")
+    blocks, environment = latency["blocks"], latency["environment"]
+    disturbed = sum(block["contaminated"] for block in blocks)
+    lines.append(
+        f"\nOne query at a time, tokenisation included, over {latency['queries']} test queries, in one run on "
+        f"{environment['cores']} cores of {environment['cpu']}; other processes disturbed {disturbed} of {len(blocks)} "
+        "blocks of measurements, which are left out where clean ones exist."
+    )
+    return "\n".join(lines)
 
 
 def rendered(readme: str) -> str:
@@ -80,6 +107,9 @@ def keep(run: Path) -> None:
     files = {"report": run / "report.json", "timings": run / "timings.json"}
     results = {what: json.loads(path.read_text()) for what, path in files.items() if path.is_file()}
     write_json(ROOT / "results" / f"{run.name}.json", results)
+    if (run / "latency.json").is_file():
+        latency = json.loads((run / "latency.json").read_text())
+        write_json(ROOT / "results" / f"latency-{run.name}.json", latency)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ if values.get("kill"):
     os.kill(os.getpid(), signal.SIGKILL)
 output = pathlib.Path(values["output"])
 output.mkdir(parents=True, exist_ok=True)
-name = "report.json" if sys.argv[0].endswith("evaluate.py") else "hlm.json"
+names = {"evaluate": "report.json", "benchmark": "latency.json"}
+name = names.get(pathlib.Path(sys.argv[0]).stem, "hlm.json")
 (output / name).write_text(json.dumps(values))
 """
 SETTINGS = {
@@ -33,15 +34,17 @@ SETTINGS = {
     "teacher": "data: runs/x/data\nbackbone: base.txt\noutput: runs/x/teacher\n",
     "align": "data: runs/x/data\nstudent: runs/x/teacher\noutput: runs/x/aligned\n",
     "evaluate": "data: runs/x/data\noutput: runs/x\n",
+    "benchmark": "data: runs/x/data\noutput: runs/x\n",
 }
 ALL = list(SETTINGS)
+LAST = ALL[-3:]
 
 
 @pytest.fixture
 def house(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quickstart, "RECIPES", tmp_path / "recipes")
-    monkeypatch.setattr(quickstart, "print_report", lambda home: print(f"the table of {home}"))
+    monkeypatch.setattr(quickstart, "print_reports", lambda home, names: print(f"tables of {home}: {names}"))
     for folder in ("recipes", "hlm", "configs"):
         (tmp_path / folder).mkdir()
     (tmp_path / "hlm/losses.py").write_text("x = 1\n")
@@ -61,22 +64,22 @@ def run() -> tuple[int, list[str]]:
 
 def test_steps_run_in_order_and_once(house, capfd, monkeypatch):
     assert run() == (0, ALL)
-    assert "the table" not in capfd.readouterr().out  # evaluate prints its own
+    assert "tables of runs/x: []" in capfd.readouterr().out  # the steps print their own
     monkeypatch.setattr(quickstart, "run", lambda words: pytest.fail("a process was started"))
     assert run() == (0, [])
     out = capfd.readouterr().out
     assert all(f"{name}: up to date" in out for name in ALL)
-    assert "the table of runs/x" in out and "nothing had changed" in out
+    assert "tables of runs/x: ['evaluate', 'benchmark']" in out and "nothing had changed" in out
 
 
 @pytest.mark.parametrize(
     "change, again",
     [
-        (lambda: Path("configs/align.yaml").write_text(SETTINGS["align"] + "seed: 1\n"), ["align", "evaluate"]),
-        (lambda: Path("configs/evaluate.yaml").write_text(SETTINGS["evaluate"] + "k: 5\n"), ["evaluate"]),
-        (lambda: Path("recipes/align.py").write_text(RECIPE + "\n"), ["align", "evaluate"]),
+        (lambda: Path("configs/align.yaml").write_text(SETTINGS["align"] + "seed: 1\n"), LAST),
+        (lambda: Path("configs/evaluate.yaml").write_text(SETTINGS["evaluate"] + "k: 5\n"), ["evaluate", "benchmark"]),
+        (lambda: Path("recipes/align.py").write_text(RECIPE + "\n"), LAST),
         (lambda: Path("hlm/losses.py").write_text("x = 2\n"), ALL),
-        (lambda: Path("base.txt").write_text("other weights"), ["teacher", "align", "evaluate"]),
+        (lambda: Path("base.txt").write_text("other weights"), ["teacher", *LAST]),
         (lambda: Path("runs/x/aligned/hlm.json").write_text('{"by": "hand"}'), ["align"]),  # as it was: no more to do
         (lambda: Path("runs/x/teacher/hlm.json").unlink(), ["teacher"]),
         (lambda: Path("runs/x/report.json").unlink(), ["evaluate"]),
@@ -98,7 +101,7 @@ def test_a_failed_step_ends_the_run_and_the_next_goes_on_there(house, capfd):
     (house / "configs/align.yaml").write_text(SETTINGS["align"] + "kill: true\n")
     assert run() == (128 + 9, ["align"])
     (house / "configs/align.yaml").write_text(SETTINGS["align"])
-    assert run() == (0, ["align", "evaluate"])
+    assert run() == (0, LAST)
 
 
 def test_timings_cover_all_steps_and_say_whether_they_are_of_one_run(house):

