@@ -61,8 +61,8 @@ def block() -> str:
 
 
 def timing(results: dict[str, Any]) -> str:
-    if "timings" not in results:
-        return ""
+    if not results.get("timings", {}).get("in_one_run"):
+        return ""  # steps were run again since: their times do not add up to a run
     times, environment = results["timings"], results["report"]["environment"]
     return (
         f"All steps took {times['total_seconds'] / 60:.1f} minutes on {times['cores']} cores of "
