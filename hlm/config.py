@@ -117,6 +117,29 @@ def run_recipe(main: Callable[[], object]) -> None:
         raise SystemExit(2) from error
 
 
+def check_processes(found: int) -> None:
+    """Refuses a launch that silently fell back to fewer processes than it was asked for.
+
+    Args:
+        found: the processes that work together in this run.
+
+    Raises:
+        HlmError: another number was started, or `accelerate launch` was asked for several and started one.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if found != started:
+        raise HlmError(
+            f"expected {started} processes (WORLD_SIZE), found {found} working together; start the "
+            "recipe with accelerate launch or torchrun, once"
+        )
+    # `accelerate launch` names a port where it was asked for several processes, but without GPUs it starts only one.
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise HlmError(
+            "expected the several processes that accelerate launch was asked for, found 1, as it starts several on "
+            "GPUs alone; on CPUs start them with torchrun --nproc_per_node N, or ask for --num_processes 1"
+        )
+
+
 class Pairs(argparse.Action):
     """For a dict field, as its metadata's "action": one `--flag name=value` for each entry, beside the file's; an entry
     that the file has as well is the command line's."""

@@ -324,7 +324,8 @@ def _write_pooling_flags(path: Path) -> None:
 def add_head(model: SentenceTransformer, student: np.ndarray, teacher: np.ndarray) -> SentenceTransformer:
     """Puts a linear head before the normalisation, in place and inside the model, so that it is saved and loaded.
 
-    It starts from the least-squares map of sample vectors: a random one would waste the first thousand steps.
+    It starts from the least-squares map of sample vectors: a random one would waste the first thousand steps. Their
+    directions of less than a thousandth of the largest singular value are left out: noise there makes huge weights.
 
     Args:
         student: float32 (n, the model's width), the model's vectors of a sample of queries.
@@ -332,7 +333,7 @@ def add_head(model: SentenceTransformer, student: np.ndarray, teacher: np.ndarra
     """
     from sentence_transformers.sentence_transformer.modules import Dense
 
-    weight, *_ = np.linalg.lstsq(student, teacher, rcond=None)
+    weight, *_ = np.linalg.lstsq(student, teacher, rcond=1e-3)
     head = Dense(student.shape[1], teacher.shape[1], bias=False, activation_function=torch.nn.Identity())
     head.linear.weight.data.copy_(torch.from_numpy(weight.T.copy()))
     model.insert(len(model) - 1, head.to(model.device))

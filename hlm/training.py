@@ -16,14 +16,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.evaluation import BaseEvaluator
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hlm.artefacts import HlmError, fingerprint_json, read_manifest, write_json
+from hlm.config import check_processes
 from hlm.encoders import encode, pad, tokenise
 from hlm.evaluation import Qrels, dense_run, mean, per_query
 from hlm.index import AdIndex
@@ -47,6 +51,12 @@ class TrainingArguments(SentenceTransformerTrainingArguments):
     logging_steps: float = field(default=50)
     lr_scheduler_type: str = field(default="cosine")
     warmup_steps: float = field(default=0.05)
+
+    def __post_init__(self) -> None:
+        # Left alone, several processes without an accelerator would each take themselves for the only one.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        super().__post_init__()
+        check_processes(self.world_size)
 
 
 def recorded(args: TrainingArguments) -> dict[str, Any]:
@@ -210,41 +220,59 @@ class RecipeTrainer(SentenceTransformerTrainer):
             data_collator=_Collator(collate),
             evaluator=evaluator,
             loss=_Trained(model),
-            callbacks=callbacks,
+            callbacks=[_Epochs(self), *(callbacks or [])],
         )
+        if self.is_fsdp_enabled:
+            if all(parameter.requires_grad for parameter in model.parameters()):
+                raise HlmError("FSDP shards a teacher under LoRA; a student fits every GPU: launch with DDP instead")
+            # accelerate would shard the last child called a norm as a layer of its own, and takes Normalize for it.
+            model.base_model_prefix = "no_such_child"
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """No card from the trainer: it would describe a column of row numbers."""
 
     def get_batch_sampler(self, dataset, batch_size, drop_last, valid_label_columns=None, generator=None, seed=0):
-        return GroupedBatches(len(dataset), batch_size, seed, keys=self.keys, group=self.group, drop_last=drop_last)
+        self.batches = GroupedBatches(
+            len(dataset), batch_size, seed, keys=self.keys, group=self.group, drop_last=drop_last
+        )
+        return self.batches
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = self.step_loss(model, inputs)
         return (loss, {}) if return_outputs else loss
 
     def trained_tensors(self) -> dict[str, Tensor]:
-        """Name -> tensor of every parameter that trains: under LoRA the adapter's alone."""
-        wanted = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        return {name: tensor for name, tensor in self.model.state_dict().items() if name in wanted}
+        """Name -> whole tensor of every parameter that trains: under LoRA the adapter's alone. Every process must call
+        it: under FSDP each holds a part of every tensor."""
+        return {
+            name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+            for name, tensor in self._trained().items()
+        }
 
-    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+    def _trained(self) -> dict[str, Tensor]:
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         # Only what trains: a checkpoint of an 8B teacher under LoRA holds the adapter, not 16 GB of frozen weights.
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"model.{name}": tensor.contiguous() for name, tensor in self.trained_tensors().items()}
         tensors |= {f"extra.{name}": tensor.contiguous() for name, tensor in self.extra_state.items()}
-        save_file(tensors, str(folder / STATE))
+        if self.args.should_save:  # every process comes here, one writes
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, str(folder / STATE))
 
-    def _load_from_checkpoint(self, checkpoint_path: str) -> None:
+    def _load_from_checkpoint(self, checkpoint_path: str, model: torch.nn.Module | None = None) -> None:
         tensors = load_file(str(Path(checkpoint_path) / STATE))
-        trained = self.trained_tensors()
+        trained = self._trained()
         found = {name[len("model.") :]: tensor for name, tensor in tensors.items() if name.startswith("model.")}
         if found.keys() != trained.keys():
             raise HlmError(f"{checkpoint_path} does not hold this model's weights; delete {self.args.output_dir}")
         with torch.no_grad():
             for name, tensor in found.items():
-                trained[name].copy_(tensor)
+                part = trained[name]
+                if isinstance(part, DTensor):
+                    tensor = distribute_tensor(tensor.to(part.device), part.device_mesh, part.placements)
+                part.copy_(tensor)
             for name, tensor in self.extra_state.items():
                 tensor.copy_(tensors[f"extra.{name}"])
 
@@ -261,6 +289,17 @@ class _Trained(torch.nn.Module):
     def __init__(self, model: SentenceTransformer) -> None:
         super().__init__()
         self.model = model
+
+
+class _Epochs(TrainerCallback):
+    """Tells the batches which epoch begins: through the samplers that accelerate puts around them, on several
+    processes and on resuming within an epoch, they would not hear of it."""
+
+    def __init__(self, trainer: RecipeTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        self.trainer.batches.set_epoch(int(state.epoch or 0))
 
 
 class _Collator:
@@ -293,11 +332,13 @@ def train(trainer: RecipeTrainer, identity: dict[str, Any]) -> None:
     Raises:
         HlmError: the checkpoints there belong to another run; the message names what differs.
     """
+    # Other processes draw other batches.
+    identity = identity | {"config": identity["config"] | {"processes": trainer.args.world_size}}
     folder = Path(trainer.args.output_dir)
     path = folder / IDENTITY
     if path.is_file():
         _same_run(path, identity)
-    checkpoint = last_checkpoint(folder)
+    checkpoint = broadcast_object_list([last_checkpoint(folder, trainer.args.world_size)])[0]
     if trainer.is_world_process_zero():
         write_json(path, identity)
     trainer.accelerator.wait_for_everyone()
@@ -319,14 +360,17 @@ def _same_run(path: Path, identity: dict[str, Any]) -> None:
             )
 
 
-def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest whole checkpoint: `trainer_state.json` is what the trainer writes last."""
+def last_checkpoint(folder: str | Path, processes: int = 1) -> str | None:
+    """The newest whole checkpoint: `trainer_state.json` is what the first process writes last, the state of its random
+    numbers all that every other one writes."""
     whole = [path.parent for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")]
+    whole = [path for path in whole if len(list(path.glob("rng_state*.pth"))) == processes]
     return str(max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]))) if whole else None
 
 
 def finish(trainer: RecipeTrainer) -> None:
-    """Removes the checkpoints once the artefact they led to is whole."""
+    """Removes the checkpoints once the artefact they led to is whole; no process goes on before that."""
+    trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
 

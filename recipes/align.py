@@ -17,11 +17,13 @@ from typing import Literal
 
 import numpy as np
 import torch
+from sentence_transformers.sentence_transformer.modules import Dense
 
 from hlm.artefacts import HlmError
 from hlm.config import parse, run_recipe
 from hlm.data import load
 from hlm.encoders import add_head, encode, fingerprint, load_encoder, prompt_of, save_encoder
+from hlm.gradcache import gather_with_gradient
 from hlm.index import AdIndex
 from hlm.losses import cosine_alignment, kernel_alignment, kl_distillation, l2_alignment, matryoshka
 from hlm.pruning import check_cascade, cut
@@ -97,7 +99,8 @@ def align(source: str, stage: dict, output: str, config: AlignConfig, args, data
     if not config.prompt:
         model.prompts = {"query": "", "document": ""}
     width = model.get_embedding_dimension()
-    if config.head or width > documents.dim:
+    headed = any(isinstance(module, Dense) for module in model) and width == documents.dim  # by the stage before
+    if (config.head and not headed) or width > documents.dim:
         sample = np.arange(min(2048, len(queries.texts)))
         add_head(model, encode(model, [queries.texts[row] for row in sample]), queries.teacher(sample).numpy())
         width = documents.dim
@@ -168,7 +171,8 @@ class Queries:
 def objective(config: AlignConfig, documents: VectorStore, width: int):
     """(student (B, width), teacher (B, teacher's width)) -> scalar."""
     if config.objective == "kernel":
-        return kernel_alignment  # compares similarities, so widths may differ
+        # Compares similarities, so widths may differ, and the pairs are those of the whole batch on all devices.
+        return lambda student, teacher: kernel_alignment(gather_with_gradient(student), gather_with_gradient(teacher))
     if config.objective == "kl":
         count = min(config.kl_documents, len(documents))
         rows = np.linspace(0, len(documents) - 1, count).astype(np.int64)

@@ -11,7 +11,6 @@ and a store that is up to date is left alone. Several processes share the shards
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +25,7 @@ from accelerate.utils import parse_flag_from_env
 from tqdm.auto import tqdm
 
 from hlm.artefacts import MANIFEST, HlmError, read_manifest
-from hlm.config import parse, run_recipe
+from hlm.config import check_processes, parse, run_recipe
 from hlm.data import document_text, load, query_text
 from hlm.encoders import encode, fingerprint, load_encoder
 from hlm.index import AdIndex
@@ -147,12 +146,7 @@ def processes() -> PartialState:
     # Alone, PartialState takes several processes without an accelerator for so many single ones.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu=cpu)
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if state.num_processes != started:
-        raise HlmError(
-            f"expected {started} processes (WORLD_SIZE), found {state.num_processes} working together; start the "
-            "recipe with accelerate launch or torchrun, once"
-        )
+    check_processes(state.num_processes)
     return state
 
 

@@ -20,7 +20,7 @@ from hlm.artefacts import HlmError
 from hlm.config import parse, run_recipe
 from hlm.data import load, training_pairs
 from hlm.encoders import encode, fingerprint, load_encoder, prompt_of, save_encoder
-from hlm.gradcache import gather_with_gradient
+from hlm.gradcache import cached_loss, gather_with_gradient
 from hlm.index import AdIndex
 from hlm.losses import id_mask, l2_alignment, matryoshka, refinement_contrastive
 from hlm.mining import padded_rows, positive_scores, select_hard_negatives, top_k_documents
@@ -60,6 +60,7 @@ class RefineConfig:
     alignment_weight: float = field(
         default=0.0, metadata={"help": "of the L2 to the teacher's query vector, kept beside"}
     )
+    cache_chunk: int | None = field(default=None, metadata={"help": "rows encoded at a time (gradient caching)"})
     dropout: float = field(default=0.0)
 
 
@@ -148,14 +149,16 @@ class Refinement:
 
     def collate(self, rows: list[int]) -> dict:
         query, positive = self.pairs[rows].T
+        chunk = self.config.cache_chunk or len(rows)
         return {
-            "query": self.tokens.features(query),
+            "query": [self.tokens.features(query[start : start + chunk]) for start in range(0, len(rows), chunk)],
             "query_ids": torch.from_numpy(query.copy()),
             "positive_ids": torch.from_numpy(positive.copy()),
         }
 
     def draw(self, positive_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The step's pool: ids (M,) and vectors (M, width). The batch seeds the draw, so a resumed run draws alike."""
+        """The step's pool: ids (M,) and vectors (M, width). The positives of the whole batch, on all devices, seed the
+        draw: every device and a resumed run draw alike."""
         if not self.whole:
             generator = np.random.default_rng((self.seed, *positive_ids.tolist()))
             self.pool_rows = np.sort(generator.choice(len(self.documents), self.config.pool, replace=False))
@@ -163,10 +166,20 @@ class Refinement:
         return torch.from_numpy(self.pool_rows), self.pool
 
     def loss(self, model, batch: dict) -> torch.Tensor:
+        def encode_chunk(features):
+            return model(features)["sentence_embedding"]
+
+        def contrast(queries):
+            return self.contrast(queries, batch)
+
+        if self.config.cache_chunk:
+            return cached_loss(encode_chunk, [batch["query"]], contrast, no_sync=getattr(model, "no_sync", None))
+        return contrast(encode_chunk(batch["query"][0]))
+
+    def contrast(self, queries: torch.Tensor, batch: dict) -> torch.Tensor:
         device = batch["query_ids"].device
         query_ids, positive_ids = batch["query_ids"].cpu(), batch["positive_ids"].cpu()
-        queries = model(batch["query"])["sentence_embedding"]
-        pool_ids, pool = self.draw(positive_ids)
+        pool_ids, pool = self.draw(gather_with_gradient(batch["positive_ids"]))
         negative_ids = self.negatives[query_ids]
         hard = None
         if negative_ids.shape[1]:

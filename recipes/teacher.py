@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
+from torch.distributed.tensor import DTensor
 
 from hlm.artefacts import HlmError, fingerprint_json
 from hlm.config import parse, run_recipe
@@ -115,9 +116,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         evaluator=dev_retrieval(data, config),
     )
     train(trainer, identity)
+    trained = trainer.trained_tensors()
     if trainer.is_world_process_zero():
+        model = whole(model, trained, config)
         weaken_lora(model, config.merge_weight)
-        adapter = {name: tensor.clone() for name, tensor in trainer.trained_tensors().items()}
+        state = model.state_dict()
+        adapter = {name: state[name].clone() for name in trained}
         peft_config = model[0].model.peft_config["default"]
         save_encoder(
             merge_lora(model), config.output, "teacher", **identity,
@@ -125,6 +129,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         )  # fmt: skip
         logger.info("%s: teacher %s", config.output, fingerprint(model))
     finish(trainer)
+
+
+def whole(model, trained: dict[str, torch.Tensor], config: TeacherConfig):
+    """The model itself; under FSDP, where every process holds a part of it, the backbone with what was trained."""
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return model
+    model = load_encoder(config.backbone, device="cpu", dtype=config.dtype, max_seq_length=config.max_seq_length)
+    add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout)
+    model.load_state_dict(trained, strict=False)
+    return model
 
 
 class Pairs:
