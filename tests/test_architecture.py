@@ -12,7 +12,7 @@ LAYERS = [
     {"artefacts"},
     {"config", "tables", "data", "spelling", "keywords", "sample_vocabulary", "sample_catalogue", "losses",
      "gradcache", "store_writer", "store"},
-    {"encoders", "pruning", "planner"},
+    {"encoders", "pruning", "footprint", "hardware", "plan_settings", "plan_phases", "planner", "plan_report"},
     {"export", "runtime", "mining", "index", "evaluation", "metric", "latency", "report", "latency_report", "budgets",
      "machine", "systems", "random_weights", "qwen_tokenizer"},
     {"training"},
