@@ -1,4 +1,5 @@
-"""The command `hlm`: searches a catalogue with a student, and says whether a student fits a catalogue's vectors."""
+"""The command `hlm`: says what a run will cost, searches a catalogue with a student, and says whether a student fits a
+catalogue's vectors."""
 
 from __future__ import annotations
 
@@ -6,11 +7,13 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hlm import __version__
 from hlm.artefacts import MANIFEST, HlmError, read_manifest
+from hlm.plan_settings import Assumptions, read_steps
 
 # torch, faiss and datasets are imported where they are used: `hlm --help` and a refusal come at once.
 if TYPE_CHECKING:
@@ -34,6 +37,13 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"hlm {__version__}")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
 
+    command = commands.add_parser("plan", help="what a run will cost, before anything is paid for", allow_abbrev=False)
+    command.add_argument("--config", required=True, metavar="FOLDER", help="the steps' YAML files, and plan.yaml")
+    command.add_argument("--json", action="store_true", help="print JSON: bytes, FLOPs, hours")
+    for item in fields(Assumptions):  # over what plan.yaml says
+        command.add_argument(f"--{item.name.replace('_', '-')}", metavar="VALUE", help=item.metadata["help"])
+    command.set_defaults(run=plan)
+
     command = commands.add_parser("search", help="the ads that a student finds for a query", allow_abbrev=False)
     command.add_argument("query", help="what a person types")
     command.add_argument("--student", required=True, metavar="FOLDER", help="what recipes/refine.py or align.py wrote")
@@ -51,6 +61,26 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("target", help="folder of the ads' vectors or of an index")
     command.set_defaults(run=verify)
     return top
+
+
+def plan(options: argparse.Namespace) -> None:
+    """Prints the plan; then refuses it where a phase needs more than the GPUs given hold."""
+    steps = read_steps(options.config)
+
+    from hlm.config import parse
+    from hlm.hardware import parse_gpus
+    from hlm.plan_report import as_dict, text
+    from hlm.planner import check_fit, make_plan
+
+    assumed = Path(options.config) / "plan.yaml"
+    given = {item.name: getattr(options, item.name) for item in fields(Assumptions)}
+    flags = [word for name, value in given.items() if value is not None for word in (f"--{name}", value)]
+    (sizes,) = parse(Assumptions, argv=["--config", str(assumed), *flags] if assumed.is_file() else flags)
+    count, gpu = parse_gpus(sizes.gpus) if sizes.gpus else (1, None)
+    made = make_plan(options.config, steps, sizes, count)
+    print(json.dumps(as_dict(made, count, gpu), indent=2) if options.json else text(made, count, gpu), flush=True)
+    if gpu:
+        check_fit(made, count, gpu)
 
 
 def search(options: argparse.Namespace) -> None:
