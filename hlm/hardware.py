@@ -76,7 +76,7 @@ class Training:
     loss: Callable[[int], int]
 
     def memory(self, gpus: int = 1, sharded: bool = False) -> dict[str, int]:
-        """Bytes a GPU at the peak, part by part."""
+        """Bytes a GPU at the peak, part by part; only the teacher, under LoRA, is ever sharded."""
         calls: Calls = [(self.batch * rows, tokens) for rows, tokens in self.rows]
         if self.chunk:  # one chunk's activations at a time
             chunks = [(min(self.chunk, rows), tokens) for rows, tokens in calls]
@@ -87,7 +87,7 @@ class Training:
             self.precision,
             checkpointing=self.checkpointing,
             gpus=gpus,
-            sharded=sharded,
+            sharded=sharded and self.precision.lora_rank is not None,
             loss_bytes=self.loss(self.batch),
         )
 
@@ -130,7 +130,8 @@ def remedy(training: Training, usable: int, gpus: int, sharded: bool) -> str:
         again = replace(training, checkpointing=True)
         if value := again.largest(usable, gpus, sharded):
             found.append(f"gradient_checkpointing: true with {again.knob}: {value}")
-    if gpus > 1 and not sharded and training.peak(gpus, True) <= usable:
+    split = training.precision.lora_rank is not None and gpus > 1 and not sharded
+    if split and training.peak(gpus, True) <= usable:
         found.append("FSDP, which splits weights, gradients and optimizer over the GPUs")
     return f"set {' or '.join(found)}" if found else f"take other hardware: {smallest(training.peak)}"
 

@@ -119,8 +119,7 @@ def text(plan: Plan, count: int = 1, gpu: Gpu | None = None) -> str:
     for phase in plan.phases:
         if phase.disk:
             lines.append(
-                f"  {phase.step}, {phase.name}: "
-                + ", ".join(f"{name} {size(value)}" for name, value in phase.disk.items())
+                f"  {title(phase)}: " + ", ".join(f"{name} {size(value)}" for name, value in phase.disk.items())
             )
     lines += ["", "Index (memory and disk)"]
     lines += table([("", "size"), *((name, size(value)) for name, value in plan.index.items())])
@@ -146,7 +145,7 @@ def assumptions(plan: Plan) -> list[str]:
         "FLOPs: 2 a weight and token, backward twice that (once through weights that LoRA freezes), one forward pass "
         "more for gradient checkpointing and one for gradient caching; embeddings are looked up",
         "GPU memory: AdamW in fp32, gradients kept, SDPA without stored scores; "
-        + ("weights split by FSDP" if sizes.fsdp else "every GPU holds the whole model (DDP)"),
+        + ("the teacher split by FSDP" if sizes.fsdp else "every GPU holds the whole model (DDP)"),
         f"fits: {FRAGMENTED:.0%} of a GPU lost between blocks and {size(CONTEXT_BYTES)} to CUDA; where 2 and more "
         "GPUs are the smallest hardware, they are under FSDP",
         f"disk: 2 bytes a value of a store and {ID_BYTES} a row's id; checkpoints hold weights and two moments in fp32",

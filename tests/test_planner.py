@@ -190,6 +190,13 @@ def test_a_batch_that_cannot_fit_is_refused_with_the_nearest_that_does(teacher_8
     assert "FSDP" in remedy(training(teacher_8b, batch=1), int(22 * GIB), 8, False)
 
 
+def test_only_the_teacher_is_sharded(teacher_8b, student):
+    whole, split = (training(teacher_8b).memory(8, sharded) for sharded in (False, True))
+    assert split["weights"] == whole["weights"] // 8
+    own = training(student, precision=Precision(autocast=True))
+    assert own.memory(8, True) == own.memory(8, False) and "FSDP" not in remedy(own, GIB, 8, False)
+
+
 def test_the_smallest_hardware(teacher_8b, student):
     small = training(student, batch=32, precision=Precision(autocast=True))
     assert smallest(small.peak) == "1x RTX4090"
