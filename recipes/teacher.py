@@ -103,7 +103,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout)
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(model)
-        args.gradient_checkpointing = False  # done, and in the only order that works under LoRA
+        # Done, and in the only order that works under LoRA: the trainer must not do it again, under either name.
+        args.gradient_checkpointing = args.activation_checkpointing = False
     batches = Batches(model, pairs, negatives, config)
     trainer = RecipeTrainer(
         model,

@@ -153,12 +153,15 @@ def test_a_head_makes_a_student_as_wide_as_the_teacher(house, tmp_path):
     assert [type(module).__name__ for module in model] == ["Transformer", "Pooling", "Dense", "Normalize"]
 
 
-def test_gradient_caching_trains_to_the_same_teacher(house, tmp_path):
+@pytest.mark.parametrize(
+    "flags", [["--cache_chunk", "8"], ["--gradient_checkpointing", "true"]], ids=lambda f: f[0][2:]
+)
+def test_what_saves_memory_trains_to_the_same_teacher(house, tmp_path, flags):
     if "tiny_bert" in house.backbone:
         pytest.skip("dropout falls differently on other chunks")
-    arguments = teacher_arguments(house.data, house.backbone, tmp_path / "cached")
-    teacher.main([*arguments, "--cache_chunk", "8"])
-    one, other = (load_file(folder / "model.safetensors") for folder in (house / "teacher", tmp_path / "cached"))
+    arguments = teacher_arguments(house.data, house.backbone, tmp_path / "saving")
+    teacher.main([*arguments, *flags])
+    one, other = (load_file(folder / "model.safetensors") for folder in (house / "teacher", tmp_path / "saving"))
     for name in one:
         np.testing.assert_allclose(one[name], other[name], atol=2e-3, err_msg=name)
 
