@@ -7,7 +7,6 @@ and the CUDA context are not in them. One multiply-add counts as two FLOPs, padd
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from hlm.artefacts import HlmError
 from hlm.encoders import DTYPES, resolve
-from hlm.pruning import layers_of, planned_parameters
+from hlm.pruning import cut_config, layers_of, planned_parameters
 
 Calls = Sequence[tuple[int, int]]  # (rows, padded tokens a row) of every forward pass whose activations live together
 
@@ -48,15 +47,6 @@ def backbone_config(name_or_path: str) -> PretrainedConfig:
         return AutoConfig.for_model(**json.loads(shape.read_text()))
 
 
-def cut_config(config: PretrainedConfig, layers: int, ffn_width: int) -> PretrainedConfig:
-    """A copy with its first so many layers and this FFN width: what a cut model's config.json says."""
-    config = copy.deepcopy(config)
-    config.num_hidden_layers, config.intermediate_size = layers, ffn_width
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
-    return config
-
-
 @dataclass(frozen=True)
 class Shape:
     """What costs depend on. `linears` are (in, out) of one layer's linear layers; `embeddings` counts every table."""
@@ -81,7 +71,7 @@ class Shape:
             HlmError: a cut that grows, or a backbone that is not known.
         """
         total, body = planned_parameters(config, layers, ffn_width)
-        one = cut_config(config, 1, ffn_width or getattr(config, "intermediate_size", 0))
+        one = cut_config(config, 1, ffn_width)
         with torch.device("meta"):
             (layer,) = layers_of(AutoModel.from_config(one))
         heads = config.num_attention_heads

@@ -191,6 +191,10 @@ def _summary(blocks: list[Block], lengths: list[str]) -> dict[str, Any]:
         rates, facts = _clean([(b.queries_per_s, b.contaminated) for b in blocks if b.batch_size == size])
         count = facts.pop("samples")
         throughput[str(size)] = {"queries_per_s": float(np.median(rates)), "blocks": count, **facts}
+    return _figures(latency, throughput)
+
+
+def _figures(latency: dict[str, Any], throughput: dict[str, Any]) -> dict[str, Any]:
     best = max(throughput, key=lambda size: throughput[size]["queries_per_s"])
     return {
         "latency_ms": latency,
@@ -233,14 +237,8 @@ def derive(shallow: Mapping[str, Any], deep: Mapping[str, Any], depths: tuple[in
     for size, measured in deep["throughput"].items():
         by = factor(1 / shallow["throughput"][size]["queries_per_s"], 1 / measured["queries_per_s"])
         throughput[size] = measured | {"queries_per_s": measured["queries_per_s"] / by}
-    best = max(throughput, key=lambda size: throughput[size]["queries_per_s"])
-    return {
-        "latency_ms": latency,
-        "throughput": throughput,
-        "best_batch_size": int(best),
-        "best_queries_per_s": throughput[best]["queries_per_s"],
-        "derived": f"derived from {depths[0]} and {depths[1]} of {layers} layers",
-    }
+    derived = f"derived from {depths[0]} and {depths[1]} of {layers} layers"
+    return _figures(latency, throughput) | {"derived": derived}
 
 
 def ratios(

@@ -14,7 +14,7 @@ import torch
 from transformers import PretrainedConfig
 
 from hlm.artefacts import HlmError
-from hlm.footprint import Shape, backbone_config, cut_config
+from hlm.footprint import Shape, backbone_config
 from hlm.hardware import GIB, Gpu, refuse
 from hlm.plan_phases import (
     Phase,
@@ -27,7 +27,7 @@ from hlm.plan_phases import (
     teacher_training,
 )
 from hlm.plan_settings import Assumptions
-from hlm.pruning import check_cascade, keep_layers
+from hlm.pruning import check_cascade, cut_config, keep_layers
 
 
 @dataclass

@@ -307,6 +307,16 @@ def planned_parameters(
     Raises:
         HlmError: more layers or units than `config` has, or less than one.
     """
+    with torch.device("meta"):
+        return parameter_counts(AutoModel.from_config(cut_config(config, layers, ffn_width)))
+
+
+def cut_config(config: PretrainedConfig, layers: int | None = None, ffn_width: int | None = None) -> PretrainedConfig:
+    """A copy with its first so many layers and this FFN width (None: as it is): what a cut model's config.json says.
+
+    Raises:
+        HlmError: more layers or units than `config` has, or less than one.
+    """
     config = copy.deepcopy(config)
     if layers is not None:
         _within("layers", layers, config.num_hidden_layers)
@@ -316,8 +326,7 @@ def planned_parameters(
     if ffn_width is not None:
         _within("FFN width", ffn_width, config.intermediate_size)
         config.intermediate_size = ffn_width
-    with torch.device("meta"):
-        return parameter_counts(AutoModel.from_config(config))
+    return config
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:

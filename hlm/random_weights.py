@@ -23,7 +23,7 @@ from hlm.artefacts import HlmError
 from hlm.encoders import DTYPES, write_legacy_layout
 from hlm.footprint import backbone_config
 from hlm.machine import memory_mib
-from hlm.pruning import layers_of, planned_parameters
+from hlm.pruning import cut_config, layers_of, planned_parameters
 from hlm.systems import HLM, SENTENCE_TRANSFORMERS, System, load_system, sentence_transformers_system
 
 SHARE_OF_MEMORY = 0.7  # of what is free, for weights: activations and the tokenizer need the rest
@@ -42,9 +42,7 @@ def shape_config(shape: str, *, layers: int | None = None, ffn: int | None = Non
     config = backbone_config(shape)
     if config.model_type != "qwen3":
         raise HlmError(f"shape: expected a Qwen3-style backbone, found '{config.model_type}' at {shape}")
-    planned_parameters(config, layers, ffn)  # refuses a cut that grows
-    config.intermediate_size = ffn or config.intermediate_size
-    return with_layers(config, layers or config.num_hidden_layers)
+    return cut_config(config, layers, ffn)
 
 
 def weight_mib(config: PretrainedConfig, dtype: str) -> float:
@@ -62,23 +60,19 @@ def depths_that_fit(config: PretrainedConfig, dtype: str, *, device: str = "cpu"
         free = torch.cuda.mem_get_info(device)[0] / 2**20
     else:
         free = memory_mib("MemAvailable")
-    if free is None or weight_mib(config, dtype) <= SHARE_OF_MEMORY * free:
+    whole = weight_mib(config, dtype)
+    if free is None or whole <= SHARE_OF_MEMORY * free:
         return None
-    shallow = [weight_mib(with_layers(config, depth), dtype) for depth in (1, 2)]
-    deepest = int((SHARE_OF_MEMORY * free - shallow[0]) / (shallow[1] - shallow[0])) + 1
+    one = weight_mib(cut_config(config, 1), dtype)
+    layer = (whole - one) / max(1, config.num_hidden_layers - 1)
+    deepest = int((SHARE_OF_MEMORY * free - one) / layer) + 1 if layer else 1
     if deepest < 2:
         raise HlmError(
-            f"expected memory for two layers ({shallow[1]:.0f} MiB in {dtype}), found {free:.0f} MiB free, of which "
+            f"expected memory for two layers ({one + layer:.0f} MiB in {dtype}), found {free:.0f} MiB free, of which "
             f"{SHARE_OF_MEMORY:.0%} is for weights; take a smaller shape or a dtype of two bytes"
         )
     deepest = min(deepest, config.num_hidden_layers - 1)
     return max(1, deepest // 2), deepest
-
-
-def with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
-    facts = config.to_dict() | {"num_hidden_layers": layers}
-    facts.pop("layer_types", None)
-    return type(config).from_dict(facts)
 
 
 def random_backbone(config: PretrainedConfig, dtype: str, *, device: str = "cpu", seed: int = 0) -> nn.Module:
@@ -109,7 +103,7 @@ def random_backbone(config: PretrainedConfig, dtype: str, *, device: str = "cpu"
 def shallower(model: nn.Module, layers: int) -> nn.Module:
     """The first `layers` layers of a backbone, sharing its weights."""
     with torch.device("meta"):
-        part = AutoModel.from_config(with_layers(model.config, layers), dtype=model.dtype)
+        part = AutoModel.from_config(cut_config(model.config, layers), dtype=model.dtype)
     part.embed_tokens, part.norm, part.rotary_emb = model.embed_tokens, model.norm, model.rotary_emb
     part.layers = nn.ModuleList(layers_of(model)[:layers])
     return part.eval()
@@ -202,7 +196,7 @@ def shape_systems(
     if backend == HLM and (tokenizer is None or depths):
         found = "no tokenizer" if tokenizer is None else "too little memory for the whole depth"
         raise HlmError(f"{name}: backend 'hlm' reads a whole model with a tokenizer, found {found}")
-    backbone = random_backbone(with_layers(config, depths[1]) if depths else config, dtype, device=device, seed=seed)
+    backbone = random_backbone(cut_config(config, depths[1]) if depths else config, dtype, device=device, seed=seed)
     total, without_embeddings = planned_parameters(config)
     facts = {
         "shape": shape,

@@ -16,14 +16,13 @@ from hlm.footprint import (
     Precision,
     Shape,
     backbone_config,
-    cut_config,
     forward_flops,
     inference_memory,
     saved_bytes,
     training_flops,
     training_memory,
 )
-from hlm.pruning import parameter_counts
+from hlm.pruning import cut_config, parameter_counts
 
 QWEN3 = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24, "max_position_embeddings": 512}
 BF16, FP32 = "bfloat16", "float32"
