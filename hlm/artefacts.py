@@ -48,17 +48,24 @@ def fingerprint_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """Writes JSON aside and renames it, so that a reader never sees half a file."""
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yields a path beside `path` to write to, which takes its name when the block ends without an error: a reader
+    never sees half a file. Makes the folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with open(aside, "w", encoding="utf-8") as file:
+    yield aside
+    os.replace(aside, path)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes JSON to the disk itself, by `atomic_file`."""
+    with atomic_file(path) as aside, open(aside, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=2, ensure_ascii=False, allow_nan=False)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 @contextlib.contextmanager

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hlm.artefacts import HlmError
+from hlm.config import closest
 
 # Budget -> where its figure stands in a system's entry, and whether the budget is the most or the least allowed.
 BUDGETS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -40,8 +40,7 @@ def read_budgets(budgets: Mapping[str, float], systems: Sequence[str], candidate
         if system and system not in systems:
             raise HlmError(f"budgets: '{given}': expected a system among {', '.join(systems)}, found '{system}'")
         if name not in BUDGETS:
-            closest = difflib.get_close_matches(name, BUDGETS, n=1, cutoff=0.4)
-            hint = f"; did you mean '{closest[0]}'?" if closest else ""
+            hint = closest(name, BUDGETS, cutoff=0.4)
             raise HlmError(f"budgets: expected one of {', '.join(BUDGETS)}, found '{name}'{hint}")
         found.append((system or candidate, name, wanted))
     return found

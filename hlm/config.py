@@ -17,7 +17,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -71,7 +71,8 @@ def parse(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[An
     for word in rest:
         flag = word.split("=")[0]
         known = flag.lstrip("-").replace("-", "_")
-        raise HlmError(f"command line: unknown argument '{flag}'{_closest(known, hints, '--')}; --help lists all")
+        near = closest(known, [*hints, "config"], prefix="--")
+        raise HlmError(f"command line: unknown argument '{flag}'{near}; --help lists all")
 
     typed = vars(namespace)
     config_path = typed.pop("config", None)
@@ -91,7 +92,7 @@ def read_section(dataclass_type: type, given: dict[str, Any], where: str) -> Any
     hints = get_type_hints(dataclass_type)
     for key in given:
         if key not in hints:
-            raise HlmError(f"{where}: unknown key '{key}'{_closest(str(key), hints)}; it takes {', '.join(hints)}")
+            raise HlmError(f"{where}: unknown key '{key}'{closest(str(key), hints)}; it takes {', '.join(hints)}")
     return _build(dataclass_type, {key: _coerce(value, hints[key], f"{where}: {key}") for key, value in given.items()})
 
 
@@ -201,7 +202,7 @@ def _read_yaml(path: str, hints: dict[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         where = f"{path}, line {lines.get(str(key), '?')}"
         if key not in hints:
-            raise HlmError(f"{where}: unknown key '{key}'{_closest(str(key), hints)}; --help lists all")
+            raise HlmError(f"{where}: unknown key '{key}'{closest(str(key), hints)}; --help lists all")
         checked[key] = _coerce(value, hints[key], f"{where}: {key}")
     return checked
 
@@ -229,8 +230,9 @@ def _build(dataclass_type: type, given: dict[str, Any]) -> Any:
         raise HlmError(f"{dataclass_type.__name__}: {error}") from error
 
 
-def _closest(name: str, hints: dict[str, Any], prefix: str = "") -> str:
-    matches = difflib.get_close_matches(name, [*hints, "config"] if prefix else hints, n=1, cutoff=0.5)
+def closest(word: str, known: Iterable[str], *, prefix: str = "", cutoff: float = 0.5) -> str:
+    """The end of an error message, `; did you mean '...'?`, or "" where nothing known is near."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f"; did you mean '{prefix}{matches[0]}'?" if matches else ""
 
 

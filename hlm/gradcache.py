@@ -43,6 +43,24 @@ def gather_with_gradient(tensor: Tensor) -> Tensor:
     return torch.cat(_all_gather(tensor))
 
 
+def loss_of_chunks(
+    model: torch.nn.Module, groups: Sequence[Sequence[Chunk]], loss: Callable[..., Tensor], *, cached: bool
+) -> Tensor:
+    """The loss of sentence-transformers features that come in chunks: all activations kept, or by `cached_loss`.
+
+    Args:
+        model: as wrapped for distribution.
+        groups, loss: as in `cached_loss`.
+    """
+
+    def encode(chunk: Chunk) -> Tensor:
+        return model(chunk)["sentence_embedding"]
+
+    if cached:
+        return cached_loss(encode, groups, loss, no_sync=getattr(model, "no_sync", None))
+    return loss(*(torch.cat([encode(chunk) for chunk in group]) for group in groups))
+
+
 def cached_loss(
     encode: Callable[[Chunk], Tensor],
     groups: Sequence[Sequence[Chunk]],

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from hlm.artefacts import HlmError
+from hlm.artefacts import HlmError, atomic_file
+from hlm.report import align
 
 FEW_SAMPLES = 100  # a p99 of fewer is little more than the slowest one
 
@@ -124,21 +124,8 @@ def format_table(report: Mapping[str, Any]) -> str:
     lengths = ", ".join(f"{words}: {count}" for words, count in report["lengths"].items())
     title = f"{report['queries']} queries of {report['data']} (by words {lengths}), {report['settings']['repeats']} "
     title += f"interleaved repeats, ratios to {report['reference']}"
-    lines = [title, "", *_align(rows(report)), "", *_align(length_rows(report)), ""]
+    lines = [title, "", *align(rows(report), left=2), "", *align(length_rows(report)), ""]
     return "\n".join(lines + [f"- {note}" for note in notes(report)])
-
-
-def _align(table: list[list[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    left = 2 if table[0][1] == "backend" else 1
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column < left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table
-    ]
-    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
 
 def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
@@ -181,9 +168,8 @@ def plot(report: Mapping[str, Any], path: str | Path) -> None:
         axis.grid(alpha=0.25)
     cpu = report["environment"].get("gpu") or report["environment"].get("cpu")
     figure.suptitle(f"{report['data']}, {report['queries']} queries, {cpu}", fontsize=10)
-    aside = Path(path).with_name(f".{Path(path).name}.partial")
-    figure.savefig(aside, dpi=150, format="png")
-    os.replace(aside, path)
+    with atomic_file(path) as aside:
+        figure.savefig(aside, dpi=150, format="png")
 
 
 def _plot_quality(axis: Any, report: Mapping[str, Any], points: Mapping[str, tuple[float, float]]) -> None:

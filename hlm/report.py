@@ -8,8 +8,10 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import shlex
 import subprocess
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import torch
 from matplotlib.figure import Figure
 
 from hlm import __version__
-from hlm.artefacts import HlmError
+from hlm.artefacts import HlmError, atomic_file
 from hlm.evaluation import (
     Qrels,
     Run,
@@ -156,18 +158,25 @@ def format_table(report: Mapping[str, Any]) -> str:
                 _percent(kept) if kept else "-",
             ]
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
-    lines.insert(1, "-" * len(lines[0]))
     title = f"{report['dataset']}, split {report['split']}: {report['queries']} queries, "
     title += f"relevant from grade {report['relevance_level']}"
-    text = [title, "", *lines]
+    text = [title, "", *align(rows)]
     if report["recovery"]:
         text += ["", "student / teacher:  " + "  ".join(f"{m} {_percent(r)}" for m, r in report["recovery"].items())]
     return "\n".join(text)
+
+
+def align(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Lines of a plain-text table, header first and ruled off; the first `left` columns start at the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
 
 def _millions(count: int) -> str:
@@ -200,9 +209,8 @@ def plot(report: Mapping[str, Any], path: str | Path) -> None:
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(str(report["dataset"]), fontsize=11)
-    aside = Path(path).with_name(f".{Path(path).name}.partial")
-    figure.savefig(aside, dpi=150, format="png")
-    os.replace(aside, path)
+    with atomic_file(path) as aside:
+        figure.savefig(aside, dpi=150, format="png")
 
 
 def _plot_recovery(axis: Any, report: Mapping[str, Any], students: list[str]) -> None:
@@ -231,6 +239,11 @@ def _plot_recovery(axis: Any, report: Mapping[str, Any], students: list[str]) ->
     axis.set_ylim(floor, max(*tops, 100) + 0.16 * (max(*tops, 100) - floor))
     axis.set_title("with paired-bootstrap 95% intervals" + (f"; axis from {floor}%" if floor else ""), fontsize=10)
     axis.legend(fontsize=8, ncols=3, loc="upper center", frameon=False)
+
+
+def command_line(script: str, argv: Sequence[str] | None) -> str:
+    """The command that `main(argv)` of a recipe stands for, as a shell reads it."""
+    return shlex.join([script, *(sys.argv[1:] if argv is None else argv)])
 
 
 def environment(command: str) -> dict[str, Any]:

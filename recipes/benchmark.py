@@ -10,12 +10,10 @@ Under `output`: latency.json and latency.png. Exit status 1 says that a budget w
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import os
 import random
-import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -29,7 +27,7 @@ import yaml
 
 from hlm.artefacts import HlmError, write_json
 from hlm.budgets import BUDGETS, check_budgets, failures, read_budgets
-from hlm.config import Pairs, parse, read_section, run_recipe
+from hlm.config import Pairs, closest, parse, read_section, run_recipe
 from hlm.data import load
 from hlm.evaluation import length_slice
 from hlm.index import AdIndex
@@ -38,7 +36,7 @@ from hlm.latency_report import format_table, plot, quality
 from hlm.machine import facts
 from hlm.qwen_tokenizer import find_tokenizer
 from hlm.random_weights import Derivation, shape_systems
-from hlm.report import environment
+from hlm.report import command_line, environment
 from hlm.sample_catalogue import write_catalogue
 from hlm.store import VectorStore
 from hlm.systems import HLM, System, cold_starts, load_system
@@ -124,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parts = {"cold_start": starts, "quality": qualities, "agreement": same}
     report = build_report(config, entries, queries, systems, derived, blocks, reference, parts)
-    report["environment"] = environment(command(argv)) | facts()
+    report["environment"] = environment(command_line("recipes/benchmark.py", argv)) | facts()
     report["budgets"] = check_budgets(report["systems"], budgets)
     write_json(Path(config.output) / "latency.json", report)
     plot(report, Path(config.output) / "latency.png")
@@ -171,7 +169,7 @@ def named(name: str | None, entries: dict[str, Entry], what: str, default: int) 
     if name is None:
         return list(entries)[default]
     if name not in entries:
-        raise HlmError(f"{what}: expected one of {', '.join(entries)}, found '{name}'{closest(name, list(entries))}")
+        raise HlmError(f"{what}: expected one of {', '.join(entries)}, found '{name}'{closest(name, entries)}")
     return name
 
 
@@ -318,15 +316,6 @@ def build_report(
         },
         "blocks": [block.record() for block in blocks],
     }
-
-
-def closest(word: str, known: Sequence[str]) -> str:
-    matches = difflib.get_close_matches(str(word), known, n=1)
-    return f" (did you mean '{matches[0]}'?)" if matches else ""
-
-
-def command(argv: Sequence[str] | None) -> str:
-    return shlex.join(["recipes/benchmark.py", *(sys.argv[1:] if argv is None else argv)])
 
 
 if __name__ == "__main__":

@@ -7,11 +7,8 @@ Under `output`: report.json, report.png, per_query.parquet, and what a rerun nee
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -20,14 +17,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hlm.artefacts import HlmError, fingerprint_json, fingerprint_texts, write_json
-from hlm.config import parse, run_recipe
+from hlm.artefacts import HlmError, atomic_file, fingerprint_json, fingerprint_texts, write_json
+from hlm.config import closest, parse, run_recipe
 from hlm.data import RetrievalData, document_text, load
 from hlm.encoders import encode, fingerprint, load_encoder
 from hlm.evaluation import Run, bm25_run, dense_run
 from hlm.index import AdIndex
 from hlm.pruning import parameter_counts
-from hlm.report import STUDENTS, SYSTEMS, build_report, environment, format_table, plot
+from hlm.report import STUDENTS, SYSTEMS, build_report, command_line, environment, format_table, plot
 from hlm.store import VectorStore, write_store
 from hlm.training import check_student
 
@@ -103,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         incomplete=config.incomplete,
         samples=config.bootstrap_samples,
         seed=config.bootstrap_seed,
-        environment=environment(command(argv)) | {"encoders": encoders, "corpus": data.fingerprint("corpus")},
+        environment=environment(command_line("recipes/evaluate.py", argv))
+        | {"encoders": encoders, "corpus": data.fingerprint("corpus")},
     )
     output = Path(config.output)
     write_parquet(output / "per_query.parquet", scores)
@@ -244,10 +242,8 @@ def cached_run(path: Path, key: list[Any], queries: list[str], make: Callable[[]
 
 
 def write_parquet(path: Path, table: pa.Table) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    pq.write_table(table, aside)
-    os.replace(aside, path)
+    with atomic_file(path) as aside:
+        pq.write_table(table, aside)
 
 
 def query_kinds(data: RetrievalData) -> dict[str, str] | None:
@@ -258,15 +254,6 @@ def query_kinds(data: RetrievalData) -> dict[str, str] | None:
 
 def queries_fingerprint(queries: list[tuple[str, str]]) -> str:
     return fingerprint_texts(field for query in queries for field in query)
-
-
-def closest(word: str, known: Sequence[str]) -> str:
-    matches = difflib.get_close_matches(str(word), known, n=1)
-    return f" (did you mean '{matches[0]}'?)" if matches else ""
-
-
-def command(argv: Sequence[str] | None) -> str:
-    return shlex.join(["recipes/evaluate.py", *(sys.argv[1:] if argv is None else argv)])
 
 
 if __name__ == "__main__":

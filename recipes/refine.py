@@ -20,7 +20,7 @@ from hlm.artefacts import HlmError
 from hlm.config import parse, run_recipe
 from hlm.data import load, training_pairs
 from hlm.encoders import encode, fingerprint, load_encoder, prompt_of, save_encoder
-from hlm.gradcache import cached_loss, gather_with_gradient
+from hlm.gradcache import gather_with_gradient, loss_of_chunks
 from hlm.index import AdIndex
 from hlm.losses import id_mask, l2_alignment, matryoshka, refinement_contrastive
 from hlm.mining import padded_rows, positive_scores, select_hard_negatives, top_k_documents
@@ -160,26 +160,21 @@ class Refinement:
         """The step's pool: ids (M,) and vectors (M, width). The positives of the whole batch, on all devices, seed the
         draw: every device and a resumed run draw alike."""
         if not self.whole:
-            generator = np.random.default_rng((self.seed, *positive_ids.tolist()))
+            generator = np.random.default_rng((self.seed, *gather_with_gradient(positive_ids).tolist()))
             self.pool_rows = np.sort(generator.choice(len(self.documents), self.config.pool, replace=False))
             self.pool = self.vectors(self.pool_rows)
         return torch.from_numpy(self.pool_rows), self.pool
 
     def loss(self, model, batch: dict) -> torch.Tensor:
-        def encode_chunk(features):
-            return model(features)["sentence_embedding"]
-
         def contrast(queries):
             return self.contrast(queries, batch)
 
-        if self.config.cache_chunk:
-            return cached_loss(encode_chunk, [batch["query"]], contrast, no_sync=getattr(model, "no_sync", None))
-        return contrast(encode_chunk(batch["query"][0]))
+        return loss_of_chunks(model, [batch["query"]], contrast, cached=bool(self.config.cache_chunk))
 
     def contrast(self, queries: torch.Tensor, batch: dict) -> torch.Tensor:
         device = batch["query_ids"].device
         query_ids, positive_ids = batch["query_ids"].cpu(), batch["positive_ids"].cpu()
-        pool_ids, pool = self.draw(gather_with_gradient(batch["positive_ids"]))
+        pool_ids, pool = self.draw(batch["positive_ids"])
         negative_ids = self.negatives[query_ids]
         hard = None
         if negative_ids.shape[1]:

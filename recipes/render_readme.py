@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from hlm import latency_report
 from hlm.artefacts import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,26 +72,16 @@ def timing(results: dict[str, Any]) -> str:
 
 
 def latency_table(latency: dict[str, Any]) -> str:
-    """latency.json as Markdown: a row a system, ratios to the reference."""
-    reference = latency["reference"]
-    lines = [
-        f"| encoder | run by | p50 ms | p95 ms | p99 ms | queries/s | p50 against {reference} | throughput |",
-        "|---|---|" + "---:|" * 6,
-    ]
-    for name, row in latency["systems"].items():
-        times, ratio = row["latency_ms"]["all"], row["ratio"]
-        cells = [f"{times[part]:.2f}" for part in ("p50", "p95", "p99")]
-        cells += [f"{row['best_queries_per_s']:.0f} (batch {row['best_batch_size']})"]
-        cells += [f"{ratio['p50']:.1f}x", f"{ratio['throughput']:.1f}x"]
-        lines.append(f"| {name} | {row['backend']} | " + " | ".join(cells) + " |")
-    blocks, environment = latency["blocks"], latency["environment"]
-    disturbed = sum(block["contaminated"] for block in blocks)
-    lines.append(
-        f"\nOne query at a time, tokenisation included, over {latency['queries']} test queries, in one run on "
-        f"{environment['cores']} cores of {environment['cpu']}; other processes disturbed {disturbed} of {len(blocks)} "
-        "blocks of measurements, which are left out where clean ones exist."
+    """latency.json as Markdown: the rows and notes that recipes/benchmark.py prints."""
+    header, *rows = latency_report.rows(latency)
+    lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
+    lines.insert(1, "|---|---|" + "---:|" * (len(header) - 2))
+    environment = latency["environment"]
+    where = (
+        f"Tokenisation included, ratios to {latency['reference']}, over {latency['queries']} queries in one run on "
+        f"{environment['cores']} cores of {environment['cpu']}."
     )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", where, "", *(f"- {note}" for note in latency_report.notes(latency))])
 
 
 def rendered(readme: str) -> str:

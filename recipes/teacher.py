@@ -33,7 +33,7 @@ from hlm.encoders import (
     save_encoder,
     weaken_lora,
 )
-from hlm.gradcache import cached_loss, gather_with_gradient
+from hlm.gradcache import gather_with_gradient, loss_of_chunks
 from hlm.losses import qwen3_contrastive
 from hlm.mining import mine_hard_negatives, padded_rows
 from hlm.store import VectorStore, write_store
@@ -251,13 +251,8 @@ class Batches:
                 offset=rank * len(queries),
             )
 
-        def encode_chunk(features):
-            return model(features)["sentence_embedding"]
-
         groups = [batch["query"], batch["document"]]
-        if self.config.cache_chunk:
-            return cached_loss(encode_chunk, groups, contrast, no_sync=getattr(model, "no_sync", None))
-        return contrast(*(torch.cat([encode_chunk(chunk) for chunk in group]) for group in groups))
+        return loss_of_chunks(model, groups, contrast, cached=bool(self.config.cache_chunk))
 
 
 def dev_retrieval(data: RetrievalData, config: TeacherConfig) -> DevRetrieval | None:
