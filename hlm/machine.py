@@ -66,13 +66,27 @@ def peak_memory_mib() -> float:
 
     From VmHWM where there is one: on Linux `ru_maxrss` starts at the size of the process that started this one.
     """
+    held = _status_mib("VmHWM")
+    if held is not None:
+        return held
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes
+
+
+def anonymous_mib() -> float:
+    """Memory (MiB) that this process holds and no file backs: what a memory map does not count in. NaN where the system
+    does not tell."""
+    held = _status_mib("RssAnon")
+    return float("nan") if held is None else held
+
+
+def _status_mib(field: str) -> float | None:
     status = Path("/proc/self/status")
     if status.is_file():
         for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(f"{field}:"):
                 return int(line.split()[1]) / 2**10
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes
+    return None
 
 
 def memory_mib(field: str) -> float | None:
