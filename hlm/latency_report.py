@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from hlm.artefacts import HlmError, atomic_file
 from hlm.report import align
@@ -139,56 +141,73 @@ def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
 
 def plot(report: Mapping[str, Any], path: str | Path) -> None:
     """Draws p50 at batch 1 against nDCG with the Pareto front (p50 to p99 alone where no quality is known), and
-    throughput over batch sizes, as a PNG."""
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    throughput over batch sizes, as a PNG. A system has one colour in both; the reference is a square."""
+    systems = report["systems"]
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
     axes = figure.subplots(1, 2)
+    palette = colormaps["tab10" if len(systems) <= 10 else "tab20"]
+    colours = {name: palette(place) for place, name in enumerate(systems)}
+    markers = {name: "s" if name == report["reference"] else "o" for name in systems}
     points = {
         name: (system["latency_ms"]["all"]["p50"], system["quality"]["ndcg"])
-        for name, system in report["systems"].items()
+        for name, system in systems.items()
         if system.get("quality")
     }
     if points:
-        _plot_quality(axes[0], report, points)
+        _plot_quality(axes[0], report, points, colours, markers)
     else:
-        _plot_spread(axes[0], report)
+        _plot_spread(axes[0], report, colours, markers)
     axes[0].set_xscale("log")
+    axes[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[0].xaxis.set_major_formatter("{x:g}")
+    axes[0].xaxis.set_minor_formatter(NullFormatter())
     axes[0].set_xlabel("latency at batch 1, ms" + (" (p50)" if points else " (p50 to p99)"))
-    for name, system in report["systems"].items():
+    for name, system in systems.items():
         sizes = sorted(map(int, system["throughput"]))
         rates = [system["throughput"][str(size)]["queries_per_s"] for size in sizes]
-        style = {"linestyle": "--"} if "derived" in system else {}
-        axes[1].plot(sizes, rates, marker="o", markersize=4, label=name, **style)
+        line = "--" if "derived" in system else "-"
+        axes[1].plot(sizes, rates, line, marker=markers[name], markersize=4, color=colours[name], label=name)
+    sizes = sorted({int(size) for system in systems.values() for size in system["throughput"]})
     axes[1].set_xscale("log", base=2)
+    axes[1].set_xticks(sizes, list(map(str, sizes)))
     axes[1].set_yscale("log")
     axes[1].set_xlabel("batch size")
     axes[1].set_ylabel("throughput, queries/s")
-    axes[1].legend(fontsize=8, frameon=False)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     cpu = report["environment"].get("gpu") or report["environment"].get("cpu")
     figure.suptitle(f"{report['data']}, {report['queries']} queries, {cpu}", fontsize=10)
     with atomic_file(path) as aside:
         figure.savefig(aside, dpi=150, format="png")
 
 
-def _plot_quality(axis: Any, report: Mapping[str, Any], points: Mapping[str, tuple[float, float]]) -> None:
+def _plot_quality(
+    axis: Any,
+    report: Mapping[str, Any],
+    points: Mapping[str, tuple[float, float]],
+    colours: Mapping[str, Any],
+    markers: Mapping[str, str],
+) -> None:
     front = pareto(points)
-    axis.plot(*zip(*(points[name] for name in front), strict=True), color="#9aa5b1", linewidth=1, label="Pareto front")
+    steps = list(zip(*(points[name] for name in front), strict=True))
+    axis.plot(*steps, color="#9aa5b1", linewidth=1, drawstyle="steps-post", label="Pareto front")
     for name, (latency, value) in points.items():
-        colour = "#d98324" if name == report["reference"] else "#1b6ca8" if name in front else "#9aa5b1"
-        axis.scatter(latency, value, color=colour, zorder=3)
-        axis.annotate(name, (latency, value), (5, 5), textcoords="offset points", fontsize=8)
+        axis.scatter(latency, value, color=colours[name], marker=markers[name], s=36, zorder=3)
+    for name, point in points.items():  # slanted: ways of running one model stand at one height
+        axis.annotate(name, point, (4, 5), textcoords="offset points", fontsize=8, color=colours[name], rotation=35)
     metric = next(system["quality"]["metric"] for system in report["systems"].values() if system.get("quality"))
     axis.set_ylabel(metric.replace("ndcg", "nDCG"))
-    axis.margins(x=0.2, y=0.15)
-    axis.legend(fontsize=8, frameon=False)
+    axis.margins(x=0.2, y=0.25)
+    if len(front) > 1:
+        axis.legend(fontsize=8, frameon=False)
 
 
-def _plot_spread(axis: Any, report: Mapping[str, Any]) -> None:
-    for row, system in enumerate(report["systems"].values()):
+def _plot_spread(axis: Any, report: Mapping[str, Any], colours: Mapping[str, Any], markers: Mapping[str, str]) -> None:
+    for row, (name, system) in enumerate(report["systems"].items()):
         figures = system["latency_ms"]["all"]
-        axis.plot([figures["p50"], figures["p99"]], [row, row], color="#9aa5b1")
-        axis.scatter(figures["p50"], row, color="#1b6ca8", zorder=3)
+        axis.plot([figures["p50"], figures["p99"]], [row, row], color=colours[name], alpha=0.5)
+        axis.scatter(figures["p50"], row, color=colours[name], marker=markers[name], zorder=3)
     axis.set_yticks(range(len(report["systems"])), list(report["systems"]), fontsize=8)
     axis.invert_yaxis()

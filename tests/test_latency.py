@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hlm import latency, machine, systems
+from hlm import latency, latency_report, machine, systems
 from hlm.artefacts import HlmError
 from hlm.budgets import BUDGETS, check_budgets, failures, read_budgets
 from hlm.index import AdIndex
@@ -453,6 +453,23 @@ def test_plot_is_a_png(house, tmp_path, with_quality):
     with Image.open(tmp_path / "latency.png") as image:
         assert image.format == "PNG"
     assert [path.name for path in tmp_path.iterdir()] == ["latency.png"]
+
+
+@pytest.mark.parametrize("with_quality", [True, False])
+def test_a_system_has_one_colour_in_both_panels(house, tmp_path, monkeypatch, with_quality):
+    names = [f"s{number}" for number in range(12)]
+    blocks = measure({name: house.encoder(name, words_ms) for name in names}, QUERIES, repeats=1, block_s=0.01,
+                     batch_sizes=[4])  # fmt: skip
+    figures = []
+    save = latency_report.Figure.savefig
+    monkeypatch.setattr(latency_report.Figure, "savefig", lambda figure, *args, **more: figures.append(figure)
+                        or save(figure, *args, **more))  # fmt: skip
+    known = {name: {"quality": {"metric": "ndcg@10", "ndcg": 0.5 + n / 100}} for n, name in enumerate(names)}
+    plot(report_of(blocks, "s0", **(known if with_quality else {})), tmp_path / "latency.png")
+    left, right = figures[0].axes
+    points = [tuple(found.get_facecolor()[0]) for found in left.collections]
+    lines = [tuple(line.get_color()) for line in right.lines]
+    assert points == lines and len(set(lines)) == len(names)
 
 
 def test_quality_comes_from_the_report():
