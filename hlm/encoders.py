@@ -16,13 +16,12 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
 from hlm.artefacts import HlmError, atomic_folder, write_manifest
+from hlm.layout import write_legacy_layout
 
 logger = logging.getLogger(__name__)
 
 PACKAGE = "package:"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Names that older sentence-transformers, text-embeddings-inference and vLLM know the modules by.
-LEGACY_MODULES = ("Transformer", "Pooling", "Normalize", "Dense")
 
 
 def resolve(name_or_path: str) -> str:
@@ -273,8 +272,7 @@ def save_encoder(
 ) -> None:
     """Writes the whole sentence-transformers folder and its `hlm.json`, aside first, then renamed.
 
-    The layout is the one that every reader knows (module types under `sentence_transformers.models`, boolean pooling
-    flags): newer ones are mispooled by text-embeddings-inference and vLLM.
+    The layout is the one that every reader knows, see `hlm.layout`.
 
     Args:
         kind: "teacher" or "student".
@@ -287,38 +285,6 @@ def save_encoder(
         if beside is not None:
             beside(aside)
         write_manifest(aside, kind, encoder=fingerprint(model), dim=model.get_embedding_dimension(), **manifest)
-
-
-def write_legacy_layout(folder: Path) -> None:
-    """Rewrites modules.json and the pooling flags of a saved folder; loading it gives equal vectors."""
-    path = folder / "modules.json"
-    modules = json.loads(path.read_text())
-    for module in modules:
-        name = module["type"].rsplit(".", 1)[-1]
-        if name in LEGACY_MODULES:
-            module["type"] = f"sentence_transformers.models.{name}"
-        if name == "Pooling":
-            _write_pooling_flags(folder / module["path"] / "config.json")
-    path.write_text(json.dumps(modules, indent=2) + "\n")
-
-
-def _write_pooling_flags(path: Path) -> None:
-    config = json.loads(path.read_text())
-    mode = config.pop("pooling_mode", None)
-    if isinstance(mode, str):
-        mode = [mode]
-    if mode is None:
-        return  # the flags are there already
-    flags = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens",
-             "mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-             "weightedmean": "weightedmean_tokens", "lasttoken": "lasttoken"}  # fmt: skip
-    unknown = set(mode) - set(flags)
-    if unknown:
-        raise HlmError(f"{path}: expected pooling among {', '.join(flags)}, found {', '.join(sorted(unknown))}")
-    config["word_embedding_dimension"] = config.pop("embedding_dimension", config.get("word_embedding_dimension"))
-    for name, flag in flags.items():
-        config[f"pooling_mode_{flag}"] = name in mode
-    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def add_head(model: SentenceTransformer, student: np.ndarray, teacher: np.ndarray) -> SentenceTransformer:

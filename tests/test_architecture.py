@@ -12,11 +12,12 @@ LAYERS = [
     {"artefacts"},
     {"config", "tables", "data", "spelling", "keywords", "sample_vocabulary", "sample_catalogue", "losses",
      "gradcache", "store_writer", "store"},
+    {"canaries", "layout"},
     {"encoders", "pruning", "footprint", "hardware", "plan_settings", "plan_phases", "planner", "plan_report"},
     {"export", "runtime", "mining", "index", "evaluation", "metric", "latency", "report", "latency_report", "budgets",
      "machine", "systems", "random_weights", "qwen_tokenizer"},
     {"training"},
-    {"cards", "hub"},
+    {"lineage", "cards", "hub"},
     {"cli"},
 ]  # fmt: skip
 MODULES = sorted((ROOT / "hlm").glob("*.py"))

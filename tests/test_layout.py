@@ -1,0 +1,138 @@
+"""Saved folders as the programs that serve them read them.
+
+The readers below follow documented parsing rules, each named by its source file; no line of theirs is copied.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from transformers import AutoModel, AutoTokenizer
+
+from hlm.encoders import add_head, encode, fingerprint, load_encoder, save_encoder
+from hlm.layout import write_legacy_layout
+
+TEXTS = ["red shoe", "new laptop", "without a cable 1 2 3 4 5 6 7 8 9 0 " * 6]
+
+
+@pytest.fixture(scope="module", params=["bert", "qwen3", "head"])
+def saved(request, tiny_bert, tiny_qwen3, tmp_path_factory) -> Path:
+    model = load_encoder(tiny_qwen3 if request.param == "qwen3" else tiny_bert, device="cpu")
+    if request.param == "head":
+        vectors = encode(model, TEXTS)
+        add_head(model, vectors, np.pad(vectors, ((0, 0), (0, 16))))
+    folder = tmp_path_factory.mktemp("layout") / request.param
+    save_encoder(model, folder, "student", inputs={}, config={})
+    return folder
+
+
+def read(path: Path):
+    return json.loads(path.read_text())
+
+
+def tei(folder: Path) -> dict:
+    """What text-embeddings-inference finds; raises where it would not start.
+
+    router/src/lib.rs: `PoolConfig` (two flags required, lasttoken optional; cls before mean before lasttoken),
+    `STConfig` (max_seq_length required), `NewSTConfig` (prompts); backends/src/lib.rs: `ModuleType` (closed list) and
+    `parse_dense_paths_from_modules`; backends/candle/src/models/dense.rs: `DenseConfig`, `DenseActivation`.
+    """
+    flags = read(folder / "1_Pooling/config.json")
+    assert isinstance(flags["pooling_mode_cls_token"], bool) and isinstance(flags["pooling_mode_mean_tokens"], bool)
+    order = ("cls_token", "mean_tokens", "lasttoken")
+    pooling = next(name for name in order if flags.get(f"pooling_mode_{name}", False))
+    limit = read(folder / "sentence_bert_config.json")["max_seq_length"]
+    assert isinstance(limit, int) and limit >= 0
+    dense = []
+    for module in read(folder / "modules.json"):
+        assert isinstance(module["idx"], int) and isinstance(module["name"], str)
+        package, name = module["type"].rsplit(".", 1)
+        assert package == "sentence_transformers.models" and name in ("Transformer", "Pooling", "Dense", "Normalize")
+        if name == "Dense":
+            config = read(folder / module["path"] / "config.json")
+            weights = load_file(folder / module["path"] / "model.safetensors")
+            assert weights["linear.weight"].shape == (config["out_features"], config["in_features"])
+            assert ("linear.bias" in weights) == config["bias"]
+            activations = ("torch.nn.modules.activation.Tanh", "torch.nn.modules.linear.Identity", None)
+            assert config.get("activation_function") in activations
+            dense.append(weights["linear.weight"])
+    prompts = read(folder / "config_sentence_transformers.json").get("prompts") or {}
+    assert all(isinstance(text, str) for text in prompts.values())
+    assert (folder / "tokenizer.json").is_file() and read(folder / "config.json")["max_position_embeddings"]
+    return {"pooling": pooling, "limit": limit, "dense": dense, "prompts": prompts}
+
+
+def vllm(folder: Path) -> dict:
+    """What vLLM finds.
+
+    vllm/transformers_utils/config.py: `get_pooling_config` (exact module types; every flag that is true names a pooling
+    by its first word, so the last one wins), `get_sentence_transformer_tokenizer_config` (both keys or nothing),
+    `try_get_dense_modules`.
+    """
+    modules = {module["type"]: module for module in read(folder / "modules.json")}
+    prefix = "sentence_transformers.models."
+    flags = read(folder / modules[f"{prefix}Pooling"]["path"] / "config.json")
+    words = [name.removeprefix("pooling_mode_").split("_")[0] for name, value in flags.items() if value is True]
+    types = [{"lasttoken": "LAST", "mean": "MEAN", "cls": "CLS"}.get(word) for word in words]
+    limits = read(folder / "sentence_bert_config.json")
+    dense = modules.get(f"{prefix}Dense")
+    return {
+        "pooling": [name for name in types if name],
+        "normalize": f"{prefix}Normalize" in modules,
+        "limit": limits["max_seq_length"] if {"max_seq_length", "do_lower_case"} <= set(limits) else None,
+        "dense": [load_file(folder / dense["path"] / "model.safetensors")["linear.weight"]] if dense else [],
+    }
+
+
+def plain(folder: Path, texts: list[str], pooling: str, limit: int, dense: list[np.ndarray]) -> np.ndarray:
+    """What a serving program computes from what it read: AutoModel, pooling, head, normalisation."""
+    model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer(
+        texts, padding=True, truncation=True, max_length=limit, padding_side="right", return_tensors="pt"
+    )
+    with torch.inference_mode():
+        hidden = model(**inputs).last_hidden_state
+    mask = inputs["attention_mask"]
+    if pooling == "mean":
+        vectors = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    else:
+        vectors = hidden[torch.arange(len(texts)), mask.sum(1) - 1]
+    for weight in dense:
+        vectors = vectors @ torch.from_numpy(weight).T
+    return torch.nn.functional.normalize(vectors, dim=-1).numpy()
+
+
+@pytest.mark.parametrize("reader", [tei, vllm])
+def test_what_serving_programs_read_gives_equal_vectors(saved, reader):
+    model = load_encoder(str(saved), device="cpu")
+    expected = encode(model, TEXTS)
+    found = reader(saved)
+    pooling = found["pooling"] if reader is tei else found["pooling"][0]
+    pooling = {"mean_tokens": "mean", "MEAN": "mean", "lasttoken": "last", "LAST": "last"}[pooling]
+    assert pooling == ("last" if saved.name == "qwen3" else "mean")
+    assert found["limit"] == model.max_seq_length == 48
+    assert len(found["dense"]) == (saved.name == "head")
+    if reader is tei:
+        assert found["prompts"] == model.prompts
+    else:
+        assert len(found["pooling"]) == 1 and found["normalize"]
+    np.testing.assert_allclose(plain(saved, TEXTS, pooling, found["limit"], found["dense"]), expected, atol=2e-6)
+
+
+def test_the_newer_layout_would_not_be_read(tiny_bert, tmp_path):
+    """Why the layout is rewritten at all: these readers can fail."""
+    model = load_encoder(tiny_bert, device="cpu")
+    model.save_pretrained(str(tmp_path / "new"), create_model_card=False)
+    with pytest.raises((KeyError, AssertionError)):
+        tei(tmp_path / "new")
+    with pytest.raises(KeyError):
+        vllm(tmp_path / "new")
+    write_legacy_layout(tmp_path / "new")
+    once = {path: path.read_bytes() for path in (tmp_path / "new").rglob("*.json")}
+    assert tei(tmp_path / "new")["pooling"] == "mean_tokens" and vllm(tmp_path / "new")["pooling"] == ["MEAN"]
+    write_legacy_layout(tmp_path / "new")  # an older folder may be rewritten again
+    assert once == {path: path.read_bytes() for path in (tmp_path / "new").rglob("*.json")}
+    assert fingerprint(load_encoder(str(tmp_path / "new"), device="cpu")) == fingerprint(model)
