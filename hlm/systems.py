@@ -7,8 +7,10 @@ is the fresh process that `cold_start` starts. Only what a backend needs is impo
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -26,15 +28,20 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 SENTENCE_TRANSFORMERS, HLM = "sentence-transformers", "hlm"
-BACKENDS = (SENTENCE_TRANSFORMERS, HLM)
+COMPILED, ONNX_RUNTIME, OPENVINO = "torch.compile", "onnxruntime", "openvino"
+BACKENDS = (SENTENCE_TRANSFORMERS, HLM, ONNX_RUNTIME, OPENVINO, COMPILED)
+TORCH_BACKENDS = (SENTENCE_TRANSFORMERS, COMPILED)  # the model is a SentenceTransformer
+ONNX_FILE = "onnx/model.onnx"  # in a folder of recipes/export.py, as on the Hub
 
 
 @dataclass(frozen=True)
 class System:
-    """What is measured: texts in, float32 (len(texts), dim) out, and facts for the report (JSON-able)."""
+    """What is measured: texts in, float32 (len(texts), dim) out, facts for the report (JSON-able), and the number of
+    tokens of each text as the model reads it, where that is known."""
 
     encode: Callable[[list[str]], np.ndarray]
     facts: dict[str, Any] = field(default_factory=dict)
+    count_tokens: Callable[[list[str]], list[int]] | None = None
 
 
 def load_system(
@@ -50,10 +57,13 @@ def load_system(
     """Loads a query encoder by path.
 
     Args:
-        model: folder, Hub id or `package:...`, as in `hlm.encoders.load_encoder`.
-        backend: "sentence-transformers", measured through `SentenceTransformer.encode`, or "hlm", through
-            `hlm.runtime.QueryEncoder`.
-        prompt_name, dtype, device: of sentence-transformers; a model without that prompt gets none.
+        model: folder, Hub id or `package:...`, as in `hlm.encoders.load_encoder`; a folder with onnx/model.onnx for
+            "onnxruntime" and "openvino".
+        backend: "sentence-transformers", measured through `SentenceTransformer.encode`; "torch.compile", the same with
+            its backbone compiled; "hlm", through `hlm.runtime.QueryEncoder`; "onnxruntime" or "openvino": what one
+            writes around a session of these, see `onnx_system`.
+        prompt_name, dtype, device: of sentence-transformers; a model without that prompt gets none. Of the two
+            sessions `prompt_name` alone.
         engine, precision: what QueryEncoder calls `backend` and `precision`.
 
     Raises:
@@ -61,14 +71,17 @@ def load_system(
     """
     if backend not in BACKENDS:
         raise HlmError(f"backend: expected one of {', '.join(BACKENDS)}, found {backend!r}")
-    if backend == SENTENCE_TRANSFORMERS:
+    if backend in TORCH_BACKENDS:
         from hlm.encoders import load_encoder
 
-        return sentence_transformers_system(load_encoder(model, dtype=dtype, device=device), prompt_name)
+        encoder = load_encoder(model, dtype=dtype, device=device)
+        return sentence_transformers_system(encoder, prompt_name, compiled=backend == COMPILED)
     if model.startswith("package:"):
         from hlm.encoders import resolve  # brings torch, which the runtime may do without
 
         model = resolve(model)
+    if backend != HLM:
+        return onnx_system(model, backend, prompt_name)
     return query_encoder_system(query_encoder_class().from_pretrained(model, backend=engine, precision=precision))
 
 
@@ -83,26 +96,132 @@ def query_encoder_class() -> Any:
     return QueryEncoder
 
 
-def sentence_transformers_system(model: SentenceTransformer, prompt_name: str | None = "query") -> System:
-    """`SentenceTransformer.encode` as a user calls it: numpy out, one batch a call, no progress bar."""
-    from hlm.encoders import prompt_of
+def sentence_transformers_system(
+    model: SentenceTransformer, prompt_name: str | None = "query", *, compiled: bool = False
+) -> System:
+    """`SentenceTransformer.encode` as a user calls it: numpy out, one batch a call, no progress bar.
+
+    Args:
+        compiled: the backbone runs under `torch.compile` with dynamic shapes. The first calls compile, which takes
+            minutes where inductor's cache on disk does not have the kernels yet.
+
+    Raises:
+        HlmError: `compiled` without the C++ compiler that inductor calls for a model on the CPU.
+    """
+    import torch
+
+    from hlm.encoders import prompt_of, tokenise
     from hlm.pruning import parameter_counts
 
     prompt = prompt_of(model, prompt_name)
+    total, without_embeddings = parameter_counts(model)
+    if compiled:
+        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+        if model.device.type == "cpu" and shutil.which(compiler) is None:
+            raise HlmError(
+                f"backend '{COMPILED}' needs a C++ compiler for a model on the CPU, found no '{compiler}'; install one "
+                "or name it in CXX"
+            )
+        # `Module.compile` would not do: sentence-transformers calls `forward` itself.
+        model[0].model = torch.compile(model[0].model, dynamic=True)
 
     def encode(texts: list[str]) -> np.ndarray:
         return model.encode(texts, prompt=prompt or None, batch_size=len(texts), show_progress_bar=False)
 
-    total, without_embeddings = parameter_counts(model)
     facts = {
-        "backend": SENTENCE_TRANSFORMERS,
+        "backend": COMPILED if compiled else SENTENCE_TRANSFORMERS,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "prompt": prompt,
         "params_total": total,
         "params_non_embedding": without_embeddings,
     }
-    return System(encode, facts)
+    return System(encode, facts, lambda texts: list(map(len, tokenise(model, texts, prompt))))
+
+
+def onnx_system(model: str, backend: str, prompt_name: str | None = "query") -> System:
+    """What one writes around an ONNX file, after Optimum's `ORTModelForFeatureExtraction` and its OpenVINO sibling:
+    transformers' tokenizer with padding, the session with its default options, pooling and norm in numpy.
+
+    Args:
+        model: a sentence-transformers folder with onnx/model.onnx, whose output `last_hidden_state` is read.
+        backend: "onnxruntime" or "openvino".
+
+    Raises:
+        HlmError: no such file, a model of more than a transformer, pooling (mean, cls or last token) and
+            normalisation, or a backend that is not installed.
+    """
+    folder = Path(model)
+    if not (folder / ONNX_FILE).is_file():
+        raise HlmError(
+            f"backend '{backend}' needs {folder / ONNX_FILE}, found none; export the model with recipes/export.py"
+        )
+    import numpy as np
+    from transformers import AutoTokenizer
+
+    mode = _pooling(folder)
+    prompt = _prompt(folder, prompt_name)
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), padding_side="right")
+    run, inputs = _session(folder / ONNX_FILE, backend)
+
+    def encode(texts: list[str]) -> np.ndarray:
+        tokens = tokenizer([prompt + text for text in texts], padding=True, truncation=True, return_tensors="np")
+        hidden = run({name: tokens[name] for name in inputs})
+        lengths = tokens["attention_mask"].sum(axis=1)
+        if mode == "mean":
+            mask = tokens["attention_mask"][:, :, None].astype(np.float32)
+            pooled = (hidden * mask).sum(axis=1) / lengths[:, None]
+        else:
+            pooled = hidden[np.arange(len(texts)), lengths - 1 if mode == "lasttoken" else 0]
+        return (pooled / np.linalg.norm(pooled, axis=1, keepdims=True)).astype(np.float32)
+
+    def count_tokens(texts: list[str]) -> list[int]:
+        return list(map(len, tokenizer([prompt + text for text in texts], truncation=True)["input_ids"]))
+
+    return System(encode, {"backend": backend, "dtype": "float32", "device": "cpu", "prompt": prompt}, count_tokens)
+
+
+def _prompt(folder: Path, prompt_name: str | None) -> str:
+    prompts = json.loads((folder / "config_sentence_transformers.json").read_text()).get("prompts") or {}
+    return prompts.get(prompt_name) or "" if prompt_name else ""
+
+
+def _session(path: Path, backend: str) -> tuple[Callable[[dict[str, np.ndarray]], np.ndarray], list[str]]:
+    """Inputs by name -> `last_hidden_state`, and the names. Neither computes another output that the file has."""
+    try:
+        if backend == OPENVINO:
+            import openvino
+
+            graph = openvino.Core().read_model(path)
+            output = graph.output("last_hidden_state")
+            network = openvino.compile_model(openvino.Model([output], graph.get_parameters()), "CPU")
+            names = [part.get_any_name() for part in network.inputs]
+            return lambda tokens: network(tokens)[0], names
+        import onnxruntime
+    except ImportError as error:
+        raise HlmError(f"backend '{backend}' does not import here ({error}); pip install {backend}") from error
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = onnxruntime.RunOptions()
+    options.only_execute_path_to_fetches = True
+    names = [part.name for part in session.get_inputs()]
+    return lambda tokens: session.run(["last_hidden_state"], tokens, options)[0], names
+
+
+def _pooling(folder: Path) -> str:
+    """ "mean", "cls" or "lasttoken"."""
+    modules = json.loads((folder / "modules.json").read_text())
+    kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
+    if kinds not in (["Transformer", "Pooling", "Normalize"], ["Transformer", "Pooling"]):
+        raise HlmError(
+            f"{folder}: expected Transformer, Pooling, Normalize, found {', '.join(kinds)}; use backend 'hlm'"
+        )
+    config = json.loads((folder / modules[1]["path"] / "config.json").read_text())
+    flags = {"mean": "mean_tokens", "cls": "cls_token", "lasttoken": "lasttoken"}
+    found = [mode for mode, flag in flags.items() if config.get(f"pooling_mode_{flag}")]
+    mode = config.get("pooling_mode", found[0] if len(found) == 1 else found)
+    if mode not in flags:
+        raise HlmError(f"{folder}: expected pooling of {', '.join(flags)}, found {mode}; use backend 'hlm'")
+    return mode
 
 
 def query_encoder_system(encoder: Any) -> System:
@@ -167,10 +286,14 @@ def cold_starts(systems: Mapping[str, dict[str, Any]], query: str, repeats: int)
 def main(task: dict[str, Any]) -> dict[str, Any]:
     """In the fresh process; `started` is the parent's monotonic clock, which all processes share."""
     entered = time.monotonic()
-    if task["settings"].get("backend", SENTENCE_TRANSFORMERS) == SENTENCE_TRANSFORMERS:
+    backend = task["settings"].get("backend", SENTENCE_TRANSFORMERS)
+    if backend in TORCH_BACKENDS:
         import hlm.encoders  # noqa: F401 - only its time counts here
-    else:
+    elif backend == HLM:
         query_encoder_class()
+    elif backend in (ONNX_RUNTIME, OPENVINO):
+        importlib.import_module(backend)
+        importlib.import_module("transformers").AutoTokenizer  # noqa: B018 - transformers imports by name
     imported = time.monotonic()
     system = load_system(**task["settings"])
     loaded = time.monotonic()

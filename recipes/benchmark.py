@@ -39,7 +39,7 @@ from hlm.random_weights import Derivation, shape_systems
 from hlm.report import command_line, environment
 from hlm.sample_catalogue import write_catalogue
 from hlm.store import VectorStore
-from hlm.systems import HLM, System, cold_starts, load_system
+from hlm.systems import HLM, SENTENCE_TRANSFORMERS, TORCH_BACKENDS, System, cold_starts, load_system
 
 logger = logging.getLogger(__name__)
 
@@ -83,9 +83,12 @@ class Entry:
     """One entry of `systems`: a `model`, or a `shape` with random weights."""
 
     model: str | None = None  # folder, "package:..." or Hub id
-    backend: Literal["sentence-transformers", "hlm"] = "sentence-transformers"  # hlm: hlm.runtime.QueryEncoder
-    prompt_name: str | None = "query"  # sentence-transformers; none where the model has no such prompt
-    dtype: str = "float32"  # what sentence-transformers or a shape computes in
+    # hlm: hlm.runtime.QueryEncoder; the others as `hlm.systems.load_system` says
+    backend: Literal["sentence-transformers", "hlm", "onnxruntime", "openvino", "torch.compile"] = (
+        "sentence-transformers"
+    )
+    prompt_name: str | None = "query"  # all but hlm; none where the model has no such prompt
+    dtype: str = "float32"  # what sentence-transformers, torch.compile or a shape computes in
     engine: str = "auto"  # hlm: what QueryEncoder calls `backend`
     precision: str = "auto"  # hlm
     quality: str | None = None  # system of the report; default: the one of this name
@@ -157,7 +160,13 @@ def read_entry(config: BenchmarkConfig, name: str, given: Any) -> Entry:
     if entry.shape is not None and not config.random_weights:
         raise HlmError(f"systems: '{name}' is a shape, which has no weights: add --random_weights to make them up")
     unused = ("layers", "ffn", "depths", "prompt") if entry.model else ("prompt_name", "quality")
-    unused += ("engine", "precision") if entry.backend != HLM else ("dtype",) if entry.model else ("depths",)
+    if entry.shape is not None and entry.backend not in (SENTENCE_TRANSFORMERS, HLM):
+        raise HlmError(
+            f"systems: '{name}': expected a shape under backend '{SENTENCE_TRANSFORMERS}' or '{HLM}', found "
+            f"'{entry.backend}'"
+        )
+    unused += ("engine", "precision") if entry.backend != HLM else ("depths",) if entry.shape else ("prompt_name",)
+    unused += ("dtype",) if entry.model and entry.backend not in TORCH_BACKENDS else ()
     for key in unused:
         if getattr(entry, key) != getattr(Entry, key):
             kind = "a shape" if entry.shape else "a model"
@@ -249,7 +258,8 @@ def load_systems(config: BenchmarkConfig, entries: dict[str, Entry]) -> tuple[di
 
 def model_settings(config: BenchmarkConfig, entry: Entry) -> dict[str, Any]:
     """The arguments of `load_system`."""
-    names = ("engine", "precision") if entry.backend == HLM else ("prompt_name", "dtype")
+    names = ["engine", "precision"] if entry.backend == HLM else ["prompt_name"]
+    names += ["dtype"] if entry.backend in TORCH_BACKENDS else []
     return {name: getattr(entry, name) for name in ("model", "backend", *names)} | {"device": config.device}
 
 

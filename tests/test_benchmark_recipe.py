@@ -149,6 +149,12 @@ def test_as_a_script_an_unknown_budget_ends_at_once(tmp_path):
         ({"a": {"model": "x", "layers": 4}}, {}, "'layers' does not apply to a model"),
         ({"a": {"model": "x", "precision": "int8"}}, {}, "'precision' does not apply to a model under backend 'sent"),
         ({"a": {"model": "x", "backend": "hlm", "dtype": "bfloat16"}}, {}, "'dtype' does not apply"),
+        ({"a": {"model": "x", "backend": "openvino", "dtype": "bfloat16"}}, {}, "'dtype' does not apply"),
+        (
+            {"a": {"shape": "Qwen3-Embedding-8B", "backend": "onnxruntime"}},
+            {"random_weights": True},
+            "expected a shape",
+        ),
         ({"a": {"shape": "Qwen3-Embedding-8B", "layers": "4"}}, {}, "layers: expected a whole number"),
         ({"a": {"shape": "Qwen3-Embedding-8B"}}, {}, "add --random_weights"),
         ({"a": {"shape": "Qwen3-Embedding-9B"}}, {"random_weights": True}, "qwen3-embedding-8b"),

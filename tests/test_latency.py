@@ -1,14 +1,17 @@
 """Latency: statistics on encoders and a clock whose times are known, contamination from counters that are made up."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoTokenizer
 
 from hlm import latency, latency_report, machine, systems
 from hlm.artefacts import HlmError
@@ -320,11 +323,94 @@ def test_the_models_prompt_goes_before_every_query(tiny_qwen3):
 
 
 def test_unknown_backend_and_a_runtime_that_does_not_import(monkeypatch):
-    with pytest.raises(HlmError, match="backend: expected one of sentence-transformers, hlm, found 'onnx'"):
+    with pytest.raises(HlmError, match="backend: expected one of sentence-transformers, hlm, .*, found 'onnx'"):
         systems.load_system("x", backend="onnx")
     monkeypatch.setitem(sys.modules, "hlm.runtime", None)
     with pytest.raises(HlmError, match="backend 'hlm' needs hlm.runtime"):
         systems.load_system("x", backend="hlm")
+
+
+@pytest.fixture(params=["mean", "cls", "lasttoken"])
+def onnx_folder(request, tiny_bert, tmp_path):
+    """tiny_bert with another pooling, a prompt and an ONNX file that adds up a table's rows, token by token."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    folder = Path(shutil.copytree(tiny_bert, tmp_path / "model"))
+    flags = {"mean": "mean_tokens", "cls": "cls_token", "lasttoken": "lasttoken"}
+    config = {f"pooling_mode_{flag}": mode == request.param for mode, flag in flags.items()}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(config | {"word_embedding_dimension": 8}))
+    settings = json.loads((folder / "config_sentence_transformers.json").read_text()) | {"prompts": {"query": "new "}}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    table = np.random.default_rng(0).normal(size=(1000, 8)).astype(np.float32)
+    ports = [helper.make_tensor_value_info(name, TensorProto.INT64, ["rows", "tokens"])
+             for name in ("input_ids", "attention_mask")]  # fmt: skip
+    outputs = [helper.make_tensor_value_info("last_hidden_state", TensorProto.FLOAT, ["rows", "tokens", 8]),
+               helper.make_tensor_value_info("sentence_embedding", TensorProto.INT64, ["rows", "tokens"])]  # fmt: skip
+    nodes = [helper.make_node("Gather", ["table", "input_ids"], ["found"]),
+             helper.make_node("CumSum", ["found", "axis"], ["last_hidden_state"]),
+             helper.make_node("Identity", ["attention_mask"], ["sentence_embedding"])]  # fmt: skip
+    constants = [numpy_helper.from_array(table, "table"), numpy_helper.from_array(np.array(1), "axis")]
+    graph = helper.make_graph(nodes, "rows", ports, outputs, constants)
+    (folder / "onnx").mkdir()
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save(model, folder / "onnx" / "model.onnx")
+    return folder, request.param, table
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_session_with_glue_pools_what_the_model_read(onnx_folder, backend):
+    pytest.importorskip(backend)
+    folder, pooling, table = onnx_folder
+    texts = ["red shoe", "a kettle for two cups"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    expected = []
+    for text in texts:
+        rows = table[tokenizer("new " + text)["input_ids"]].cumsum(axis=0)
+        pooled = {"mean": rows.mean(axis=0), "cls": rows[0], "lasttoken": rows[-1]}[pooling]
+        expected.append(pooled / np.linalg.norm(pooled))
+    system = systems.load_system(str(folder), backend=backend)
+    vectors = system.encode(texts)
+    assert vectors.dtype == np.float32 and system.facts["backend"] == backend and system.facts["prompt"] == "new "
+    np.testing.assert_allclose(vectors, expected, atol=1e-5)
+    np.testing.assert_allclose(system.encode(texts[:1]), expected[:1], atol=1e-5)
+    assert system.count_tokens(texts) == [len(tokenizer("new " + text)["input_ids"]) for text in texts]
+    without = systems.load_system(str(folder), backend=backend, prompt_name=None)
+    assert pooling == "cls" or np.abs(without.encode(texts) - vectors).max() > 1e-3
+    assert without.count_tokens(["red shoe"]) == [4]
+
+
+def test_glue_says_what_it_lacks(tiny_bert, tmp_path, monkeypatch):
+    with pytest.raises(HlmError, match="needs .*onnx/model.onnx, found none; export the model"):
+        systems.load_system(tiny_bert, backend="onnxruntime")
+    folder = Path(shutil.copytree(tiny_bert, tmp_path / "model"))
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "model.onnx").touch()
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(HlmError, match="'openvino' does not import here"):
+        systems.load_system(str(folder), backend="openvino")
+    modules = json.loads((folder / "modules.json").read_text())
+    dense = {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"}
+    (folder / "modules.json").write_text(json.dumps([*modules[:2], dense, *modules[2:]]))
+    with pytest.raises(HlmError, match="found Transformer, Pooling, Dense, Normalize; use backend 'hlm'"):
+        systems.load_system(str(folder), backend="onnxruntime")
+
+
+def test_torch_compile_compiles_what_encode_calls(tiny_bert, monkeypatch):
+    compile_, graphs = torch.compile, []
+
+    def count(graph, inputs):  # instead of inductor, whose C++ compiler takes a minute
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda module, **options: compile_(module, backend=count, **options))
+    plain = systems.load_system(tiny_bert, device="cpu")
+    system = systems.load_system(tiny_bert, backend="torch.compile", device="cpu")
+    np.testing.assert_allclose(system.encode(QUERIES), plain.encode(QUERIES), atol=1e-6)
+    assert graphs and system.facts == plain.facts | {"backend": "torch.compile"}
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(HlmError, match="needs a C\\+\\+ compiler.*found no 'no-such-compiler'"):
+        systems.load_system(tiny_bert, backend="torch.compile", device="cpu")
 
 
 def test_cold_starts_are_fresh_processes_and_take_turns(tiny_bert):
@@ -332,8 +418,8 @@ def test_cold_starts_are_fresh_processes_and_take_turns(tiny_bert):
     parts = found["import_s"] + found["load_s"] + found["first_query_s"]
     assert 0 < parts < found["total_s"] and found["peak_memory_mib"] > 50 and found["processes"] == 1
     assert systems.cold_starts({"tiny": {"model": tiny_bert}}, "red shoe", 0) == {}
-    with pytest.raises(HlmError, match="cold start of nowhere/at/all: .*expected a model folder"):
-        systems.cold_start({"model": "nowhere/at/all"}, "red shoe")
+    with pytest.raises(HlmError, match="cold start of x: the process ended with 1: .*backend: expected one of"):
+        systems.cold_start({"model": "x", "backend": "onnx"}, "red shoe")
 
 
 def test_medians_over_cold_starts(monkeypatch):
