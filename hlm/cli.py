@@ -1,5 +1,5 @@
-"""The command `hlm`: says what a run will cost, searches a catalogue with a student, and says whether a student fits a
-catalogue's vectors."""
+"""The command `hlm`: says what a run will cost, searches a catalogue with a student, says whether a student fits a
+catalogue's vectors, and writes a card."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from hlm import __version__
-from hlm.artefacts import MANIFEST, HlmError, read_manifest
+from hlm.artefacts import MANIFEST, HlmError
+from hlm.hub import local_folder
+from hlm.lineage import open_fitting, read_student
 from hlm.plan_settings import Assumptions, read_steps
 
 # torch, faiss and datasets are imported where they are used: `hlm --help` and a refusal come at once.
-if TYPE_CHECKING:
-    from hlm.index import AdIndex
-    from hlm.store import VectorStore
+REVISION = "or a Hub id, owner/name or owner/name@revision"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,10 +45,12 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("search", help="the ads that a student finds for a query", allow_abbrev=False)
     command.add_argument("query", help="what a person types")
-    command.add_argument("--student", required=True, metavar="FOLDER", help="what recipes/refine.py or align.py wrote")
+    command.add_argument("--student", required=True, metavar="ID", help=f"folder of a student {REVISION}")
     catalogue = command.add_mutually_exclusive_group(required=True)
-    catalogue.add_argument("--index", metavar="FOLDER", help="a saved AdIndex")
-    catalogue.add_argument("--vectors", metavar="FOLDER", help="the teacher's store of the ads; searched exactly")
+    catalogue.add_argument("--index", metavar="ID", help=f"folder of an index, or a dataset with one, {REVISION}")
+    catalogue.add_argument(
+        "--vectors", metavar="ID", help=f"the teacher's store of the ads, searched exactly: a folder {REVISION}"
+    )
     command.add_argument(
         "--corpus", metavar="DATA", help="the dataset, folder or Hub id, to print the ads' titles from"
     )
@@ -57,8 +58,8 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(run=search)
 
     command = commands.add_parser("verify", help="whether a student fits a store or an index", allow_abbrev=False)
-    command.add_argument("student", help="folder of the student")
-    command.add_argument("target", help="folder of the ads' vectors or of an index")
+    command.add_argument("student", help=f"folder of the student {REVISION}")
+    command.add_argument("target", help=f"folder of the ads' vectors or of an index {REVISION} of a dataset")
     command.set_defaults(run=verify)
     return top
 
@@ -88,14 +89,16 @@ def search(options: argparse.Namespace) -> None:
         raise HlmError("query: expected some text, found none")
     if options.k < 1:
         raise HlmError(f"-k: expected 1 or more, found {options.k}")
-    student = read_student(options.student)
-    catalogue = open_fitting(options.index or options.vectors, student, "index" if options.index else "vectors")
+    folder = located(options.student)
+    student = read_student(folder)
+    kind = "index" if options.index else "vectors"
+    catalogue = open_fitting(located_catalogue(options.index or options.vectors, kind), student, kind)
 
     from hlm.encoders import encode, load_encoder
     from hlm.index import AdIndex
 
     index = catalogue if isinstance(catalogue, AdIndex) else AdIndex.build(catalogue, dim=student["dim"])
-    vectors = encode(load_encoder(options.student), [options.query], prompt_name="query")
+    vectors = encode(load_encoder(str(folder)), [options.query], prompt_name="query")
     scores, (ids,) = index.search(vectors, options.k)
     titles = read_titles(options.corpus, ids) if options.corpus else [""] * len(ids)
     for rank, (score, ad, title) in enumerate(zip(scores[0], ids, titles, strict=False), 1):
@@ -103,61 +106,40 @@ def search(options: argparse.Namespace) -> None:
 
 
 def verify(options: argparse.Namespace) -> None:
-    student = read_student(options.student)
-    catalogue = open_fitting(options.target, student)
+    student = located(options.student)
+    read_student(student)  # what is no student is refused before a catalogue is downloaded
+    target = located_catalogue(options.target)
+
+    from hlm import lineage
+
+    facts = lineage.verify(student, target)
     print(
-        f"ok: {options.student} (encoder {student['encoder']}, width {student['dim']}) searches the "
-        f"{len(catalogue)} vectors of {options.target}, both of teacher {catalogue.encoder}"
+        f"ok: {options.student} (encoder {facts['encoder']}, width {facts['dim']}) searches the {facts['vectors']} "
+        f"vectors of {options.target}, both of teacher {facts['teacher']}"
     )
-
-
-def read_student(folder: str) -> dict[str, Any]:
-    """The student's manifest, with "encoder", "dim" and ["inputs"]["teacher"] for certain."""
-    manifest = read_manifest(folder, "student")
-    inputs = manifest.get("inputs")
-    if not isinstance(inputs, dict) or "teacher" not in inputs or not {"encoder", "dim"} <= set(manifest):
-        raise HlmError(
-            f"{Path(folder) / MANIFEST} says neither whose student this is nor how wide it is; write the student again "
-            "with this version"
+    if facts["canaries"] is None:
+        print(f"checked by fingerprint alone: {options.target} is older than canaries; embed again to have them")
+    else:
+        print(
+            f"canaries: {facts['canaries']} of {facts['of']} queries nearest to the teacher's own vector, mean cosine "
+            f"{facts['mean_cosine']:.3f}"
         )
-    return manifest
 
 
-def open_fitting(folder: str, student: dict[str, Any], kind: str | None = None) -> VectorStore | AdIndex:
-    """Opens the vectors or the index at `folder` where its teacher is the student's and its width fits.
-
-    Raises:
-        HlmError: another teacher's (both fingerprints are named), another width, not of `kind`, or damaged.
-    """
-    teacher, dim = student["inputs"]["teacher"], student["dim"]
-    kind = kind or kind_of(folder)
-    if kind == "index":
-        from hlm.index import AdIndex
-
-        index = AdIndex.load(folder, expect_encoder=teacher)
-        if index.dim != dim:
-            raise HlmError(
-                f"expected an index of width {dim} (the student's), found {index.dim} at {folder}; build it from the "
-                f"teacher's store with dim={dim}"
-            )
-        return index
-    from hlm.store import VectorStore
-
-    store = VectorStore.open(folder)
-    store.check(encoder=teacher)
-    if store.dim < dim:
-        raise HlmError(f"expected vectors at least {dim} wide (the student's), found {store.dim} at {folder}")
-    return store
+def located(name: str, repo_type: str = "model", subfolder: str | None = None) -> Path:
+    """The folder that `name` stands for; a Hub id, owner/name or owner/name@revision, is downloaded."""
+    where, _, revision = name.partition("@")
+    if Path(name).is_dir():
+        where, revision = name, ""
+    return local_folder(where, revision=revision or None, repo_type=repo_type, subfolder=subfolder)
 
 
-def kind_of(folder: str) -> str:
-    """Returns "index" where the manifest at `folder` says so, else "vectors", whose reader says what else is wrong."""
-    path = Path(folder) / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "vectors"
-    return "index" if isinstance(manifest, dict) and manifest.get("kind") == "index" else "vectors"
+def located_catalogue(name: str, kind: str = "index") -> Path:
+    """The index or store at a folder, in a dataset's folder, or in a dataset on the Hub."""
+    inside = {"index": "index", "vectors": "vectors/corpus"}[kind]
+    if Path(name).is_dir():
+        return Path(name) / inside if (Path(name) / inside / MANIFEST).is_file() else Path(name)
+    return located(name, "dataset", inside)
 
 
 def read_titles(source: str, ids: list[str]) -> list[str]:

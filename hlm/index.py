@@ -37,6 +37,7 @@ class AdIndex:
         source: fingerprint of the texts behind them.
         dim: width of the vectors.
         factory: the FAISS factory string.
+        canaries: the teacher's vectors of fixed queries (`hlm.canaries`), from the store; None where it had none.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class AdIndex:
         ef_search: int | None = None,
         k_factor: float | None = None,
         on_gpu: bool = False,
+        canaries: dict[str, Any] | None = None,
     ) -> None:
         self._index = index
         self._ids = ids
@@ -58,6 +60,7 @@ class AdIndex:
         self.encoder = encoder
         self.source = source
         self.factory = factory
+        self.canaries = canaries
         parts = list(_parts(index))
         cells = next((part.nlist for part in parts if _is_ivf(part)), 0)
         # FAISS's own defaults (1, 16 and 1) trade most of the recall away; k_factor=1 even makes refinement a no-op.
@@ -138,6 +141,7 @@ class AdIndex:
             ef_search=ef_search,
             k_factor=k_factor,
             on_gpu=gpu,
+            canaries=store.canaries,
         )
 
     @classmethod
@@ -167,6 +171,7 @@ class AdIndex:
                 dim=self.dim,
                 count=len(self),
                 files={name: fingerprint_file(aside / name) for name in (INDEX_FILE, IDS_FILE)},
+                **({"canaries": self.canaries} if self.canaries else {}),
             )
 
     @classmethod
@@ -214,6 +219,7 @@ class AdIndex:
                 f"{index.d} and {len(ids)} ids; build the index again"
             )
         options = {name: config.get(name) for name in ("nprobe", "ef_search", "k_factor")}
+        options["canaries"] = manifest.get("canaries")
         return cls(index, ids, encoder=encoder, source=source, factory=factory, on_gpu=gpu, **options)
 
     def search(

@@ -48,6 +48,7 @@ class VectorStore:
         dim: width of the vectors.
         encoder: fingerprint of the encoder that made the vectors.
         source: fingerprint of the texts they were made from.
+        canaries: the encoder's vectors of fixed queries (`hlm.canaries`); None where the store was written without.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
@@ -56,6 +57,7 @@ class VectorStore:
         self.dim: int = manifest["dim"]
         self.encoder: str = manifest["inputs"]["encoder"]
         self.source: str = manifest["inputs"]["source"]
+        self.canaries: dict[str, Any] | None = manifest.get("canaries")
         self._starts = np.cumsum([0] + [shard["rows"] for shard in manifest["shards"]])
         self._maps: dict[int, np.ndarray] = {}
 

@@ -22,8 +22,10 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
+from hlm import canaries
 from hlm.artefacts import MANIFEST, HlmError, read_manifest
 from hlm.config import check_processes, parse, run_recipe
 from hlm.data import document_text, load, query_text
@@ -111,8 +113,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         by = " by the first process" if process.num_processes > 1 else ""
         logger.info("%s: %s", folder, f"{left} of {len(table)} vectors written{by}" if left else "up to date")
     process.wait_for_everyone()
-    if config.index and process.is_main_process:
-        write_index(config.output, config.index, config.index_dim)
+    if process.is_main_process:
+        write_canaries(model, config)
+        if config.index:
+            write_index(config.output, config.index, config.index_dim)
+
+
+def write_canaries(model: SentenceTransformer, config: EmbedConfig) -> None:
+    """Keeps the teacher's vectors of the canary queries in every store that has none yet: after the shards, because
+    these may be a resumed run's of another machine, and vectors of two machines are not equal to the bit."""
+    folders = [Path(config.output) / part for part in config.parts]
+    if any(VectorStore.open(folder).canaries is None for folder in folders):
+        made = canaries.made_by(model, dim=config.dim)
+        for folder in folders:
+            canaries.keep(folder, "vectors", made)
 
 
 def write_index(output: str, factory: str, dim: int | None) -> None:
@@ -122,6 +136,8 @@ def write_index(output: str, factory: str, dim: int | None) -> None:
     if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder, "index")
         if wanted == manifest["inputs"] | {"factory": manifest["config"]["factory"], "dim": manifest["dim"]}:
+            if store.canaries:
+                canaries.keep(folder, "index", store.canaries)
             logger.info("%s: up to date", folder)
             return
     AdIndex.build(store, factory, dim=dim).save(folder)
