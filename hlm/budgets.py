@@ -18,6 +18,8 @@ BUDGETS: dict[str, tuple[tuple[str, ...], str]] = {
     "speedup_p95": (("ratio", "p95"), "at least"),
     "speedup_p99": (("ratio", "p99"), "at least"),
     "speedup_throughput": (("ratio", "throughput"), "at least"),
+    "over_floor": (("floor", "over"), "at most"),
+    "gemm_share": (("floor", "gemm_share"), "at least"),
     "cold_start_s": (("cold_start", "total_s"), "at most"),
     "peak_memory_mib": (("cold_start", "peak_memory_mib"), "at most"),
     "ndcg": (("quality", "ndcg"), "at least"),

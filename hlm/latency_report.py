@@ -55,6 +55,8 @@ def rows(report: Mapping[str, Any]) -> list[list[str]]:
          else f"{s['best_queries_per_s']:.2g}"),
         ("batch", lambda s: str(s["best_batch_size"])),
         ("throughput x", lambda s: f"{s['ratio']['throughput']:.1f}x"),
+        ("x floor", lambda s: f"{s['floor']['over']:.1f}x" if s.get("floor") else None),
+        ("of GEMM rate", lambda s: f"{s['floor']['gemm_share']:.0%}" if s.get("floor") else None),
         ("cold start s", lambda s: f"{s['cold_start']['total_s']:.1f}" if s.get("cold_start") else None),
         ("peak MiB", lambda s: f"{s['cold_start']['peak_memory_mib']:,.0f}" if s.get("cold_start") else None),
         ("nDCG", lambda s: f"{s['quality']['ndcg']:.4f}" if s.get("quality") else None),
@@ -98,6 +100,8 @@ def notes(report: Mapping[str, Any]) -> list[str]:
         )
     else:
         found.append(f"clean: in no block did others take more than {limit:.0%} of the CPUs")
+    if report.get("rates"):
+        found.append(_floor_note(report["rates"], limit))
     for name, system in report["systems"].items():
         latency = system["latency_ms"]["all"]
         usable = latency["samples"] - (latency["contaminated"] if latency["over"] == "clean" else 0)
@@ -120,6 +124,17 @@ def notes(report: Mapping[str, Any]) -> list[str]:
                 text += f", {same['overlap']:.2%} of their first {same['k']} ads in common"
             found.append(text)
     return found
+
+
+def _floor_note(rates: Mapping[str, Any], limit: float) -> str:
+    streams = [f"{rate:.3g} GB/s over {size} MiB" for size, rate in rates["bandwidth_gb_per_s"].items()]
+    products = [f"{rate:.3g} GFLOP/s in {precision}" for precision, rate in rates["gemm_gflop_per_s"].items()]
+    text = "x floor: p50 over what streaming the body's weights or its multiply-adds would take at the rates measured "
+    text += f"in this run, weights at {', '.join(streams)}, large matrix products at {', '.join(products)}; of GEMM "
+    text += "rate: at the best batch, for the tokens that are there"
+    if (rates["other_load"] or 0) > limit:
+        text += f" (others took {rates['other_load']:.0%} of the CPUs meanwhile: floors may be too high)"
+    return text
 
 
 def format_table(report: Mapping[str, Any]) -> str:

@@ -114,7 +114,7 @@ def facts() -> dict[str, Any]:
         "runtime_versions": versions,
         "memory_mib": memory_mib("MemTotal"),
         "governor": governor.read_text().strip() if governor.is_file() else None,
-        "instructions": _instructions(),
+        "instructions": instructions(),
         "load_average": list(os.getloadavg()),
         "threads": {
             "torch": torch.get_num_threads(),
@@ -125,7 +125,8 @@ def facts() -> dict[str, Any]:
     }
 
 
-def _instructions() -> list[str] | None:
+def instructions() -> list[str] | None:
+    """Those of `INSTRUCTIONS` that the processor has; None where the system does not tell."""
     info = Path("/proc/cpuinfo")
     if not info.is_file():
         return None

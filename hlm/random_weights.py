@@ -127,6 +127,11 @@ def random_encoder(backbone: nn.Module, tokenizer: PreTrainedTokenizerFast, *, p
     return SentenceTransformer(modules=modules, prompts=prompts, device=str(backbone.device)).eval()
 
 
+def guess_tokens(texts: list[str]) -> list[int]:
+    """One token for every `BYTES_PER_TOKEN` and one more, which is pooled."""
+    return [-(-len(text.encode()) // BYTES_PER_TOKEN) + 1 for text in texts]
+
+
 def random_ids_encode(backbone: nn.Module, *, prompt: str = "", seed: int = 0) -> Callable[[list[str]], np.ndarray]:
     """Where no tokenizer is at hand: random token ids, one for every 4 bytes of prompt and text and one more.
 
@@ -137,7 +142,7 @@ def random_ids_encode(backbone: nn.Module, *, prompt: str = "", seed: int = 0) -
 
     @torch.inference_mode()
     def encode(texts: list[str]) -> np.ndarray:
-        lengths = torch.tensor([-(-len((prompt + text).encode()) // BYTES_PER_TOKEN) + 1 for text in texts])
+        lengths = torch.tensor(guess_tokens([prompt + text for text in texts]))
         longest = int(lengths.max())
         ids = torch.randint(backbone.config.vocab_size, (len(texts), longest), generator=generator)
         mask = (torch.arange(longest)[None, :] < lengths[:, None]).long()
@@ -213,7 +218,8 @@ def shape_systems(
     def system(backbone: nn.Module) -> System:
         if tokenizer is None:
             own = {"backend": "torch", "dtype": dtype, "device": str(backbone.device)}
-            return System(random_ids_encode(backbone, prompt=prompt, seed=seed), own)
+            encode = random_ids_encode(backbone, prompt=prompt, seed=seed)
+            return System(encode, own, lambda texts: guess_tokens([prompt + text for text in texts]))
         encoder = random_encoder(backbone, tokenizer, prompt=prompt)
         if backend != HLM:
             return sentence_transformers_system(encoder)
@@ -224,7 +230,7 @@ def shape_systems(
 
     if not depths:
         made = system(backbone)
-        return {name: System(made.encode, made.facts | facts)}, None
+        return {name: System(made.encode, made.facts | facts, made.count_tokens)}, None
     names = (f"{name} ({depths[0]} layers)", f"{name} ({depths[1]} layers)")
     parts = {names[0]: system(shallower(backbone, depths[0])), names[1]: system(backbone)}
     return parts, Derivation(names, (depths[0], depths[1]), whole, parts[names[1]].facts | facts)

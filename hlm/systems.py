@@ -82,7 +82,16 @@ def load_system(
         model = resolve(model)
     if backend != HLM:
         return onnx_system(model, backend, prompt_name)
-    return query_encoder_system(query_encoder_class().from_pretrained(model, backend=engine, precision=precision))
+    encoder = query_encoder_class().from_pretrained(model, backend=engine, precision=precision)
+    made = query_encoder_system(encoder)
+
+    def count_tokens(texts: list[str]) -> list[int]:
+        from transformers import AutoTokenizer  # not before it is asked for: the runtime does without
+
+        tokenizer, prompt = AutoTokenizer.from_pretrained(model), _prompt(Path(model), "query")
+        return list(map(len, tokenizer([prompt + text for text in texts], truncation=True)["input_ids"]))
+
+    return System(made.encode, made.facts, count_tokens if Path(model).is_dir() else None)
 
 
 def query_encoder_class() -> Any:

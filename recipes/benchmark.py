@@ -30,12 +30,14 @@ from hlm.budgets import BUDGETS, check_budgets, failures, read_budgets
 from hlm.config import Pairs, closest, parse, read_section, run_recipe
 from hlm.data import load
 from hlm.evaluation import length_slice
+from hlm.footprint import backbone_config
 from hlm.index import AdIndex
 from hlm.latency import Block, agreement, derive, measure, ratios, summarise
+from hlm.latency_floor import Work, floor_of, measure_rates, work_of
 from hlm.latency_report import format_table, plot, quality
 from hlm.machine import facts
 from hlm.qwen_tokenizer import find_tokenizer
-from hlm.random_weights import Derivation, shape_systems
+from hlm.random_weights import Derivation, shape_config, shape_systems
 from hlm.report import command_line, environment
 from hlm.sample_catalogue import write_catalogue
 from hlm.store import VectorStore
@@ -114,6 +116,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     models = {name: model_settings(config, entry) for name, entry in entries.items() if entry.model}
     starts = cold_starts(models, queries[0], config.cold_starts)
     same = agreements(config, entries, systems, queries)
+    works = find_works(entries, systems, derived, queries)
+    rates = measure_rates(list(works.values()), device=device_of(config), seconds=config.block_s)
     blocks = measure(
         {name: system.encode for name, system in systems.items()},
         queries,
@@ -125,6 +129,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parts = {"cold_start": starts, "quality": qualities, "agreement": same}
     report = build_report(config, entries, queries, systems, derived, blocks, reference, parts)
+    report["rates"] = rates
+    for name, work in works.items():
+        report["systems"][name]["floor"] = floor_of(work, rates, report["systems"][name])
     report["environment"] = environment(command_line("recipes/benchmark.py", argv)) | facts()
     report["budgets"] = check_budgets(report["systems"], budgets)
     write_json(Path(config.output) / "latency.json", report)
@@ -241,7 +248,7 @@ def load_systems(config: BenchmarkConfig, entries: dict[str, Entry]) -> tuple[di
     """Everything to measure, and what is derived from it."""
     systems, derived = {}, {}
     tokenizer = find_tokenizer(config.tokenizer) if any(entry.shape for entry in entries.values()) else None
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(config)
     names = ("shape", "layers", "ffn", "dtype", "depths", "prompt", "backend", "engine", "precision")
     for name, entry in entries.items():
         if entry.model is not None:
@@ -254,6 +261,27 @@ def load_systems(config: BenchmarkConfig, entries: dict[str, Entry]) -> tuple[di
                 derived[name] = derivation
         logger.info("loaded %s", name)
     return systems, derived
+
+
+def device_of(config: BenchmarkConfig) -> str:
+    return config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def find_works(
+    entries: dict[str, Entry], systems: dict[str, System], derived: dict[str, Derivation], queries: list[str]
+) -> dict[str, Work]:
+    """What each system computes; none for one whose tokens or precision are not known."""
+    works = {}
+    for name, entry in entries.items():
+        system = systems[derived[name].names[1] if name in derived else name]
+        precision = system.facts.get("precision") or system.facts.get("dtype")
+        if system.count_tokens is None or precision is None:
+            continue
+        shape = shape_config(entry.shape, layers=entry.layers, ffn=entry.ffn) if entry.shape else None
+        work = work_of(shape or backbone_config(entry.model), system.count_tokens(queries), precision)
+        if work is not None:
+            works[name] = work
+    return works
 
 
 def model_settings(config: BenchmarkConfig, entry: Entry) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -13,8 +12,9 @@ from PIL import Image
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig
 
-from hlm import random_weights
+from hlm import random_weights, systems
 from hlm.artefacts import HlmError
+from hlm.config import run_recipe
 from hlm.data import document_text, load
 from hlm.encoders import encode, fingerprint, load_encoder
 from hlm.pruning import parameter_counts, planned_parameters, prune
@@ -64,7 +64,8 @@ def run(inputs, tiny_qwen3, catalogue_200, tmp_path):
 
     def run(*flags, systems=None, **settings):
         systems = systems or {"teacher": tiny_qwen3, "student": str(inputs / "student")}
-        config = {"data": catalogue_200, "output": str(tmp_path / "out"), "systems": systems} | QUICK | settings
+        paths = {"data": catalogue_200, "output": str(tmp_path / "out"), "tokenizer": tiny_qwen3}
+        config = paths | {"systems": systems} | QUICK | settings
         (tmp_path / "benchmark.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         benchmark.main(["--config", str(tmp_path / "benchmark.yaml"), *flags])
         return json.loads((tmp_path / "out" / "latency.json").read_text())
@@ -78,7 +79,6 @@ def test_end_to_end(run, inputs, tiny_qwen3, tmp_path, capsys):
         systems={"teacher": tiny_qwen3, "teacher_bf16": half, "student": str(inputs / "student")},
         report=str(inputs / "report.json"),
         corpus=str(inputs / "store"),
-        cold_starts=1,
     )
     assert list(report["systems"]) == ["teacher", "teacher_bf16", "student"] and report["reference"] == "teacher"
     assert report["queries"] == sum(report["lengths"].values()) == 20
@@ -86,18 +86,33 @@ def test_end_to_end(run, inputs, tiny_qwen3, tmp_path, capsys):
     assert student["quality"]["recovery"] == 0.9 and student["settings"]["model"] == str(inputs / "student")
     assert student["params_total"] < report["systems"]["teacher"]["params_total"]
     assert student["latency_ms"]["all"]["p50"] <= student["latency_ms"]["all"]["p99"]
-    assert set(student["throughput"]) == {"1", "4"} and student["cold_start"]["total_s"] > 0
+    assert set(student["throughput"]) == {"1", "4"}
     assert "agreement" not in student
     same = report["systems"]["teacher_bf16"]["agreement"]
     assert same["with"] == "teacher" and 0.99 < same["min_cosine"] < 1 and 0 < same["overlap"] <= 1
     assert len(report["blocks"]) == 2 * 2 * 3
+    floors = {name: system["floor"] for name, system in report["systems"].items()}
+    assert floors["teacher"]["weight_mib"] == 2 * floors["teacher_bf16"]["weight_mib"] > 0
+    assert floors["teacher"]["tokens"] == floors["student"]["tokens"] > 3  # the prompt's counted
+    assert floors["student"]["gflop"] == pytest.approx(floors["teacher"]["gflop"] / 2)
+    assert floors["student"]["over"] == pytest.approx(
+        student["latency_ms"]["all"]["p50"] / floors["student"]["floor_ms"]
+    )
     environment = report["environment"]
     assert environment["command"].startswith("recipes/benchmark.py --config") and environment["threads"]["torch"]
     assert {"torch", "transformers", "sentence-transformers"} <= set(environment["versions"])
     with Image.open(tmp_path / "out" / "latency.png") as image:
         assert image.format == "PNG"
     printed = capsys.readouterr().out
-    assert all(word in printed for word in ("teacher_bf16", "p99 ms", "90.0%", "cosine"))
+    assert all(word in printed for word in ("teacher_bf16", "p99 ms", "90.0%", "cosine", "x floor", "GFLOP/s"))
+
+
+def test_cold_starts_of_every_model(run, inputs, tiny_qwen3, monkeypatch):
+    monkeypatch.setattr(systems, "cold_start", lambda settings, query: {"total_s": len(settings["model"]),
+                        "peak_memory_mib": 1.0, "other_load": 0.0, "query": len(query)})  # fmt: skip
+    report = run(cold_starts=2)
+    found = {name: system["cold_start"] for name, system in report["systems"].items()}
+    assert found["teacher"]["total_s"] == len(tiny_qwen3) and found["student"]["processes"] == 2
 
 
 def test_the_sample_follows_the_seed(run, monkeypatch):
@@ -133,10 +148,12 @@ def test_a_failed_gate_has_written_its_report(run, tmp_path):
     assert json.loads((tmp_path / "out" / "latency.json").read_text())["budgets"][0]["passed"] is False
 
 
-def test_as_a_script_an_unknown_budget_ends_at_once(tmp_path):
-    words = [sys.executable, benchmark.__file__, "--systems", '{"a": "nowhere"}', "--budget", "p99=3"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith("did you mean 'p99_ms'?")
+def test_as_a_script_an_unknown_budget_ends_at_once(monkeypatch, capsys):
+    words = ["benchmark.py", "--systems", '{"a": "nowhere"}', "--budget", "p99=3"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as stop:
+        run_recipe(benchmark.main)
+    assert stop.value.code == 2 and capsys.readouterr().err.splitlines()[-1].endswith("did you mean 'p99_ms'?")
 
 
 @pytest.mark.parametrize(
@@ -187,7 +204,7 @@ def test_quality_names_a_system_of_the_report(run, inputs, tiny_qwen3):
 
 def test_shapes_beside_a_model_and_derived_from_fewer_layers(run, tiny_qwen3):
     report = run(
-        "--shape", f"{tiny_qwen3}:layers=2,ffn=16,dtype=bfloat16", "--random_weights", "--tokenizer", tiny_qwen3,
+        "--shape", f"{tiny_qwen3}:layers=2,ffn=16,dtype=bfloat16", "--random_weights",
         systems={"whole": {"shape": tiny_qwen3, "depths": [1, 3], "prompt": "Query:"}, "real": tiny_qwen3},
     )  # fmt: skip
     whole, small = report["systems"]["whole"], report["systems"]["model:layers=2,ffn=16,dtype=bfloat16"]
@@ -199,6 +216,9 @@ def test_shapes_beside_a_model_and_derived_from_fewer_layers(run, tiny_qwen3):
     assert whole["ratio"]["p50"] == 1 and small["ratio"]["p50"] > 0
     measured = whole["measured"]["3"]["latency_ms"]["all"]["p50"]
     assert whole["latency_ms"]["all"]["p50"] >= measured
+    # The floor of a derived system is of its whole depth, as that of the real one; the prompt makes its texts longer.
+    assert whole["floor"]["weight_mib"] == report["systems"]["real"]["floor"]["weight_mib"]
+    assert small["floor"]["tokens"] < whole["floor"]["tokens"] and small["floor"]["gflop"] < whole["floor"]["gflop"]
 
 
 def test_without_tokenizer_and_data_it_says_so(run, tiny_qwen3, monkeypatch):

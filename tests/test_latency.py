@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
-from hlm import latency, latency_report, machine, systems
+from hlm import latency, latency_floor, latency_report, machine, systems
 from hlm.artefacts import HlmError
 from hlm.budgets import BUDGETS, check_budgets, failures, read_budgets
 from hlm.index import AdIndex
 from hlm.latency import agreement, derive, measure, ratios, summarise
+from hlm.latency_floor import Work, floor_of, measure_rates, work_of
 from hlm.latency_report import format_table, notes, pareto, plot, quality
 from hlm.machine import Counters, other_load, peak_memory_mib, read_counters
 from hlm.store import VectorStore, write_store
@@ -477,9 +478,55 @@ def test_every_budget_finds_its_figure_in_a_full_entry():
         "cold_start": {"total_s": 1.0, "peak_memory_mib": 1.0},
         "quality": {"ndcg": 1.0, "recovery": 1.0, "overlap": 1.0},
         "agreement": {"overlap": 1.0, "min_cosine": 1.0},
+        "floor": {"over": 1.0, "gemm_share": 1.0},
     }
     checked = check_budgets({"s": entry}, [("s", name, 1.0) for name in BUDGETS])
     assert all(budget["passed"] and budget["found"] == 1.0 for budget in checked)
+
+
+# Floors
+
+
+def test_work_is_of_the_body_and_of_the_tokens_that_are_there(tiny_qwen3):
+    config = AutoConfig.from_pretrained(tiny_qwen3)
+    work = work_of(config, [4, 6], "bf16")
+    # 32 wide, 4 heads and 2 for keys of 8, FFN 64: queries, output 2 x 32 x 32; keys, values 2 x 32 x 16; 3 x 32 x 64.
+    layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64
+    assert work.flops == [6 * count * (2 * layer + 4 * count * 32) for count in (4, 6)]
+    norms = 6 * (2 * 32 + 2 * 8) + 32
+    assert work.weights == 6 * layer + norms and work.weight_bytes == 2 * work.weights
+    assert work_of(config, [4], "int8").weight_bytes == work.weights and work_of(config, [4], "nf4") is None
+
+
+def test_a_floor_is_the_higher_of_two_bounds():
+    summary = {"latency_ms": {"all": {"p50": 6.0}}, "best_queries_per_s": 1000.0}
+    rates = {"bandwidth_gb_per_s": {"1": 1.0}, "gemm_gflop_per_s": {"float32": 2.0, "int8": 4.0}}
+    work = Work(2**18, "float32", [1, 2, 3], [1e6, 4e6, 10e6])  # 1 MiB: 1.05 ms; 0.5, 2, 5 ms
+    found = floor_of(work, rates, summary)
+    assert found["memory_ms"] == pytest.approx(1.048576) and found["arithmetic_ms"] == pytest.approx(2)
+    assert found["floor_ms"] == pytest.approx(2) and found["over"] == pytest.approx(3)
+    assert found["gemm_share"] == pytest.approx(5e6 * 1000 / 2e9) and found["tokens"] == 2 and found["weight_mib"] == 1
+    fast = floor_of(Work(2**20, "int8", [1, 2, 3], [1e5, 2e5, 3e5]), rates, summary)
+    assert fast["arithmetic_ms"] == pytest.approx(0.05) and fast["floor_ms"] == pytest.approx(1.048576)
+    # Without instructions for a precision its weights are widened: fewer bytes, the rate of float32.
+    wide = floor_of(Work(2**19, "bfloat16", [1, 2, 3], [1e6, 4e6, 10e6]), rates, summary)
+    assert wide["memory_ms"] == pytest.approx(1.048576) and wide["arithmetic_ms"] == pytest.approx(2)
+
+
+def test_rates_are_of_what_the_works_need(monkeypatch):
+    monkeypatch.setattr(latency_floor, "SIDES", (32,))
+    monkeypatch.setattr(latency_floor, "instructions", lambda: ["avx2"])
+    works = [Work(2**20, precision, [1], [1.0]) for precision in ("float32", "bfloat16", "int8")]
+    found = measure_rates([*works, Work(2**33, "int8", [1], [1.0])], seconds=0.001)
+    assert list(found["bandwidth_gb_per_s"]) == ["1", "2", "4", "1024"]  # no more than a GiB is streamed
+    assert list(found["gemm_gflop_per_s"]) == ["float32", "int8"]  # these processors have nothing for bfloat16
+    assert all(rate > 0 for part in ("bandwidth_gb_per_s", "gemm_gflop_per_s") for rate in found[part].values())
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_the_products_that_are_timed_are_products(precision):
+    for call in latency_floor._products(precision, 16, "cpu"):
+        np.testing.assert_array_equal(np.asarray(call()).reshape(16, 16), 16)
 
 
 # Table and plot
@@ -505,6 +552,7 @@ def test_table_and_notes(house):
         "teacher": {
             "quality": {"system": "teacher", "ndcg": 0.5},
             "cold_start": {"total_s": 6.54, "peak_memory_mib": 700.4},
+            "floor": {"over": 12.34, "gemm_share": 0.456},
         },
         "student": {
             "quality": {"system": "other", "ndcg": 0.49, "recovery": 0.98},
@@ -512,16 +560,18 @@ def test_table_and_notes(house):
             "agreement": {"with": "teacher", "min_cosine": 0.5, "overlap": 0.75, "k": 10},
         },
     }
-    report = report_of(blocks, "teacher", **parts)
+    rates = {"bandwidth_gb_per_s": {"41": 20.04}, "gemm_gflop_per_s": {"float32": 123.4}, "other_load": 0.5}
+    report = report_of(blocks, "teacher", **parts) | {"rates": rates}
     table = format_table(report).splitlines()
     header, teacher, student = table[2], table[4].split(), table[5].split()
     assert header.split()[:2] == ["system", "backend"] and "p99 ms" in header and "recovery" in header
-    assert teacher == ["teacher", "fake", "62.50", "62.50", "62.50", "1.0x", "16", "1", "1.0x", "6.5", "700",
-                       "0.5000", "-"]  # fmt: skip
-    assert student[2] == "1.95!~" and student[5] == "32.0x" and student[-4:] == ["-", "-", "0.4900", "98.0%"]
+    assert teacher == ["teacher", "fake", "62.50", "62.50", "62.50", "1.0x", "16", "1", "1.0x", "12.3x", "46%",
+                       "6.5", "700", "0.5000", "-"]  # fmt: skip
+    assert student[2] == "1.95!~" and student[5] == "32.0x" and student[-6:] == ["-", "-", "-", "-", "0.4900", "98.0%"]
     said = " ".join(notes(report))
     assert "2 of 4 blocks are contaminated" in said and "derived from 1 and 2" in said
     assert "teacher: p99 of 16 samples" in said and "75.00% of their first 10 ads" in said
+    assert "20 GB/s over 41 MiB" in said and "123 GFLOP/s in float32" in said and "others took 50%" in said
     assert "student: nDCG and recovery are those of 'other'" in said
 
 
