@@ -272,24 +272,3 @@ def ratios(
             found[name]["p50_range"] = [min(pairs), max(pairs)]
         found[name]["throughput"] = summary["best_queries_per_s"] / base["best_queries_per_s"]
     return found
-
-
-def agreement(vectors: np.ndarray, others: np.ndarray, index: Any = None, k: int = 10) -> dict[str, float]:
-    """How far two ways of running one model agree on the same queries.
-
-    Args:
-        vectors, others: float32 (n, dim), normalised.
-        index: an `hlm.index.AdIndex` of that width; adds "overlap", the share of the first k ads in common.
-
-    Returns:
-        {"min_cosine", "mean_cosine"} and, with an index, "overlap" (0 ... 1).
-    """
-    cosines = np.einsum("ij,ij->i", vectors, others) / (
-        np.linalg.norm(vectors, axis=1) * np.linalg.norm(others, axis=1)
-    )
-    found = {"min_cosine": float(cosines.min()), "mean_cosine": float(cosines.mean())}
-    if index is not None:
-        (_, ids), (_, other_ids) = index.search(vectors, k), index.search(others, k)
-        shares = [len(set(a) & set(b)) / max(1, len(b)) for a, b in zip(ids, other_ids, strict=True)]
-        found["overlap"] = float(np.mean(shares))
-    return found

@@ -10,33 +10,10 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from hlm.artefacts import HlmError, atomic_file
+from hlm.artefacts import atomic_file
 from hlm.report import align
 
 FEW_SAMPLES = 100  # a p99 of fewer is little more than the slowest one
-
-
-def quality(report: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What recipes/evaluate.py found for a system.
-
-    Returns:
-        {"system", "metric": "ndcg@k", "ndcg", and for a student "recovery" (of that metric), "recovery_ci95" and
-        "overlap" with the teacher}.
-
-    Raises:
-        HlmError: the report has no such system.
-    """
-    if name not in report.get("systems", {}):
-        known = ", ".join(report.get("systems", {})) or "none"
-        raise HlmError(f"report: expected a system among {known}, found '{name}'; name one of them in `quality`")
-    k = report["k"]
-    found = {"system": name, "metric": f"ndcg@{k}", "ndcg": report["systems"][name][f"ndcg@{k}"]}
-    kept = report.get("recovery_by_system", {}).get(name, {}).get(f"ndcg@{k}")
-    if kept:
-        found |= {"recovery": kept["value"], "recovery_ci95": kept["ci95"]}
-    if f"overlap@{k}" in report["systems"][name]:
-        found["overlap"] = report["systems"][name][f"overlap@{k}"]
-    return found
 
 
 def rows(report: Mapping[str, Any]) -> list[list[str]]:
@@ -117,6 +94,10 @@ def notes(report: Mapping[str, Any]) -> list[str]:
         of = system.get("quality", {}).get("system", name)
         if of != name:
             found.append(f"{name}: nDCG and recovery are those of '{of}' in the report")
+        if system.get("quality", {}).get("measured"):
+            found.append(
+                f"{name}: nDCG measured in this run over the whole split, recovery against the report's teacher"
+            )
         if "agreement" in system:
             same = system["agreement"]
             text = f"{name}: vectors of {same['with']} within a cosine of {same['min_cosine']:.6f}"

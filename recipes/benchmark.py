@@ -21,20 +21,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import yaml
 
 from hlm.artefacts import HlmError, write_json
 from hlm.budgets import BUDGETS, check_budgets, failures, read_budgets
 from hlm.config import Pairs, closest, parse, read_section, run_recipe
-from hlm.data import load
+from hlm.data import RetrievalData, load
 from hlm.evaluation import length_slice
 from hlm.footprint import backbone_config
-from hlm.index import AdIndex
-from hlm.latency import Block, agreement, derive, measure, ratios, summarise
+from hlm.latency import Block, derive, measure, ratios, summarise
 from hlm.latency_floor import Work, floor_of, measure_rates, work_of
-from hlm.latency_report import format_table, plot, quality
+from hlm.latency_quality import agreements, measured_quality, quality, same_encoders, searchable
+from hlm.latency_report import format_table, plot
 from hlm.machine import facts
 from hlm.qwen_tokenizer import find_tokenizer
 from hlm.random_weights import Derivation, shape_config, shape_systems
@@ -108,18 +107,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     entries = read_entries(config)
     reference = named(config.reference, entries, "reference", 0)
     budgets = read_budgets(config.budgets, list(entries), named(config.candidate, entries, "candidate", -1))
-    qualities = read_qualities(config, entries)
-    check_figures(config, entries, qualities, budgets)
-    queries = read_queries(config)
+    evaluated = read_report(config, entries)
+    qualities = read_qualities(entries, evaluated)
+    store = VectorStore.open(config.corpus) if config.corpus else None
+    measurable = find_measurable(config, entries, qualities, store)
+    check_figures(config, entries, qualities, measurable, budgets)
+    queries, data = read_queries(config)
 
     systems, derived = load_systems(config, entries)
     models = {name: model_settings(config, entry) for name, entry in entries.items() if entry.model}
     starts = cold_starts(models, queries[0], config.cold_starts)
-    same = agreements(config, entries, systems, queries)
+    encoders = {name: system.encode for name, system in systems.items()}
+    same = agreements(encoders, same_models(entries), queries, store, k=10)
+    for name in measurable:
+        qualities[name] = measured_quality(encoders[name], data, config.split, store, evaluated, name)
     works = find_works(entries, systems, derived, queries)
     rates = measure_rates(list(works.values()), device=device_of(config), seconds=config.block_s)
     blocks = measure(
-        {name: system.encode for name, system in systems.items()},
+        encoders,
         queries,
         repeats=config.repeats,
         block_s=config.block_s,
@@ -189,16 +194,20 @@ def named(name: str | None, entries: dict[str, Entry], what: str, default: int) 
     return name
 
 
-def read_qualities(config: BenchmarkConfig, entries: dict[str, Entry]) -> dict[str, dict[str, Any]]:
+def read_report(config: BenchmarkConfig, entries: dict[str, Entry]) -> dict[str, Any]:
+    """report.json of recipes/evaluate.py; {} where none is asked for."""
     if config.report is None:
         for name, entry in entries.items():
             if entry.quality is not None:
                 raise HlmError(f"systems: '{name}' takes its quality from a report, found none; set `report`")
         return {}
     try:
-        report = json.loads(Path(config.report).read_text(encoding="utf-8"))
+        return json.loads(Path(config.report).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise HlmError(f"report: cannot read {config.report} ({error}); run recipes/evaluate.py first") from error
+
+
+def read_qualities(entries: dict[str, Entry], report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     wanted = {name: entry.quality or name for name, entry in entries.items()}
     return {
         name: quality(report, of)
@@ -207,31 +216,49 @@ def read_qualities(config: BenchmarkConfig, entries: dict[str, Entry]) -> dict[s
     }
 
 
+def same_models(entries: dict[str, Entry]) -> dict[str, str]:
+    return same_encoders({name: entry.model for name, entry in entries.items() if entry.model})
+
+
+def find_measurable(
+    config: BenchmarkConfig, entries: dict[str, Entry], known: dict[str, dict[str, Any]], store: VectorStore | None
+) -> list[str]:
+    """Systems that no report knows and whose quality this run can measure: the store's own encoder and its students."""
+    if store is None or config.data is None or config.report is None:
+        return []
+    models = {name: entry.model for name, entry in entries.items() if entry.model and name not in known}
+    return sorted(searchable(models, store), key=list(entries).index)
+
+
 def check_figures(
     config: BenchmarkConfig,
     entries: dict[str, Entry],
     qualities: dict[str, dict[str, Any]],
+    measurable: list[str],
     budgets: list[tuple[str, str, float]],
 ) -> None:
     """Refuses a budget whose figure this run will not have, before anything is measured."""
     for name, budget, _ in budgets:
         part, *rest = BUDGETS[budget][0]
         need = None
-        if part == "quality" and rest[0] not in qualities.get(name, {}):
+        again = name in same_models(entries)
+        measured = name in measurable and rest != ["overlap"]
+        if part == "quality" and rest[0] not in qualities.get(name, {}) and not measured:
             need = f"`report` with {rest[0]} of '{entries[name].quality or name}'"
         if part == "cold_start" and (config.cold_starts == 0 or entries[name].model is None):
             need = "`cold_starts` of 1 or more, and a model's folder"
-        if part == "agreement" and (same_model(name, entries) is None or (rest == ["overlap"] and not config.corpus)):
+        if part == "agreement" and (not again or (rest == ["overlap"] and not config.corpus)):
             need = "another system of the same model before it" + (", and `corpus`" if rest == ["overlap"] else "")
         if need:
             raise HlmError(f"budgets: {budget} of '{name}' needs {need}; found none")
 
 
-def read_queries(config: BenchmarkConfig) -> list[str]:
-    """A sample of the split's queries, drawn by `seed`, in the data's order."""
+def read_queries(config: BenchmarkConfig) -> tuple[list[str], RetrievalData | None]:
+    """A sample of the split's queries, drawn by `seed`, in the data's order; and the data, where some are named."""
     if config.queries < 1:
         raise HlmError(f"queries: expected 1 or more, found {config.queries}")
     if config.data is None:
+        loaded = None
         with tempfile.TemporaryDirectory() as folder:
             data = Path(folder) / "data"
             write_catalogue(data, ads=200, unlabelled=10, train_queries=10, dev_queries=10, test_queries=200, seed=0)
@@ -239,9 +266,9 @@ def read_queries(config: BenchmarkConfig) -> list[str]:
     else:
         loaded = load(config.data, revision=config.revision, splits=(config.split,))
         texts = [text for _, text in loaded.split_queries(config.split)]
-    if len(texts) <= config.queries:
-        return texts
-    return [texts[place] for place in sorted(random.Random(config.seed).sample(range(len(texts)), config.queries))]
+    if len(texts) > config.queries:
+        texts = [texts[place] for place in sorted(random.Random(config.seed).sample(range(len(texts)), config.queries))]
+    return texts, loaded
 
 
 def load_systems(config: BenchmarkConfig, entries: dict[str, Entry]) -> tuple[dict[str, System], dict[str, Derivation]]:
@@ -289,33 +316,6 @@ def model_settings(config: BenchmarkConfig, entry: Entry) -> dict[str, Any]:
     names = ["engine", "precision"] if entry.backend == HLM else ["prompt_name"]
     names += ["dtype"] if entry.backend in TORCH_BACKENDS else []
     return {name: getattr(entry, name) for name in ("model", "backend", *names)} | {"device": config.device}
-
-
-def same_model(name: str, entries: dict[str, Entry]) -> str | None:
-    """The first system before this one that runs the same model."""
-    before = list(entries)[: list(entries).index(name)]
-    return next(
-        (other for other in before if entries[name].model and entries[other].model == entries[name].model), None
-    )
-
-
-def agreements(
-    config: BenchmarkConfig, entries: dict[str, Entry], systems: dict[str, System], queries: list[str]
-) -> dict[str, dict[str, Any]]:
-    """Vectors of a model that runs more than once, each against the first way it runs."""
-    pairs = {name: same_model(name, entries) for name in entries}
-    pairs = {name: other for name, other in pairs.items() if other is not None}
-    found = {}
-    index = None
-    for name, other in pairs.items():
-        vectors, others = (
-            np.concatenate([systems[of].encode(queries[start : start + 32]) for start in range(0, len(queries), 32)])
-            for of in (name, other)
-        )
-        if config.corpus and (index is None or index.dim != vectors.shape[1]):
-            index = AdIndex.build(VectorStore.open(config.corpus), dim=vectors.shape[1])
-        found[name] = {"with": other, "k": 10} | agreement(vectors, others, index)
-    return found
 
 
 def build_report(

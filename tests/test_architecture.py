@@ -15,7 +15,7 @@ LAYERS = [
     {"layout"},
     {"encoders", "pruning", "footprint", "hardware", "plan_settings", "plan_phases", "planner", "plan_report"},
     {"export", "runtime", "mining", "index", "evaluation", "metric", "latency", "report", "latency_report", "budgets",
-     "machine", "latency_floor", "systems", "random_weights", "qwen_tokenizer", "canaries"},
+     "machine", "latency_floor", "latency_quality", "systems", "random_weights", "qwen_tokenizer", "canaries"},
     {"training"},
     {"lineage", "cards", "hub"},
     {"cli"},

@@ -16,7 +16,9 @@ from hlm import random_weights, systems
 from hlm.artefacts import HlmError
 from hlm.config import run_recipe
 from hlm.data import document_text, load
-from hlm.encoders import encode, fingerprint, load_encoder
+from hlm.encoders import encode, fingerprint, load_encoder, save_encoder
+from hlm.evaluation import dense_run, mean, per_query
+from hlm.index import AdIndex
 from hlm.pruning import parameter_counts, planned_parameters, prune
 from hlm.qwen_tokenizer import find_tokenizer, qwen_tokenizer
 from hlm.random_weights import (
@@ -27,7 +29,7 @@ from hlm.random_weights import (
     shallower,
     shape_config,
 )
-from hlm.store import write_store
+from hlm.store import VectorStore, write_store
 from recipes import benchmark
 
 QUICK = {"queries": 20, "repeats": 2, "block_s": 0.02, "batch_sizes": [4], "cold_starts": 0, "device": "cpu"}
@@ -39,6 +41,9 @@ def inputs(tiny_qwen3, catalogue_200, tmp_path_factory):
     root = tmp_path_factory.mktemp("benchmark")
     teacher = load_encoder(tiny_qwen3, device="cpu")
     prune(teacher, layers=[0, 1, 5]).save_pretrained(str(root / "student"), create_model_card=False)
+    save_encoder(teacher, root / "teacher", "teacher", inputs={}, config={})
+    given = {"teacher": fingerprint(teacher)}
+    save_encoder(prune(teacher, layers=[0, 5]), root / "smaller", "student", inputs=given, config={})
     data = load(catalogue_200, splits=("test",))
     write_store(
         root / "store",
@@ -73,14 +78,27 @@ def run(inputs, tiny_qwen3, catalogue_200, tmp_path):
     return run
 
 
-def test_end_to_end(run, inputs, tiny_qwen3, tmp_path, capsys):
-    half = {"model": tiny_qwen3, "dtype": "bfloat16", "quality": "teacher"}
+def evaluated(model, inputs, catalogue):
+    """nDCG@10 over the test split, as recipes/evaluate.py finds it."""
+    data = load(catalogue, splits=("test",))
+    ids, texts = zip(*data.split_queries("test"), strict=True)
+    index = AdIndex.build(VectorStore.open(inputs / "store"))
+    found = dense_run(encode(model, list(texts), prompt_name="query"), index, ids, 100)
+    return mean(per_query(found, data.qrels["test"])["ndcg@10"])
+
+
+def test_end_to_end(run, inputs, tiny_qwen3, catalogue_200, tmp_path, capsys):
+    half, smaller = {"model": str(inputs / "teacher"), "dtype": "bfloat16"}, str(inputs / "smaller")
+    models = {"teacher": str(inputs / "teacher"), "teacher_bf16": half, "smaller": smaller}
     report = run(
-        systems={"teacher": tiny_qwen3, "teacher_bf16": half, "student": str(inputs / "student")},
+        systems=models | {"student": str(inputs / "student")},
         report=str(inputs / "report.json"),
         corpus=str(inputs / "store"),
     )
-    assert list(report["systems"]) == ["teacher", "teacher_bf16", "student"] and report["reference"] == "teacher"
+    assert (
+        list(report["systems"]) == ["teacher", "teacher_bf16", "smaller", "student"]
+        and report["reference"] == "teacher"
+    )
     assert report["queries"] == sum(report["lengths"].values()) == 20
     student = report["systems"]["student"]
     assert student["quality"]["recovery"] == 0.9 and student["settings"]["model"] == str(inputs / "student")
@@ -90,7 +108,13 @@ def test_end_to_end(run, inputs, tiny_qwen3, tmp_path, capsys):
     assert "agreement" not in student
     same = report["systems"]["teacher_bf16"]["agreement"]
     assert same["with"] == "teacher" and 0.99 < same["min_cosine"] < 1 and 0 < same["overlap"] <= 1
-    assert len(report["blocks"]) == 2 * 2 * 3
+    # The report knows neither bfloat16 nor the smaller student: all queries of the split search the ads here.
+    for name, dtype, folder in (("teacher_bf16", "bfloat16", "teacher"), ("smaller", "float32", "smaller")):
+        measured = report["systems"][name]["quality"]
+        alone = evaluated(load_encoder(str(inputs / folder), dtype=dtype, device="cpu"), inputs, catalogue_200)
+        assert measured["ndcg"] == pytest.approx(alone, abs=2e-3) and measured["system"] == name
+        assert measured["recovery"] == pytest.approx(measured["ndcg"] / 0.5)
+    assert len(report["blocks"]) == 2 * 2 * 4
     floors = {name: system["floor"] for name, system in report["systems"].items()}
     assert floors["teacher"]["weight_mib"] == 2 * floors["teacher_bf16"]["weight_mib"] > 0
     assert floors["teacher"]["tokens"] == floors["student"]["tokens"] > 3  # the prompt's counted

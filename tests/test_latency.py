@@ -17,9 +17,10 @@ from hlm import latency, latency_floor, latency_report, machine, systems
 from hlm.artefacts import HlmError
 from hlm.budgets import BUDGETS, check_budgets, failures, read_budgets
 from hlm.index import AdIndex
-from hlm.latency import agreement, derive, measure, ratios, summarise
+from hlm.latency import derive, measure, ratios, summarise
 from hlm.latency_floor import Work, floor_of, measure_rates, work_of
-from hlm.latency_report import format_table, notes, pareto, plot, quality
+from hlm.latency_quality import agreement, quality, same_encoders
+from hlm.latency_report import format_table, notes, pareto, plot
 from hlm.machine import Counters, other_load, peak_memory_mib, read_counters
 from hlm.store import VectorStore, write_store
 
@@ -242,6 +243,15 @@ def test_agreement_in_cosine_and_in_what_is_found(tmp_path):
     found = agreement(turned, vectors[:2], index, k=1)
     assert found == {"min_cosine": pytest.approx(0.8), "mean_cosine": pytest.approx(0.9), "overlap": 1.0}
     assert agreement(vectors[2:], vectors[:2], index, k=1) == {"min_cosine": 0, "mean_cosine": 0, "overlap": 0}
+
+
+def test_the_same_model_by_fingerprint_or_by_path(tmp_path):
+    for name, encoder in (("student", "f1"), ("online", "f1"), ("other", "f2")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "hlm.json").write_text(json.dumps({"encoder": encoder}))
+    models = {name: str(tmp_path / name) for name in ("student", "other", "online")}
+    models |= {"hub": "owner/name", "int8": str(tmp_path / "online"), "hub again": "owner/name"}
+    assert same_encoders(models) == {"online": "student", "int8": "student", "hub again": "hub"}
 
 
 # The machine
