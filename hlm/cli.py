@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from hlm import __version__
 from hlm.artefacts import MANIFEST, HlmError
@@ -61,6 +63,20 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("student", help=f"folder of the student {REVISION}")
     command.add_argument("target", help=f"folder of the ads' vectors or of an index {REVISION} of a dataset")
     command.set_defaults(run=verify)
+
+    command = commands.add_parser("card", help="prints the card of a student, teacher or dataset", allow_abbrev=False)
+    command.add_argument("folder", help="what a recipe wrote: a student, a teacher, or a dataset")
+    command.add_argument("--report", metavar="FILE", help="report.json of recipes/evaluate.py")
+    command.add_argument("--latency", metavar="FILE", help="latency.json of recipes/benchmark.py")
+    command.add_argument("--repo-id", metavar="ID", help="where it will stand (default: local/<name of the folder>)")
+    for name in ("teacher", "student", "dataset"):
+        command.add_argument(f"--{name}-repo", metavar="ID", help=f"where the run's {name} stands")
+    command.add_argument("--base-model", metavar="ID", help="the backbone on the Hub, where the run had it elsewhere")
+    command.add_argument("--licence", metavar="ID", help="as the Hub writes it, for example apache-2.0")
+    command.add_argument("--language", metavar="CODE", nargs="+", default=[], help="of the texts, for example en de")
+    command.add_argument("--command", metavar="TEXT", help="what makes it again (default: the report's own command)")
+    command.add_argument("--commit", metavar="SHA", help="of the code (default: the report's)")
+    command.set_defaults(run=card)
     return top
 
 
@@ -124,6 +140,35 @@ def verify(options: argparse.Namespace) -> None:
             f"canaries: {facts['canaries']} of {facts['of']} queries nearest to the teacher's own vector, mean cosine "
             f"{facts['mean_cosine']:.3f}"
         )
+
+
+def card(options: argparse.Namespace) -> None:
+    folder = Path(options.folder)
+    if not folder.is_dir():
+        raise HlmError(f"expected a folder at {folder}, found none; name what a recipe wrote")
+    kind = read_json(folder / MANIFEST).get("kind") if (folder / MANIFEST).is_file() else None
+
+    from hlm.cards import dataset_card, student_card, teacher_card
+
+    write = {"student": student_card, "teacher": teacher_card}.get(kind, dataset_card)
+    name = re.sub(r"[^A-Za-z0-9]+", "-", folder.resolve().name).strip("-") or "artefact"
+    about = {
+        "repo_id": options.repo_id or f"local/{name}",
+        "report": read_json(options.report) if options.report else None,
+        "latency": read_json(options.latency) if options.latency else None,
+    }
+    names = ("teacher_repo", "student_repo", "dataset_repo", "base_model", "licence", "language", "command", "commit")
+    print(write(folder, **about, **{name: getattr(options, name) for name in names}))
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise HlmError(f"expected a JSON object at {path}, found none to read ({error}); correct the path") from error
+    if not isinstance(value, dict):
+        raise HlmError(f"expected a JSON object at {path}, found {type(value).__name__}; correct the path")
+    return value
 
 
 def located(name: str, repo_type: str = "model", subfolder: str | None = None) -> Path:

@@ -17,7 +17,7 @@ LAYERS = [
     {"export", "runtime", "mining", "index", "evaluation", "metric", "latency", "report", "latency_report", "budgets",
      "machine", "latency_floor", "latency_quality", "systems", "random_weights", "qwen_tokenizer", "canaries"},
     {"training"},
-    {"lineage", "cards", "hub"},
+    {"lineage", "card_facts", "cards", "hub"},
     {"cli"},
 ]  # fmt: skip
 MODULES = sorted((ROOT / "hlm").glob("*.py"))
