@@ -18,6 +18,7 @@ BUDGETS: dict[str, tuple[tuple[str, ...], str]] = {
     "speedup_p95": (("ratio", "p95"), "at least"),
     "speedup_p99": (("ratio", "p99"), "at least"),
     "speedup_throughput": (("ratio", "throughput"), "at least"),
+    "same_model_speedup_p50": (("agreement", "ratio", "p50"), "at least"),  # over the first way that model runs
     "over_floor": (("floor", "over"), "at most"),
     "gemm_share": (("floor", "gemm_share"), "at least"),
     "cold_start_s": (("cold_start", "total_s"), "at most"),

@@ -94,11 +94,13 @@ def _manifest(model: str) -> dict[str, Any]:
 def agreements(
     encoders: Mapping[str, Encode], same: Mapping[str, str], queries: Sequence[str], store: VectorStore | None, k: int
 ) -> dict[str, dict[str, Any]]:
-    """`agreement` of each system of `same` (see `same_encoders`) with the one it names, over a store's ads if given."""
+    """`agreement` of each system of `same` (see `same_encoders`) with the one it names, over the ads of a store where
+    one is given whose vectors are as wide."""
     found = {}
     for name, other in same.items():
         vectors, others = (encode_all(encoders[of], queries) for of in (name, other))
-        index = None if store is None else AdIndex.build(store, dim=vectors.shape[1])
+        wide = store is not None and store.dim >= vectors.shape[1]
+        index = AdIndex.build(store, dim=vectors.shape[1]) if wide else None
         found[name] = {"with": other, "k": k} | agreement(vectors, others, index, k)
     return found
 

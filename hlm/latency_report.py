@@ -103,6 +103,8 @@ def notes(report: Mapping[str, Any]) -> list[str]:
             text = f"{name}: vectors of {same['with']} within a cosine of {same['min_cosine']:.6f}"
             if "overlap" in same:
                 text += f", {same['overlap']:.2%} of their first {same['k']} ads in common"
+            if "ratio" in same:
+                text += f"; {same['ratio']['p50']:.1f}x lower p50, {same['ratio']['throughput']:.1f}x its throughput"
             found.append(text)
     return found
 

@@ -27,6 +27,7 @@ from hlm.pruning import cut_config, layers_of, planned_parameters
 from hlm.systems import HLM, SENTENCE_TRANSFORMERS, System, load_system, sentence_transformers_system
 
 SHARE_OF_MEMORY = 0.7  # of what is free, for weights: activations and the tokenizer need the rest
+RANDOM_IDS = "torch"  # the backend where no tokenizer is at hand: a plain forward pass over random token ids
 BYTES_PER_TOKEN = 4  # of English under Qwen's tokenizer, about; only where no tokenizer is at hand
 
 
@@ -217,7 +218,7 @@ def shape_systems(
 
     def system(backbone: nn.Module) -> System:
         if tokenizer is None:
-            own = {"backend": "torch", "dtype": dtype, "device": str(backbone.device)}
+            own = {"backend": RANDOM_IDS, "dtype": dtype, "device": str(backbone.device)}
             encode = random_ids_encode(backbone, prompt=prompt, seed=seed)
             return System(encode, own, lambda texts: guess_tokens([prompt + text for text in texts]))
         encoder = random_encoder(backbone, tokenizer, prompt=prompt)

@@ -36,7 +36,7 @@ from hlm.latency_quality import agreements, measured_quality, quality, same_enco
 from hlm.latency_report import format_table, plot
 from hlm.machine import facts
 from hlm.qwen_tokenizer import find_tokenizer
-from hlm.random_weights import Derivation, shape_config, shape_systems
+from hlm.random_weights import RANDOM_IDS, Derivation, shape_config, shape_systems
 from hlm.report import command_line, environment
 from hlm.sample_catalogue import write_catalogue
 from hlm.store import VectorStore
@@ -118,7 +118,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     models = {name: model_settings(config, entry) for name, entry in entries.items() if entry.model}
     starts = cold_starts(models, queries[0], config.cold_starts)
     encoders = {name: system.encode for name, system in systems.items()}
-    same = agreements(encoders, same_models(entries), queries, store, k=10)
+    # Not among derived systems, nor where random token ids are read.
+    whole = {name: of for name, of in same_models(entries).items() if reads_texts(systems, name, of)}
+    same = agreements(encoders, whole, queries, store, k=10)
     for name in measurable:
         qualities[name] = measured_quality(encoders[name], data, config.split, store, evaluated, name)
     works = find_works(entries, systems, derived, queries)
@@ -217,7 +219,18 @@ def read_qualities(entries: dict[str, Entry], report: dict[str, Any]) -> dict[st
 
 
 def same_models(entries: dict[str, Entry]) -> dict[str, str]:
-    return same_encoders({name: entry.model for name, entry in entries.items() if entry.model})
+    """As `same_encoders`; a shape that is cut alike has the same random weights wherever it runs whole."""
+    shapes = {
+        name: f"{entry.shape}:layers={entry.layers},ffn={entry.ffn},prompt={entry.prompt}"
+        for name, entry in entries.items()
+        if entry.shape and not entry.depths
+    }
+    models = {name: entry.model for name, entry in entries.items() if entry.model}
+    return same_encoders(models | shapes)
+
+
+def reads_texts(systems: dict[str, System], *names: str) -> bool:
+    return all(name in systems and systems[name].facts["backend"] != RANDOM_IDS for name in names)
 
 
 def find_measurable(
@@ -335,6 +348,8 @@ def build_report(
         summaries[name] = derive(shallow, deep, plan.depths, plan.layers)
         summaries[name]["measured"] = {str(plan.depths[0]): shallow, str(plan.depths[1]): deep}
     compared = ratios(summaries, blocks, reference)
+    for name, found in parts["agreement"].items():
+        found["ratio"] = ratios(summaries, blocks, found["with"])[name]
     slices = [length_slice(query) for query in queries]
     settings = ("repeats", "block_s", "batch_sizes", "cold_starts", "max_other_load", "seed")
     return {

@@ -108,6 +108,7 @@ def test_end_to_end(run, inputs, tiny_qwen3, catalogue_200, tmp_path, capsys):
     assert "agreement" not in student
     same = report["systems"]["teacher_bf16"]["agreement"]
     assert same["with"] == "teacher" and 0.99 < same["min_cosine"] < 1 and 0 < same["overlap"] <= 1
+    assert same["ratio"]["p50"] == report["systems"]["teacher_bf16"]["ratio"]["p50"]  # the reference is that teacher
     # The report knows neither bfloat16 nor the smaller student: all queries of the split search the ads here.
     for name, dtype, folder in (("teacher_bf16", "bfloat16", "teacher"), ("smaller", "float32", "smaller")):
         measured = report["systems"][name]["quality"]
@@ -229,10 +230,11 @@ def test_quality_names_a_system_of_the_report(run, inputs, tiny_qwen3):
 def test_shapes_beside_a_model_and_derived_from_fewer_layers(run, tiny_qwen3):
     report = run(
         "--shape", f"{tiny_qwen3}:layers=2,ffn=16,dtype=bfloat16", "--random_weights",
-        systems={"whole": {"shape": tiny_qwen3, "depths": [1, 3], "prompt": "Query:"}, "real": tiny_qwen3},
+        systems={"whole": {"shape": tiny_qwen3, "depths": [1, 3], "prompt": "Query:"}, "real": tiny_qwen3,
+                 "small_fp32": {"shape": tiny_qwen3, "layers": 2, "ffn": 16}},
     )  # fmt: skip
     whole, small = report["systems"]["whole"], report["systems"]["model:layers=2,ffn=16,dtype=bfloat16"]
-    assert list(report["systems"])[:2] == ["whole", "real"] and len(report["systems"]) == 3
+    assert list(report["systems"])[:2] == ["whole", "real"] and len(report["systems"]) == 4
     assert whole["derived"] == "derived from 1 and 3 of 6 layers" and set(whole["measured"]) == {"1", "3"}
     assert whole["params_total"] == report["systems"]["real"]["params_total"] and "derived" not in small
     assert whole["weights"] == small["weights"] == "random" and "prompt 'Query:'" in whole["input"]
@@ -240,6 +242,8 @@ def test_shapes_beside_a_model_and_derived_from_fewer_layers(run, tiny_qwen3):
     assert whole["ratio"]["p50"] == 1 and small["ratio"]["p50"] > 0
     measured = whole["measured"]["3"]["latency_ms"]["all"]["p50"]
     assert whole["latency_ms"]["all"]["p50"] >= measured
+    same = small["agreement"]  # the same random weights in another precision
+    assert same["with"] == "small_fp32" and 0.99 < same["min_cosine"] < 1 and "agreement" not in whole
     # The floor of a derived system is of its whole depth, as that of the real one; the prompt makes its texts longer.
     assert whole["floor"]["weight_mib"] == report["systems"]["real"]["floor"]["weight_mib"]
     assert small["floor"]["tokens"] < whole["floor"]["tokens"] and small["floor"]["gflop"] < whole["floor"]["gflop"]
@@ -248,9 +252,10 @@ def test_shapes_beside_a_model_and_derived_from_fewer_layers(run, tiny_qwen3):
 def test_without_tokenizer_and_data_it_says_so(run, tiny_qwen3, monkeypatch):
     monkeypatch.setattr(benchmark, "find_tokenizer", lambda path: None)
     shape = {"shape": tiny_qwen3, "layers": 2}
-    report = run(systems={"a": shape}, random_weights=True, data=None)
+    report = run(systems={"a": shape, "b": shape}, random_weights=True, data=None)
     assert report["data"] == "the sample catalogue" and len(report["lengths"]) > 1
     assert "random token ids, one for every 4 bytes" in report["systems"]["a"]["input"]
+    assert "agreement" not in report["systems"]["b"]  # vectors of random ids are not to be compared
     with pytest.raises(HlmError, match="backend 'hlm' reads a whole model with a tokenizer, found no tokenizer"):
         run(systems={"a": shape | {"backend": "hlm"}}, random_weights=True)
 

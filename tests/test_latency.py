@@ -487,7 +487,7 @@ def test_every_budget_finds_its_figure_in_a_full_entry():
         "ratio": {"p50": 1.0, "p95": 1.0, "p99": 1.0, "throughput": 1.0},
         "cold_start": {"total_s": 1.0, "peak_memory_mib": 1.0},
         "quality": {"ndcg": 1.0, "recovery": 1.0, "overlap": 1.0},
-        "agreement": {"overlap": 1.0, "min_cosine": 1.0},
+        "agreement": {"overlap": 1.0, "min_cosine": 1.0, "ratio": {"p50": 1.0}},
         "floor": {"over": 1.0, "gemm_share": 1.0},
     }
     checked = check_budgets({"s": entry}, [("s", name, 1.0) for name in BUDGETS])
@@ -567,7 +567,13 @@ def test_table_and_notes(house):
         "student": {
             "quality": {"system": "other", "ndcg": 0.49, "recovery": 0.98},
             "derived": "derived from 1 and 2 of 3 layers",
-            "agreement": {"with": "teacher", "min_cosine": 0.5, "overlap": 0.75, "k": 10},
+            "agreement": {
+                "with": "teacher",
+                "min_cosine": 0.5,
+                "overlap": 0.75,
+                "k": 10,
+                "ratio": {"p50": 32.0, "throughput": 8.0},
+            },
         },
     }
     rates = {"bandwidth_gb_per_s": {"41": 20.04}, "gemm_gflop_per_s": {"float32": 123.4}, "other_load": 0.5}
@@ -580,7 +586,9 @@ def test_table_and_notes(house):
     assert student[2] == "1.95!~" and student[5] == "32.0x" and student[-6:] == ["-", "-", "-", "-", "0.4900", "98.0%"]
     said = " ".join(notes(report))
     assert "2 of 4 blocks are contaminated" in said and "derived from 1 and 2" in said
-    assert "teacher: p99 of 16 samples" in said and "75.00% of their first 10 ads" in said
+    assert (
+        "teacher: p99 of 16 samples" in said and "75.00% of their first 10 ads in common; 32.0x lower p50, 8.0x" in said
+    )
     assert "20 GB/s over 41 MiB" in said and "123 GFLOP/s in float32" in said and "others took 50%" in said
     assert "student: nDCG and recovery are those of 'other'" in said
 
