@@ -216,6 +216,9 @@ def shape_systems(
         "params_non_embedding": without_embeddings,
     }
 
+    def count_tokens(texts: list[str]) -> list[int]:
+        return list(map(len, tokenizer([prompt + text for text in texts])["input_ids"]))
+
     def system(backbone: nn.Module) -> System:
         if tokenizer is None:
             own = {"backend": RANDOM_IDS, "dtype": dtype, "device": str(backbone.device)}
@@ -227,7 +230,8 @@ def shape_systems(
         with tempfile.TemporaryDirectory() as folder:
             encoder.save_pretrained(folder, create_model_card=False)
             write_legacy_layout(Path(folder))
-            return load_system(folder, backend=HLM, engine=engine, precision=precision)
+            made = load_system(folder, backend=HLM, engine=engine, precision=precision, device=device)
+        return System(made.encode, made.facts, count_tokens)  # its own count reads the folder, which is gone
 
     if not depths:
         made = system(backbone)

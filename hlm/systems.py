@@ -82,7 +82,7 @@ def load_system(
         model = resolve(model)
     if backend != HLM:
         return onnx_system(model, backend, prompt_name)
-    encoder = query_encoder_class().from_pretrained(model, backend=engine, precision=precision)
+    encoder = query_encoder_class().from_pretrained(model, backend=engine, precision=precision, device=device)
     made = query_encoder_system(encoder)
 
     def count_tokens(texts: list[str]) -> list[int]:

@@ -13,7 +13,8 @@ from PIL import Image
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig
 
-from hlm import latency_floor, random_weights, systems
+from hlm import latency_floor, random_weights
+from hlm import systems as hlm_systems
 from hlm.artefacts import HlmError
 from hlm.config import run_recipe
 from hlm.data import document_text, load
@@ -135,7 +136,7 @@ def test_end_to_end(run, inputs, tiny_qwen3, catalogue_200, tmp_path, capsys):
 
 
 def test_cold_starts_of_every_model(run, inputs, tiny_qwen3, monkeypatch):
-    monkeypatch.setattr(systems, "cold_start", lambda settings, query: {"total_s": len(settings["model"]),
+    monkeypatch.setattr(hlm_systems, "cold_start", lambda settings, query: {"total_s": len(settings["model"]),
                         "peak_memory_mib": 1.0, "other_load": 0.0, "query": len(query)})  # fmt: skip
     report = run(cold_starts=2)
     found = {name: system["cold_start"] for name, system in report["systems"].items()}
@@ -241,6 +242,30 @@ def test_shapes_beside_a_model_and_derived_from_fewer_layers(run, tiny_qwen3):
     # The floor of a derived system is of its whole depth, as that of the real one; the prompt makes its texts longer.
     assert whole["floor"]["weight_mib"] == report["systems"]["real"]["floor"]["weight_mib"]
     assert small["floor"]["tokens"] < whole["floor"]["tokens"] and small["floor"]["gflop"] < whole["floor"]["gflop"]
+
+
+def test_a_shape_is_handed_to_the_runtime_as_a_whole_model(run, tiny_qwen3, monkeypatch):
+    class Encoder:
+        """A runtime that reads what it is given with sentence-transformers."""
+
+        backend, precision = "onnxruntime", "fp32"
+
+        def __init__(self, model):
+            self.encode = lambda texts: model.encode(texts, prompt_name="query")
+
+        @classmethod
+        def from_pretrained(cls, folder, *, backend, precision, device):
+            assert (backend, precision, device) == ("onnxruntime", "auto", "cpu")
+            return cls(load_encoder(folder, device=device))
+
+    monkeypatch.setattr(hlm_systems, "query_encoder_class", lambda: Encoder)
+    shape = {"shape": tiny_qwen3, "layers": 2, "prompt": "Query:"}
+    hlm = shape | {"backend": "hlm", "engine": "onnxruntime"}
+    report = run(systems={"plain": shape, "online": hlm}, random_weights=True)["systems"]
+    assert report["online"]["agreement"]["with"] == "plain"
+    assert report["online"]["agreement"]["min_cosine"] == pytest.approx(1, abs=1e-5)
+    assert report["online"]["floor"]["tokens"] == report["plain"]["floor"]["tokens"]
+    assert (report["online"]["backend"], report["online"]["engine"]) == ("hlm", "onnxruntime")
 
 
 def test_without_tokenizer_and_data_it_says_so(run, tiny_qwen3, monkeypatch):
