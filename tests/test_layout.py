@@ -3,6 +3,7 @@
 The readers below follow documented parsing rules, each named by its source file; no line of theirs is copied.
 """
 
+import asyncio
 import json
 import shutil
 import subprocess
@@ -194,3 +195,32 @@ def test_transformers_js_gives_equal_vectors(saved, tmp_path):
         assert cosines.min() > least, cosines
         if dtype == "fp32":
             np.testing.assert_allclose(vectors, expected, atol=1e-5)
+
+
+def test_vllms_own_reader_finds_the_same(saved):
+    """Its parsing functions alone need no GPU: pip install --no-deps vllm, beside what it imports."""
+    own = pytest.importorskip("vllm.transformers_utils.config", reason="vllm is not installed")
+    pooling = {"use_activation": True, "seq_pooling_type": "LAST" if saved.name == "qwen3" else "MEAN"}
+    assert own.get_pooling_config(str(saved)) == pooling
+    limits = own.get_sentence_transformer_tokenizer_config(str(saved))
+    assert limits["max_seq_length"] == vllm(saved)["limit"] == 48 and limits["do_lower_case"] is False
+    dense = own.try_get_dense_modules(str(saved)) or []
+    assert [module["folder"] for module in dense] == (["2_Dense"] if saved.name == "head" else [])
+
+
+def test_infinity_serves_equal_vectors(saved):
+    """A serving program that runs on a CPU: pip install --no-deps infinity-emb."""
+    infinity = pytest.importorskip("infinity_emb", reason="infinity-emb is not installed")
+    model = load_encoder(str(saved), device="cpu")
+    texts = [model.prompts["query"] + text for text in TEXTS]
+    settings = infinity.EngineArgs(
+        model_name_or_path=str(saved), engine="torch", device="cpu", dtype="float32", model_warmup=False,
+        bettertransformer=False,
+    )  # fmt: skip
+
+    async def serve():
+        engine = infinity.AsyncEmbeddingEngine.from_args(settings)
+        async with engine:
+            return (await engine.embed(sentences=texts))[0]
+
+    np.testing.assert_allclose(np.array(asyncio.run(serve())), encode(model, TEXTS, prompt_name="query"), atol=1e-5)
