@@ -4,6 +4,7 @@ import base64
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from transformers import AutoConfig
 from hlm import latency_floor, random_weights
 from hlm import systems as hlm_systems
 from hlm.artefacts import HlmError
-from hlm.config import run_recipe
+from hlm.config import parse, run_recipe
 from hlm.data import document_text, load
 from hlm.encoders import encode, fingerprint, load_encoder, save_encoder
 from hlm.evaluation import dense_run, mean, per_query
@@ -212,6 +213,23 @@ def test_bad_input_is_refused_before_anything_is_measured(run, monkeypatch, syst
     monkeypatch.setattr(benchmark, "load_system", lambda **_: pytest.fail("loaded"))
     with pytest.raises(HlmError, match=words):
         run(systems=systems, **settings)
+
+
+CONFIGS = Path(benchmark.__file__).parent / "configs"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*CONFIGS.glob("*/benchmark.yaml"), *CONFIGS.glob("latency/*.yaml")],
+    ids=lambda p: f"{p.parent.stem}/{p.stem}",
+)
+def test_shipped_configs_are_read(path):
+    (config,) = parse(benchmark.BenchmarkConfig, argv=["--config", str(path)])
+    entries = benchmark.read_entries(config)
+    assert {config.reference, config.candidate} - {None} <= set(entries) and len(entries) > 1
+    for entry in entries.values():
+        if entry.shape:
+            assert shape_config(entry.shape, layers=entry.layers, ffn=entry.ffn).num_hidden_layers >= 4
 
 
 def test_quality_names_a_system_of_the_report(run, inputs, tiny_qwen3):
