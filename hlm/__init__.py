@@ -1,3 +1,14 @@
 """HLM: turn a billion-parameter retriever into a query encoder small enough to serve online."""
 
+from typing import Any
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when asked for: `import hlm` stays light.
+    if name in ("AsyncQueryEncoder", "QueryEncoder"):
+        from hlm import runtime
+
+        return getattr(runtime, name)
+    raise AttributeError(f"module 'hlm' has no attribute '{name}'")

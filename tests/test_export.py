@@ -1,0 +1,58 @@
+"""The exported graph gives the model's vectors."""
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from sentence_transformers.sentence_transformer.modules import Pooling
+
+from hlm.artefacts import HlmError
+from hlm.encoders import add_head, load_encoder, pad, tokenise
+from hlm.export import FP32_FILE, FP32_TOLERANCE, INT8_FILE, export, export_model
+
+
+def vectors(path, model, texts):
+    features = pad(model, tokenise(model, texts))
+    session = onnxruntime.InferenceSession(str(path))
+    hidden, found = session.run(None, {name: value.numpy() for name, value in features.items()})
+    assert hidden.shape[:2] == tuple(features["input_ids"].shape)
+    with torch.no_grad():
+        return found, model(features)["sentence_embedding"].numpy()
+
+
+@pytest.mark.parametrize("name", ["tiny_bert", "tiny_qwen3"])
+def test_both_files_give_the_models_vectors(name, request, tmp_path):
+    folder = request.getfixturevalue(name)
+    facts = export(folder, tmp_path)
+    assert facts["fp32"]["max_abs_difference"] <= FP32_TOLERANCE and facts["int8"]["min_cosine"] > 0.97
+    model = load_encoder(folder, device="cpu")
+    texts = ["red shoe", "", "used laptop with a black cable " * 20, "ü 靴"]
+    found, expected = vectors(tmp_path / FP32_FILE, model, texts)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    found, expected = vectors(tmp_path / INT8_FILE, model, texts)
+    assert (found * expected).sum(axis=1).min() > 0.97 and np.abs(found - expected).max() > 1e-5
+    assert sorted(path.name for path in (tmp_path / "onnx").iterdir()) == ["model.onnx", "model_quantized.onnx"]
+
+
+def test_a_head_and_cls_pooling_are_in_the_graph(tiny_bert, tmp_path):
+    model = load_encoder(tiny_bert, device="cpu")
+    model[1] = Pooling(32, pooling_mode="cls")
+    generator = np.random.default_rng(0)
+    add_head(model, *(generator.standard_normal((64, width)).astype(np.float32) for width in (32, 48)))
+    export_model(model, tmp_path, int8=False)
+    found, expected = vectors(tmp_path / FP32_FILE, model, ["red shoe", "kettle without cable"])
+    assert found.shape == (2, 48)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert not (tmp_path / INT8_FILE).exists()
+
+
+def test_a_graph_beyond_the_tolerance_is_refused_and_leaves_no_file(tiny_bert, tmp_path, monkeypatch):
+    monkeypatch.setattr("hlm.export.FP32_TOLERANCE", 1e-12)
+    with pytest.raises(HlmError, match="within 1e-12, found a difference"):
+        export(tiny_bert, tmp_path)
+    assert not list((tmp_path / "onnx").iterdir())
+
+
+def test_only_fp32_weights_are_exported(tiny_bert, tmp_path):
+    with pytest.raises(HlmError, match="float32"):
+        export_model(load_encoder(tiny_bert, device="cpu", dtype="bfloat16"), tmp_path)

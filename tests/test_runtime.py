@@ -1,0 +1,97 @@
+"""QueryEncoder gives sentence-transformers' vectors without torch, from threads and from asyncio."""
+
+import asyncio
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+import hlm
+from hlm.artefacts import HlmError, write_manifest
+from hlm.encoders import encode, load_encoder
+from hlm.export import export
+from hlm.runtime import AsyncQueryEncoder, QueryEncoder
+
+TEXTS = ["red shoe", "", "used laptop with a black cable " * 20, "größe 靴 🎒", "a", "cheap steel bottle 2 litre"]
+
+
+@pytest.fixture(scope="module", params=["tiny_bert", "tiny_qwen3"])
+def online(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("online") / "student"
+    shutil.copytree(request.getfixturevalue(request.param), folder)
+    facts = export(str(folder), folder)
+    write_manifest(folder, "student", inputs={"teacher": "t" * 16}, config={}, encoder="e" * 16, dim=32, onnx=facts)
+    return str(folder)
+
+
+def test_the_vectors_are_those_of_sentence_transformers(online):
+    encoder = QueryEncoder.from_pretrained(online, threads=1)
+    expected = encode(load_encoder(online, device="cpu"), TEXTS, prompt_name="query")
+    found = encoder.encode(TEXTS)
+    assert found.dtype == np.float32 and found.shape == (len(TEXTS), encoder.dim)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    for text, row in zip(TEXTS, expected, strict=True):
+        np.testing.assert_allclose(encoder.encode(text), row[None], atol=1e-5)
+    assert encoder.encode([]).shape == (0, 32)
+    assert (encoder.precision, encoder.fingerprint, encoder.teacher) == ("fp32", "e" * 16, "t" * 16)
+    quantised = QueryEncoder.from_pretrained(online, precision="int8", threads=1).encode(TEXTS)
+    assert (quantised * expected).sum(axis=1).min() > 0.97
+
+
+def test_threads_and_asyncio_get_their_own_vectors(online):
+    encoder = QueryEncoder.from_pretrained(online, threads=1)
+    expected = [encoder.encode(text)[0] for text in TEXTS]
+    with ThreadPoolExecutor(8) as pool:
+        for place, found in enumerate(pool.map(encoder.encode, TEXTS * 50)):
+            np.testing.assert_allclose(found[0], expected[place % len(TEXTS)], atol=1e-6)
+
+    async def many():
+        async with AsyncQueryEncoder(encoder, window_ms=2, max_texts=16) as queue:
+            cancelled = asyncio.create_task(queue.encode("red shoe"))
+            await asyncio.sleep(0)
+            cancelled.cancel()
+            tasks = [*map(queue.encode, TEXTS * 20), queue.encode(3)]
+            return await asyncio.gather(*tasks, return_exceptions=True), queue
+
+    found, queue = asyncio.run(many())
+    assert isinstance(found.pop(), HlmError)
+    for place, vector in enumerate(found):
+        np.testing.assert_allclose(vector, expected[place % len(TEXTS)], atol=1e-5)
+    with pytest.raises(HlmError, match="closed"):
+        asyncio.run(queue.encode("red shoe"))
+
+
+def test_torch_is_not_imported(online):
+    code = (
+        "import sys; from hlm import QueryEncoder; "
+        f"QueryEncoder.from_pretrained({online!r}, threads=1).encode('red shoe'); "
+        "assert not {'torch', 'transformers', 'sentence_transformers'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_folder_without_onnx_is_exported_once(tiny_bert, tmp_path, monkeypatch):
+    monkeypatch.setenv("HLM_CACHE", str(tmp_path))
+    first = hlm.QueryEncoder.from_pretrained(tiny_bert).encode("red shoe")
+    monkeypatch.setattr("hlm.export.export", None)
+    np.testing.assert_array_equal(hlm.QueryEncoder.from_pretrained(tiny_bert).encode("red shoe"), first)
+
+
+def test_bad_input_is_refused(online, tmp_path):
+    encoder = QueryEncoder.from_pretrained(online)
+    for wrong in (3, ["red", None], [b"red"], b"red"):
+        with pytest.raises(HlmError, match="expected texts"):
+            encoder.encode(wrong)
+    for settings in ({"backend": "tensorrt"}, {"precision": "int4"}, {"threads": 0}):
+        with pytest.raises(HlmError, match=next(iter(settings))):
+            QueryEncoder.from_pretrained(online, **settings)
+    with pytest.raises(HlmError, match="expected a model folder"):
+        QueryEncoder.from_pretrained(tmp_path / "none")
+    shutil.copytree(online, tmp_path / "changed")
+    with open(tmp_path / "changed" / "onnx" / "model.onnx", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(HlmError, match="changed or cut short"):
+        QueryEncoder.from_pretrained(tmp_path / "changed")
