@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib.util
 import json
 import logging
-import runpy
 import shutil
 import statistics
 import subprocess
@@ -62,6 +62,7 @@ class CompareConfig:
     )
     min_score: int = field(default=3, metadata={"help": "lowest grade that makes a training pair"})
     steps: int = field(default=30, metadata={"help": f"of which the first {WARM_UP} are not counted"})
+    refine_steps: int = field(default=10, metadata={"help": "as for steps; theirs encodes the ads and takes long"})
     shape_steps: int = field(default=8)
     rows: int = field(default=24000, metadata={"help": "unlabelled queries; memory a row is read against a quarter"})
     repeats: int = field(default=3)
@@ -69,10 +70,13 @@ class CompareConfig:
 
 def main(argv: Sequence[str] | None = None) -> None:
     (config,) = parse(CompareConfig, argv=argv)
-    if config.rows < 8 * config.align_batch or min(config.steps, config.shape_steps) <= WARM_UP + 1:
+    if (
+        config.rows < 8 * config.align_batch
+        or min(config.steps, config.refine_steps, config.shape_steps) <= WARM_UP + 1
+    ):
         raise HlmError(
             f"expected 8 batches of rows or more and more than {WARM_UP + 1} steps, found {config.rows} rows and "
-            f"{config.steps} and {config.shape_steps} steps; raise them"
+            f"{config.steps}, {config.refine_steps} and {config.shape_steps} steps; raise them"
         )
     work = Path(config.output) / "compare.work"
     shutil.rmtree(work, ignore_errors=True)
@@ -103,7 +107,13 @@ def plan(config: CompareConfig, work: Path) -> dict[str, dict[str, Any]]:
         made = subset(config, rows, work / str(rows))
         jobs[name] = student | made | {"kind": "align", "batch": config.align_batch, "rows": rows}
     jobs["embed"] = jobs[name] | {"kind": "embed"}
-    refine = student | {"kind": "refine", "data": config.data, "vectors": config.vectors, "batch": config.refine_batch}
+    refine = student | {
+        "kind": "refine",
+        "steps": config.refine_steps,
+        "data": config.data,
+        "vectors": config.vectors,
+        "batch": config.refine_batch,
+    }
     refine |= {"min_score": config.min_score, "config": config.refine_config}
     jobs["refine"] = refine | {"negatives": 0}
     jobs["refine, their ads with as many hard negatives"] = refine | {"negatives": 4}
@@ -234,7 +244,10 @@ class StepClock:
 
 
 def recipe(name: str, argv: list[str]) -> None:
-    runpy.run_path(str(RECIPES / f"{name}.py"), run_name="recipe")["main"](argv)
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    module.main(argv)
 
 
 def training(job: dict[str, Any]) -> dict[str, Any]:
@@ -251,7 +264,7 @@ def flags(settings: dict[str, Any]) -> list[str]:
 
 def align_ours(job: dict[str, Any]) -> None:
     given = {"student": job["model"], "data": job["data"], "vectors": job["vectors"], "output": job["work"]}
-    recipe("align", [*flags(given | training(job)), "--parts", "[unlabelled]"])
+    recipe("align", [*flags(given | training(job)), "--parts", "unlabelled"])
 
 
 def align_theirs(job: dict[str, Any]) -> None:
@@ -281,7 +294,7 @@ def train_theirs(model: Any, rows: Any, loss: torch.nn.Module, job: dict[str, An
 
 def embed_ours(job: dict[str, Any]) -> None:
     given = {"model": job["model"], "data": job["data"], "output": job["work"]}
-    recipe("embed", [*flags(given), "--parts", "[unlabelled]"])
+    recipe("embed", [*flags(given), "--parts", "unlabelled"])
 
 
 def embed_theirs(job: dict[str, Any]) -> None:
