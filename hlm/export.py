@@ -1,7 +1,7 @@
 """ONNX export of a query encoder: pooling, head and normalisation in the graph, checked against the model itself.
 
     onnx/model.onnx             fp32
-    onnx/model_quantized.onnx   int8 weights; activations are quantised as they come
+    onnx/model_quantized.onnx   int8 in blocks of 32; activations are quantised as they come
 
 Inputs `input_ids` and `attention_mask`, int64 (batch, length), both dimensions free, right padding. Outputs
 `last_hidden_state` (batch, length, width) and `sentence_embedding` (batch, dim), L2-normalised.
@@ -96,14 +96,19 @@ def export_model(model: SentenceTransformer, folder: str | Path, *, int8: bool =
 
 
 def quantise(source: Path, target: Path) -> None:
-    """Dynamic int8 of every matrix product: a scale for each output channel, weights in 7 bits, because sums of pairs
-    saturate in 16 bits on processors without VNNI."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+    """int8 of every matrix product, with a scale for every 32 weights of an output channel, and for every 32 values
+    of what it is multiplied by.
 
-    quantize_dynamic(
-        str(source), str(target), op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, reduce_range=True,
-        weight_type=QuantType.QInt8, extra_options={"MatMulConstBOnly": True},
-    )  # fmt: skip
+    One scale for a whole activation, as dynamic quantisation has it, loses what lies beside an outlier: it cost 4% of
+    the first ten documents of a student for whom this costs 0.6%.
+    """
+    import onnx
+    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+
+    settings = DefaultWeightOnlyQuantConfig(block_size=32, is_symmetric=True, accuracy_level=4, bits=8)
+    quantizer = MatMulNBitsQuantizer(onnx.load(str(source)), algo_config=settings)
+    quantizer.process()
+    quantizer.model.save_model_to_file(str(target))
 
 
 def _differences(model: SentenceTransformer, path: Path) -> dict[str, float]:

@@ -36,6 +36,7 @@ STEPS = [
     ("refine", "refine"),
     ("contrastive_only", "refine"),
     ("evaluate", "evaluate"),
+    ("export", "export"),
     ("benchmark", "benchmark"),
 ]
 REPORTS = {"evaluate": "report.json", "benchmark": "latency.json"}  # these steps write files, not artefacts

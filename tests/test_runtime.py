@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import hlm
+from hlm import runtime
 from hlm.artefacts import HlmError, write_manifest
 from hlm.encoders import encode, load_encoder
 from hlm.export import export
@@ -38,7 +39,32 @@ def test_the_vectors_are_those_of_sentence_transformers(online):
     assert encoder.encode([]).shape == (0, 32)
     assert (encoder.precision, encoder.fingerprint, encoder.teacher) == ("fp32", "e" * 16, "t" * 16)
     quantised = QueryEncoder.from_pretrained(online, precision="int8", threads=1).encode(TEXTS)
-    assert (quantised * expected).sum(axis=1).min() > 0.97
+    assert (quantised * expected).sum(axis=1).min() > 0.995
+    other = QueryEncoder.from_pretrained(online, backend="openvino", threads=1)
+    np.testing.assert_allclose(other.encode(TEXTS), expected, atol=1e-4)
+    np.testing.assert_allclose(other.encode("red shoe"), expected[:1], atol=1e-4)
+    assert (other.backend, other.precision, other.dim) == ("openvino", "fp32", encoder.dim)
+    for precision, tolerance in (("fp32", 1e-5), ("bf16", 0.03)):
+        slow = QueryEncoder.from_pretrained(online, backend="torch", precision=precision)
+        np.testing.assert_allclose(slow.encode(TEXTS), expected, atol=tolerance)
+        np.testing.assert_allclose(np.linalg.norm(slow.encode(TEXTS), axis=1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("given", "instructions", "chosen"),
+    [
+        (("auto", "auto", None), ["avx2"], ("onnxruntime", "fp32")),
+        (("auto", "auto", None), ["avx2", "amx_bf16"], ("openvino", "bf16")),
+        (("auto", "fp32", None), ["avx2", "amx_bf16"], ("onnxruntime", "fp32")),
+        (("auto", "auto", "cuda:0"), ["avx2"], ("torch", "bf16")),
+        (("auto", "int8", "cpu"), ["avx2"], ("onnxruntime", "int8")),
+        (("auto", "bf16", None), None, ("openvino", "bf16")),
+        (("auto", "fp16", None), None, ("torch", "fp16")),
+    ],
+)
+def test_what_auto_stands_for(given, instructions, chosen, monkeypatch):
+    monkeypatch.setattr(runtime, "instructions", lambda: instructions)
+    assert runtime._choose(*given) == chosen
 
 
 def test_threads_and_asyncio_get_their_own_vectors(online):
@@ -49,7 +75,7 @@ def test_threads_and_asyncio_get_their_own_vectors(online):
             np.testing.assert_allclose(found[0], expected[place % len(TEXTS)], atol=1e-6)
 
     async def many():
-        async with AsyncQueryEncoder(encoder, window_ms=2, max_texts=16) as queue:
+        async with AsyncQueryEncoder(encoder, window_ms=2, max_tokens=64) as queue:
             cancelled = asyncio.create_task(queue.encode("red shoe"))
             await asyncio.sleep(0)
             cancelled.cancel()
@@ -85,7 +111,10 @@ def test_bad_input_is_refused(online, tmp_path):
     for wrong in (3, ["red", None], [b"red"], b"red"):
         with pytest.raises(HlmError, match="expected texts"):
             encoder.encode(wrong)
-    for settings in ({"backend": "tensorrt"}, {"precision": "int4"}, {"threads": 0}):
+    for settings in (
+        {"backend": "tensorrt"}, {"precision": "int4"}, {"threads": 0}, {"device": "cuda", "backend": "openvino"},
+        {"precision": "bf16", "backend": "onnxruntime"}, {"device": "cuda:0"},
+    ):  # fmt: skip
         with pytest.raises(HlmError, match=next(iter(settings))):
             QueryEncoder.from_pretrained(online, **settings)
     with pytest.raises(HlmError, match="expected a model folder"):
