@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from onnxruntime.quantization import QuantType, quantize_dynamic
 from safetensors.numpy import load_file
 from transformers import AutoModel, AutoTokenizer
 
-from hlm.encoders import add_head, encode, fingerprint, load_encoder, pad, save_encoder, tokenise
+from hlm.encoders import add_head, encode, fingerprint, load_encoder, save_encoder, tokenise
+from hlm.export import export
 from hlm.layout import write_legacy_layout
 
 NODE = Path(__file__).parent / "node"
@@ -143,39 +143,12 @@ def test_the_newer_layout_would_not_be_read(tiny_bert, tmp_path):
     assert fingerprint(load_encoder(str(tmp_path / "new"), device="cpu")) == fingerprint(model)
 
 
-class Graph(torch.nn.Module):
-    """The whole encoder as one graph, pooling, head and normalisation inside."""
-
-    def __init__(self, model) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids, attention_mask):
-        features = self.model({"input_ids": input_ids, "attention_mask": attention_mask})
-        return features["token_embeddings"], features["sentence_embedding"]
-
-
-def export(source: Path, folder: Path) -> None:
-    """A student's folder with onnx/, where transformers.js looks for it."""
-    shutil.copytree(source, folder)
-    (folder / "onnx").mkdir()
-    model = load_encoder(str(source), device="cpu")
-    features = pad(model, tokenise(model, ["red shoe", "new laptop without a cable"]))
-    axes = {0: torch.export.Dim("batch", min=1, max=512), 1: torch.export.Dim("tokens", min=2, max=48)}
-    whole, small = folder / "onnx/model.onnx", folder / "onnx/model_quantized.onnx"
-    torch.onnx.export(
-        Graph(model).eval(), (features["input_ids"], features["attention_mask"]), str(whole), dynamo=True,
-        input_names=["input_ids", "attention_mask"], output_names=["last_hidden_state", "sentence_embedding"],
-        dynamic_shapes={"input_ids": axes, "attention_mask": axes}, external_data=False, verbose=False,
-    )  # fmt: skip
-    quantize_dynamic(whole, small, weight_type=QuantType.QInt8)
-
-
 def test_transformers_js_gives_equal_vectors(saved, tmp_path):
     """The library that browsers run, in Node."""
     if not (NODE / "node_modules/@huggingface/transformers").is_dir():
         pytest.skip("transformers.js is not installed: npm ci --ignore-scripts --prefix tests/node")
-    export(saved, tmp_path / "online")
+    shutil.copytree(saved, tmp_path / "online")
+    export(str(saved), tmp_path / "online")
     model = load_encoder(str(saved), device="cpu")
     prompt = model.prompts["query"]
     # transformers.js cuts a text that is too long behind its closing token, which is then lost; the card says so.
@@ -183,7 +156,7 @@ def test_transformers_js_gives_equal_vectors(saved, tmp_path):
     texts = [prompt + text for text in short]
     expected, ids = encode(model, short, prompt_name="query"), tokenise(model, texts)
     assert max(map(len, ids)) < model.max_seq_length
-    for dtype, least in (("fp32", 0.999999), ("q8", 0.95)):
+    for dtype, least in (("fp32", 0.999999), ("q8", 0.99)):
         words = ["node", str(NODE / "vectors.mjs"), str(tmp_path / "online"), dtype]
         run = subprocess.run(words, input=json.dumps(texts), capture_output=True, text=True, check=False)
         assert run.returncode == 0, run.stderr[-2000:]
