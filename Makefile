@@ -4,10 +4,14 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: quickstart test lint
+.PHONY: quickstart demo test lint
 
 quickstart: .venv/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python recipes/quickstart.py --configs recipes/configs/quickstart
+
+# The page on http://127.0.0.1:7860, from what the quickstart left
+demo: .venv/.installed
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python spaces/query_to_ad/app.py
 
 test: .venv/.installed
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile

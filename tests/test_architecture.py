@@ -15,9 +15,11 @@ LAYERS = [
     {"layout"},
     {"encoders", "pruning", "footprint", "hardware", "plan_settings", "plan_phases", "planner", "plan_report"},
     {"export", "runtime", "mining", "index", "evaluation", "metric", "latency", "report", "latency_report", "budgets",
-     "machine", "latency_floor", "latency_quality", "systems", "random_weights", "qwen_tokenizer", "canaries"},
+     "machine", "latency_floor", "latency_quality", "systems", "random_weights", "qwen_tokenizer", "canaries",
+     "batches"},
     {"training"},
     {"lineage", "card_facts", "cards", "hub"},
+    {"demo", "demo_page"},
     {"cli"},
 ]  # fmt: skip
 MODULES = sorted((ROOT / "hlm").glob("*.py"))

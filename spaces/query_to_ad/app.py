@@ -1,0 +1,129 @@
+"""Type a query, see the ads that teacher and student find, how far they agree and what each costs.
+
+    python spaces/query_to_ad/app.py                        # config.json beside this file, or HLM_SPACE_CONFIG
+
+The page comes up at once; models and catalogue are loaded behind it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+import gradio as gr
+
+from hlm.artefacts import HlmError
+from hlm.demo import MAX_K, Demo, DemoConfig, load_demo
+from hlm.demo_page import CSS, failure, results, table
+
+logger = logging.getLogger(__name__)
+
+INTRO = """# The same ads, from a small model
+
+A large **teacher** encoded the ads once, offline. A small **student** encodes your query and searches the teacher's own
+index. Both answer here, side by side, timed as you ask."""
+THEME = gr.themes.Base(
+    primary_hue="blue", neutral_hue="slate", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+).set(button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800")
+ONE_AT_A_TIME = {"concurrency_limit": 2, "concurrency_id": "models"}  # more would only slow each other on two cores
+
+
+def build(config: DemoConfig, loading: Future[Demo]) -> gr.Blocks:
+    """The page, its API endpoint and MCP tool `search`; they wait for `loading`."""
+
+    def search(query: str, k: int = 10, index: str = "") -> dict[str, Any]:
+        """Finds the ads for a shopper's query with the teacher and with the student, and compares the two.
+
+        Args:
+            query: what a shopper types, for example "cordless chainsaw".
+            k: how many ads, 1 to 50.
+            index: which of the indexes to search; empty: the first.
+
+        Returns:
+            The ads of "teacher" and "student" with ranks, scores and matched words, the milliseconds each took, how
+            many ads both found ("overlap") and the teacher's time over the student's ("ratio").
+        """
+        try:
+            return dict(loading.result().compare(query, k, index or None))
+        except HlmError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    def show(query: str, k: int, index: str) -> str:
+        try:
+            return results(loading.result().compare(query, k, index or None))
+        except Exception as error:
+            logger.exception("search failed")
+            return failure(error)
+
+    def facts() -> str:
+        try:
+            return table(loading.result().facts)
+        except Exception as error:
+            return failure(error)
+
+    with gr.Blocks(title="Query to ad: teacher and student", analytics_enabled=False) as page:
+        gr.Markdown(INTRO)
+        with gr.Tab("Search"):
+            with gr.Row(equal_height=True):
+                query = gr.Textbox(label="Query", placeholder="What would a shopper type?", scale=5, max_length=20_000)
+                go = gr.Button("Search", variant="primary", scale=1, min_width=110)
+            gr.Examples(
+                config.examples, [query], cache_examples=False, label="Examples", examples_per_page=20,
+                api_visibility="private",
+            )  # fmt: skip
+            with gr.Accordion("Settings", open=False):
+                k = gr.Slider(1, MAX_K, value=10, step=1, label="Ads from each (k)")
+                choices = [("as saved", "")] if config.index else [(name, name) for name in config.factories]
+                index = gr.Dropdown(choices, value=choices[0][1], label="Index")
+            found = gr.HTML('<div class="hlm"><p class="hlm-note" role="status">Loading the models …</p></div>')
+        with gr.Tab("Quality and latency of this run"):
+            plots = {"Recovery of the teacher's quality": "report", "Latency": "latency"}
+            present = {title: path for title, name in plots.items() if (path := config.file(name, ".png"))}
+            for title, path in present.items():
+                gr.Image(str(path), label=title, interactive=False, buttons=["fullscreen"])
+            if len(present) < len(plots):
+                gr.Markdown("A plot is missing: `make quickstart` writes `report.png` and `latency.png`.")
+        with gr.Tab("What is shown"):
+            shown = gr.HTML()
+
+        asks = {"fn": show, "inputs": [query, k, index], "outputs": found, "api_visibility": "private", **ONE_AT_A_TIME}
+        for event in (go.click, query.submit, k.release, index.input):
+            event(**asks)
+        page.load(lambda: config.examples[0] if config.examples else "", None, query, api_visibility="private").then(
+            **asks
+        )
+        page.load(facts, None, shown, api_visibility="private")
+        gr.api(search, api_name="search", **ONE_AT_A_TIME)
+    return page.queue(max_size=256)
+
+
+def launch(config: DemoConfig, **options: Any) -> gr.Blocks:
+    """Serves the page, then loads what it shows; `options` go to Gradio's `launch`."""
+    loading: Future[Demo] = Future()
+
+    def load() -> None:
+        try:
+            loading.set_result(load_demo(config))
+        except Exception as error:
+            logger.exception("the demo did not load")
+            loading.set_exception(error)
+
+    page = build(config, loading)
+    page.launch(
+        theme=THEME, css=CSS, mcp_server=True, ssr_mode=False, footer_links=["api"], prevent_thread_lock=True,
+        allowed_paths=[str(path) for name in ("report", "latency") if (path := config.file(name, ".png"))], **options,
+    )  # fmt: skip
+    threading.Thread(target=load, name="hlm-load", daemon=True).start()
+    return page
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    settings = os.environ.get("HLM_SPACE_CONFIG") or Path(__file__).with_name("config.json")
+    launch(DemoConfig.read(settings)).block_thread()
