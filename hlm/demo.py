@@ -197,7 +197,7 @@ class Demo:
         Raises:
             HlmError: k outside 1 ... 50, or no such index.
         """
-        if isinstance(k, bool) or not isinstance(k, (int, float)) or k != int(k) or not 1 <= k <= MAX_K:
+        if isinstance(k, bool) or not isinstance(k, (int, float)) or not 1 <= k <= MAX_K or k != int(k):
             raise HlmError(f"k: expected a whole number from 1 to {MAX_K}, found {k!r}")
         found: Comparison = {
             "query": clean(query or ""), "k": int(k), "index": index or self.names[0], "message": "", "overlap": None,

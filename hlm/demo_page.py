@@ -33,7 +33,10 @@ def results(found: Comparison) -> str:
         return f'<div class="hlm">{said}</div>'
     k = found["k"]
     columns = _column("Teacher", "student", found["teacher"], k) + _column("Student", "teacher", found["student"], k)
-    return f'<div class="hlm">{said}{_figures(found)}<div class="hlm-columns">{columns}</div></div>'
+    asked = html.escape(found["query"])  # lets a script tell this answer from the one before
+    return (
+        f'<div class="hlm" data-query="{asked}">{said}{_figures(found)}<div class="hlm-columns">{columns}</div></div>'
+    )
 
 
 def failure(error: Exception) -> str:
@@ -133,8 +136,8 @@ CSS = """
 .hlm-error { background: #fbe3e1; color: #6b120b; }
 .hlm-facts { border-collapse: collapse; width: 100%; }
 .hlm .hlm-facts, .hlm .hlm-facts * { border: 0; }
-.hlm .hlm-facts th, .hlm .hlm-facts td { text-align: left; vertical-align: top; padding: 8px 16px 8px 0; overflow-wrap: anywhere;
-  border-bottom: 1px solid var(--border-color-primary); }
+.hlm .hlm-facts th, .hlm .hlm-facts td { text-align: left; vertical-align: top; padding: 8px 16px 8px 0;
+  overflow-wrap: anywhere; border-bottom: 1px solid var(--border-color-primary); }
 .hlm-facts th { font-weight: 600; width: 32%; }
 /* Gradio's own greys and blue have too little contrast for small text. */
 footer, footer *, button[role="tab"][aria-selected="true"] { color: var(--body-text-color) !important; }

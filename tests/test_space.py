@@ -1,0 +1,349 @@
+"""The demo: what is compared, strangers' text in ads and queries, the API, the MCP tool, and the page in Chromium."""
+
+import asyncio
+import dataclasses
+import importlib.util
+import json
+import re
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hlm.artefacts import HlmError, write_manifest
+from hlm.data import document_text, iterate, load
+from hlm.demo import Demo, DemoConfig, clean, load_demo
+from hlm.demo_page import failure, results, shown, table
+from hlm.encoders import encode, load_encoder
+from hlm.export import export
+from hlm.index import AdIndex
+from hlm.store import VectorStore, write_store
+
+gradio = pytest.importorskip("gradio", reason="the demo needs the extra 'space'")
+
+ROOT = Path(__file__).resolve().parent.parent
+CHROMIUM = Path("/usr/bin/chromium")
+AXE = ROOT / "tests/space/node_modules/axe-core/axe.min.js"
+SCRIPT = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
+HOSTILE = {
+    "script": {"title": f"red shoe {SCRIPT}", "text": "</li></ol><h1>mine</h1>", "brand": '"><b onclick=x>'},
+    "template": {"title": "red shoe ${window.hacked = 1}", "text": "{{7*7}} {{{this}}} `", "brand": "&lt;b&gt;"},
+    "bidi": {"title": "red shoe \u202egnp.exe\u2066", "text": "حذاء أحمر \u200fred", "brand": "\u202d\u0000x"},
+    "huge": {"title": "red " + "W" * 100_000, "text": "shoe " * 50_000, "brand": "B" * 5_000},
+}
+
+
+@pytest.fixture(scope="module")
+def config(tiny_bert, catalogue_200, tmp_path_factory) -> DemoConfig:
+    """A teacher, a student with the same weights, and a catalogue with hostile ads among others."""
+    root = tmp_path_factory.mktemp("demo")
+    shutil.copytree(catalogue_200, root / "data")
+    with open(root / "data/corpus.jsonl", "a", encoding="utf-8") as file:
+        for name, ad in HOSTILE.items():
+            file.write(json.dumps({"_id": name, "price": 1234.5, **ad}) + "\n")
+    for name in ("teacher", "student"):
+        shutil.copytree(tiny_bert, root / name)
+    write_manifest(root / "teacher", "teacher", inputs={}, config={}, encoder="t" * 16, dim=32)
+    facts = export(str(root / "student"), root / "student")
+    made = {"inputs": {"teacher": "t" * 16}, "config": {}, "encoder": "e" * 16, "dim": 32, "onnx": facts}
+    write_manifest(root / "student", "student", **made)
+    data, model = load(str(root / "data")), load_encoder(tiny_bert, device="cpu")
+    for part, records in (
+        ("corpus", [(row["_id"], document_text(row)) for row in iterate(data.corpus)]),
+        ("queries", [(row["_id"], row["text"]) for row in iterate(data.queries)]),
+    ):
+        write_store(
+            root / "vectors" / part, records, lambda texts: encode(model, texts, prompt_name="query"), dim=32,
+            encoder="t" * 16, source="s" * 16, n_rows=len(records),
+        )  # fmt: skip
+    AdIndex.build(VectorStore.open(root / "vectors/corpus")).save(root / "index")
+    return DemoConfig(
+        student=[str(root / "absent"), str(root / "student")], teacher=str(root / "teacher"), data=str(root / "data"),
+        vectors=str(root / "vectors"), factories=["Flat", "HNSW8"], examples=["red shoe", "steel bottle"],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def demo(config) -> Demo:
+    return load_demo(config)
+
+
+def test_both_encoders_are_compared_on_one_index(demo):
+    found = demo.compare("red shoe", 7)
+    assert found["overlap"] == 7 and set(found["ratio"]) == {"encode", "total"}  # the same weights: the same ads
+    for side in (found["teacher"], found["student"]):
+        assert [hit["rank"] for hit in side["hits"]] == [hit["other_rank"] for hit in side["hits"]] == list(range(1, 8))
+        assert side["total_ms"] == pytest.approx(side["encode_ms"] + side["search_ms"])
+    assert demo.compare("red shoe", 7, "HNSW8")["index"] == "HNSW8"
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_ranks_and_overlap_of_two_that_disagree():
+    names = [f"ad{number}" for number in range(4)]
+    index = AdIndex.from_vectors(np.eye(4, dtype=np.float32), names)
+    near = {"teacher": [0.8, 0.6, 0, 0], "student": [0, 0.8, 0.6, 0]}
+    vectors = {name: np.array([row], np.float32) for name, row in near.items()}
+    corpus = load_corpus([{"_id": n, "title": f"Red shoes {n}", "text": None, "price": "cheap"} for n in names])
+    demo = Demo(
+        student=lambda _: vectors["student"], teacher=lambda _: vectors["teacher"], live=True, corpus=corpus,
+        indexes={"Flat": lambda: index}, facts=[],
+    )  # fmt: skip
+    found = demo.compare("red shoe", 2)
+    assert [(hit["id"], hit["other_rank"]) for hit in found["teacher"]["hits"]][1] == ("ad1", 1)
+    assert [hit["id"] for hit in found["student"]["hits"]] == ["ad1", "ad2"]
+    assert found["student"]["hits"][0]["other_rank"] == 2 and found["student"]["hits"][1]["other_rank"] in (3, 4)
+    assert found["overlap"] == 1 and found["student"]["hits"][0]["matched"] == ["red", "shoe"]
+    page = results(found)
+    assert "1 of 2" in page and "▲1 · teacher’s 2." in page and "<mark>shoes</mark>" in page and "cheap" in page
+
+
+def load_corpus(rows):
+    import datasets
+
+    return datasets.Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize("query", ["", "  \n\t ", "\u202e\u0000", None])
+def test_an_empty_query_gets_a_message_and_no_search(demo, query):
+    found = demo.compare(query)
+    assert found["student"] is None and "Type a query" in results(found)
+
+
+@pytest.mark.parametrize("query", ["w" * 10_000, "красная обувь 靴 🎒", "\ud800 shoe", SCRIPT, "${1} {{1}}", "🎒"])
+def test_unusual_queries_are_answered(demo, query):
+    found = demo.compare(query)
+    assert len(found["student"]["hits"]) == 10
+    assert ("10,000" in found["message"]) == (len(query) == 10_000) and len(found["query"]) <= 1000
+    results(found).encode()
+
+
+@pytest.mark.parametrize("k", [0, 51, 2.5, True, "5", float("nan")])
+def test_k_is_checked(demo, k):
+    with pytest.raises(HlmError, match="k: expected a whole number from 1 to 50"):
+        demo.compare("red shoe", k)
+
+
+def test_an_unknown_index_names_those_there_are(demo):
+    with pytest.raises(HlmError, match="expected one of Flat, HNSW8, found 'IVF'"):
+        demo.compare("red shoe", 5, "IVF")
+
+
+def hostile_page(demo) -> str:
+    hits = demo._hits([(name, 0.5) for name in HOSTILE], {}, f"red shoe {SCRIPT}")
+    side = {"hits": hits, "encode_ms": 1.0, "search_ms": 1.0, "total_ms": 2.0}
+    found = {"query": "", "k": 4, "index": "Flat", "message": SCRIPT, "overlap": 4, "ratio": None}
+    return results({**found, "teacher": side, "student": side})
+
+
+def test_what_strangers_wrote_is_text(demo):
+    page = hostile_page(demo)
+    tags = set(re.findall(r"<\s*/?([a-zA-Z0-9]+)", page))
+    assert tags == {"div", "p", "section", "h2", "ol", "li", "span", "h3", "bdi", "mark", "b"}
+    assert "&lt;<mark>" in page or "&lt;script" in page
+    assert page.count("<li>") == 8 and not re.search("[\u202a-\u202e\u2066-\u2069\u200e\u200f\x00]", page)
+    assert len(page) < 20_000
+    for text in (failure(HlmError(SCRIPT)), failure(RuntimeError(SCRIPT)), table([(SCRIPT, SCRIPT)])):
+        assert "<script" not in text and "<img" not in text
+    assert SCRIPT not in failure(RuntimeError("secret")) and "secret" not in failure(RuntimeError("secret"))
+
+
+def test_text_is_cleaned_and_cut():
+    assert clean(" a\u202eb\u0007\n\tc ") == "ab c" and clean("می\u200cخواهم") == "می\u200cخواهم"
+    assert shown("abcdef", 4) == "<bdi>abc…</bdi>"
+    assert shown("Shoes & <b>", 40, ["shoe"]) == "<bdi><mark>Shoes</mark> &amp; &lt;b&gt;</bdi>"
+
+
+def test_without_a_teacher_its_stored_vectors_answer(config):
+    demo = load_demo(dataclasses.replace(config, teacher=None))
+    known = next(iter(iterate(load(config.data).queries)))["text"]
+    found = demo.compare(known.upper())
+    assert found["overlap"] == 10 and found["teacher"]["encode_ms"] is None and found["ratio"] is None
+    assert "vector read, not timed" in results(found)
+    found = demo.compare("no such query in the data")
+    assert found["teacher"] is None and "does not run here" in found["message"] and len(found["student"]["hits"]) == 10
+
+
+def test_a_saved_index_and_one_of_another_teacher(config, tmp_path):
+    where = str(Path(config.vectors).parent / "index")
+    assert load_demo(dataclasses.replace(config, index=where)).names == ["Flat, as saved"]
+    other = tmp_path / "student"
+    shutil.copytree(config.student[1], other)
+    manifest = json.loads((other / "hlm.json").read_text())
+    manifest["inputs"]["teacher"] = "u" * 16
+    (other / "hlm.json").write_text(json.dumps(manifest))
+    for index in (where, None):
+        with pytest.raises(HlmError, match="u{16}.*t{16}"):
+            load_demo(dataclasses.replace(config, student=str(other), index=index))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("[]", "found list"), ("{", "found none"), ('{"stduent": 1}', "found stduent"), ('{"data": "d"}', "for student")],
+)
+def test_settings_are_checked(tmp_path, text, said):
+    (tmp_path / "c.json").write_text(text)
+    with pytest.raises(HlmError, match=said):
+        DemoConfig.read(tmp_path / "c.json")
+
+
+def test_the_shipped_settings_name_what_the_quickstart_writes():
+    config = DemoConfig.read(ROOT / "spaces/query_to_ad/config.json")
+    assert config.examples and config.teacher == "runs/quickstart/teacher"
+    assert config.student == ["runs/quickstart/online", "runs/quickstart/student"]
+
+
+def load_app():
+    spec = importlib.util.spec_from_file_location("query_to_ad", ROOT / "spaces/query_to_ad/app.py")
+    app = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(app)
+    return app
+
+
+@pytest.fixture(scope="module")
+def url(config):
+    page = load_app().launch(config, server_name="127.0.0.1", server_port=None, quiet=True)
+    yield page.local_url
+    page.close()
+
+
+def test_the_endpoint(url):
+    from gradio_client import Client
+    from gradio_client.exceptions import AppError
+
+    client = Client(url, verbose=False)
+    endpoints = client.view_api(return_format="dict")["named_endpoints"]
+    assert list(endpoints) == ["/search"]
+    assert [p["python_type"]["type"] for p in endpoints["/search"]["parameters"]] == ["str", "int", "str"]
+    found = client.predict("red shoe", 5, api_name="/search")
+    assert found["overlap"] == 5 and len(found["student"]["hits"]) == 5
+    assert "Type a query" in client.predict("", api_name="/search")["message"]
+    with pytest.raises(AppError, match="k: expected a whole number"):
+        client.predict("red shoe", 500, api_name="/search")
+
+
+def test_the_mcp_tool(url):
+    from mcp import ClientSession
+    from mcp.client.streamable_http import streamablehttp_client
+
+    async def ask():
+        async with streamablehttp_client(f"{url}gradio_api/mcp/") as (read, write, _):
+            async with ClientSession(read, write) as session:
+                await session.initialize()
+                tools = (await session.list_tools()).tools
+                return tools, await session.call_tool("search", {"query": "red shoe", "k": 3})
+
+    with ThreadPoolExecutor(1) as thread:  # Playwright has an event loop of its own in this one
+        tools, answer = thread.submit(asyncio.run, ask()).result(120)
+    assert [tool.name for tool in tools] == ["search"] and "shopper" in tools[0].description
+    assert not answer.isError and "red shoe" in answer.content[0].text and "overlap" in answer.content[0].text
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if not CHROMIUM.is_file():
+        pytest.skip(f"no Chromium at {CHROMIUM}")
+    names = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update"
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(
+            executable_path=str(CHROMIUM), args=[f"--{name}" for name in names.split()], timeout=120_000
+        )
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def opened(browser, url):
+    """Opens the page; at the end of the test nothing may have gone wrong in the console or left the machine."""
+    wrong, contexts = [], []
+
+    def open_page(**options):
+        contexts.append(browser.new_context(**options))
+        contexts[-1].set_default_timeout(60_000)
+        page = contexts[-1].new_page()
+        page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("request", lambda r: None if r.url.startswith((url, "data:", "blob:")) else wrong.append(r.url))
+        page.goto(url, wait_until="commit")
+        page.wait_for_selector(".hlm-columns li")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert wrong == []
+
+
+def test_search_examples_and_tabs(opened):
+    page = opened()
+    assert page.locator(".hlm-columns section").count() == 2 and page.locator(".hlm-columns li").count() == 20
+    page.get_by_role("button", name="steel bottle").click()
+    page.wait_for_function("document.querySelector('textarea, input[type=text]').value === 'steel bottle'")
+    page.get_by_label("Query").fill("   ")
+    page.get_by_role("button", name="Search", exact=True).click()
+    page.wait_for_selector("text=Type a query first")
+    page.get_by_label("Query").fill("red shoe ${window.hacked = 1} " + SCRIPT)
+    page.get_by_role("button", name="Search", exact=True).click()
+    page.wait_for_selector(".hlm-columns li")
+    assert page.evaluate("window.hacked") is None
+    page.get_by_role("tab", name="What is shown").click()
+    page.wait_for_selector("text=eeeeeeeeeeeeeeee")
+    page.get_by_role("tab", name="Quality").click()
+    page.wait_for_selector("text=A plot is missing")
+
+
+def test_with_the_keyboard_alone(opened):
+    page = opened()
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.matches('textarea, input[type=text]')"):
+            break
+    page.keyboard.press("Control+A")
+    page.keyboard.type("cheap steel bottle")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".hlm-columns mark >> text=/bottle|steel|cheap/i")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_on_a_phone_in_both_themes(opened, scheme):
+    page = opened(viewport={"width": 360, "height": 740}, color_scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", background)[:3])) < 200) == (scheme == "dark")
+    if not AXE.is_file():
+        pytest.skip("axe-core is not installed: npm ci in tests/space")
+    page.evaluate(AXE.read_text())
+    found = page.evaluate("axe.run().then(r => r.violations)")
+    serious = [
+        f"{rule['id']}: {node['html'][:200]}"
+        for rule in found
+        for node in rule["nodes"]
+        if rule["impact"] in ("serious", "critical")
+    ]
+    assert serious == []
+
+
+def test_hostile_ads_in_the_page(opened, demo):
+    page = opened()
+    page.evaluate("html => { document.querySelector('.hlm').outerHTML = html }", hostile_page(demo))
+    assert page.locator(".hlm-columns li").count() == 8 and page.evaluate("window.hacked") is None
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_a_load_that_fails_says_what_to_do(config, browser):
+    app = load_app()
+    page = app.launch(dataclasses.replace(config, student="./nowhere"), quiet=True)
+    try:
+        view = browser.new_page()
+        view.goto(page.local_url, wait_until="commit")
+        view.wait_for_selector("text=/This did not work.*expected a folder/", timeout=60_000)
+        assert "Traceback" not in view.content()
+        view.close()
+    finally:
+        page.close()
+
+
+def test_the_page_builds_before_anything_is_loaded(config):
+    assert load_app().build(config, Future()).fns
