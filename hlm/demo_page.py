@@ -102,7 +102,7 @@ def _change(hit: Hit, other: str, k: int) -> str:
         return f'<span class="hlm-change hlm-in">= same place with the {other}</span>'
     arrow = "▲" if rank > hit["rank"] else "▼"
     kind = "hlm-in" if rank <= k else "hlm-out"
-    return f'<span class="hlm-change {kind}">{arrow}{abs(rank - hit["rank"])} · {other}’s {rank}.</span>'
+    return f'<span class="hlm-change {kind}">{arrow}{abs(rank - hit["rank"])} · {other}’s no. {rank}</span>'
 
 
 CSS = """
@@ -125,8 +125,8 @@ CSS = """
 .hlm-change { margin-left: auto; padding: 0 8px; border-radius: 999px; }
 .hlm-in { background: #d9f2e1; color: #0b4a24; }
 .hlm-out { background: #f6e7c8; color: #5a3b00; }
-.hlm li h3, .hlm li h3 * { font-size: 16px; font-weight: 600; line-height: 1.3; margin: 2px 0; color: #1a4fb4; }
-.dark .hlm li h3, .dark .hlm li h3 * { color: #9cc0ff; }
+.hlm li h3, .hlm li h3 * { font-size: 16px; font-weight: 600; line-height: 1.3; color: var(--link-text-color); }
+.hlm li h3 { margin: 2px 0; }
 .hlm li p { display: block; margin: 2px 0; }
 .hlm li .hlm-about { font-size: 13px; margin-top: 6px; }
 .hlm mark { background: transparent; color: inherit; font-weight: 700; text-decoration: underline;

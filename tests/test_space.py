@@ -96,7 +96,7 @@ def test_ranks_and_overlap_of_two_that_disagree():
     assert found["student"]["hits"][0]["other_rank"] == 2 and found["student"]["hits"][1]["other_rank"] in (3, 4)
     assert found["overlap"] == 1 and found["student"]["hits"][0]["matched"] == ["red", "shoe"]
     page = results(found)
-    assert "1 of 2" in page and "▲1 · teacher’s 2." in page and "<mark>shoes</mark>" in page and "cheap" in page
+    assert "1 of 2" in page and "▲1 · teacher’s no. 2" in page and "<mark>shoes</mark>" in page and "cheap" in page
 
 
 def load_corpus(rows):
@@ -303,7 +303,7 @@ def test_with_the_keyboard_alone(opened):
     page.keyboard.press("Control+A")
     page.keyboard.type("cheap steel bottle")
     page.keyboard.press("Enter")
-    page.wait_for_selector(".hlm-columns mark >> text=/bottle|steel|cheap/i")
+    page.wait_for_selector(".hlm[data-query='cheap steel bottle'] li")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
