@@ -29,9 +29,10 @@ from hlm.machine import facts
 APP = Path(__file__).resolve().parent.parent / "spaces/query_to_ad"
 ARGS = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update"
 # From the click to the frame after the answer to this query is in the page.
-SEARCH = """query => new Promise(done => {
+SEARCH = """query => new Promise((done, fail) => {
   const start = performance.now();
-  [...document.querySelectorAll('button')].find(b => b.textContent.trim() === 'Search' && b.role !== 'tab').click();
+  document.querySelector('#search-button').click();
+  setTimeout(() => fail(new Error('no answer to ' + query)), 30000);
   const look = () => document.querySelector('.hlm')?.dataset.query === query
     ? requestAnimationFrame(() => done(performance.now() - start)) : requestAnimationFrame(look);
   look();

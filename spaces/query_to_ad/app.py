@@ -72,7 +72,7 @@ def build(config: DemoConfig, loading: Future[Demo]) -> gr.Blocks:
         with gr.Tab("Search"):
             with gr.Row(equal_height=True):
                 query = gr.Textbox(label="Query", placeholder="What would a shopper type?", scale=5, max_length=20_000)
-                go = gr.Button("Search", variant="primary", scale=1, min_width=110)
+                go = gr.Button("Search", elem_id="search-button", variant="primary", scale=1, min_width=110)
             gr.Examples(
                 config.examples, [query], cache_examples=False, label="Examples", examples_per_page=20,
                 api_visibility="private",
