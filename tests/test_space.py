@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import shutil
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -194,9 +195,9 @@ def test_the_shipped_settings_name_what_the_quickstart_writes():
     assert config.student == ["runs/quickstart/online", "runs/quickstart/student"]
 
 
-def load_app():
-    spec = importlib.util.spec_from_file_location("query_to_ad", ROOT / "spaces/query_to_ad/app.py")
-    app = importlib.util.module_from_spec(spec)
+def load_app(path="spaces/query_to_ad/app.py"):
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    app = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(app)
     return app
 
@@ -347,3 +348,12 @@ def test_a_load_that_fails_says_what_to_do(config, browser):
 
 def test_the_page_builds_before_anything_is_loaded(config):
     assert load_app().build(config, Future()).fns
+
+
+def test_the_demo_is_measured(opened, url):
+    measure = load_app("recipes/measure_demo.py")
+    queries = ["red shoe", "steel bottle", "cheap lamp"]
+    found = measure.in_browser(opened(), queries, 4)
+    assert found["samples"] == 4 and 0 < found["p50"] <= found["p95"]
+    found = measure.many_clients(url, queries, 2, 1.0)
+    assert found["errors"] == 0 and found["samples"] >= 2
