@@ -1,7 +1,7 @@
-"""What the three training recipes share: token tables, batches, the dev retrieval, exact resume.
+"""What the three training recipes share: the trainer, the dev retrieval, exact resume.
 
 The loop is sentence-transformers' trainer. What differs is what flows through it: rows of tables instead of text
-columns, so that texts are tokenised once and frozen vectors come from the store's memory map, never from a column.
+columns, so that texts are tokenised once (`hlm.batches`) and frozen vectors come from the store's memory map.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hlm.artefacts import HlmError, fingerprint_json, read_manifest, write_json
+from hlm.batches import GroupedBatches
 from hlm.config import check_processes
-from hlm.encoders import encode, pad, tokenise
+from hlm.encoders import encode
 from hlm.evaluation import Qrels, dense_run, mean, per_query
 from hlm.index import AdIndex
 
@@ -65,86 +66,6 @@ def recorded(args: TrainingArguments) -> dict[str, Any]:
     default = TrainingArguments(output_dir=args.output_dir).to_dict()
     changed = {name: value for name, value in values.items() if value != default.get(name) and name not in REPORTING}
     return {name: value for name, value in changed.items() if isinstance(value, str | int | float | bool | None)}
-
-
-class TokenTable:
-    """Token ids of many texts in one flat int32 array: 4 bytes a token, no padding, no Python object a text."""
-
-    def __init__(self, model: SentenceTransformer, texts: Sequence[str], prompt: str = "") -> None:
-        self.model = model
-        pieces: list[np.ndarray] = []
-        lengths: list[int] = []
-        for start in range(0, len(texts), 8192):
-            for ids in tokenise(model, list(texts[start : start + 8192]), prompt):
-                pieces.append(np.asarray(ids, dtype=np.int32))
-                lengths.append(len(ids))
-        self.flat = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int32)
-        self.lengths = np.asarray(lengths, dtype=np.int32)
-        self.ends = np.cumsum(self.lengths, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def features(self, rows: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
-        """Right-padded `input_ids` and `attention_mask`, int64 (rows, longest)."""
-        ids = [self.flat[self.ends[row] - self.lengths[row] : self.ends[row]] for row in rows]
-        return pad(self.model, ids)
-
-
-class GroupedBatches:
-    """Batches of rows, new every epoch, the same for the same seed and epoch whatever happened before.
-
-    With `keys`, rows are sorted by key and cut into groups, and batches are put together from groups at random: rows of
-    one key meet, while every epoch still mixes the rows. Token counts as keys save padding; documents as keys let a
-    document be encoded once for several queries.
-
-    Args:
-        keys: a number for each row, or None for batches at random.
-        group: rows that stay together; divides batch_size. By default a whole batch, and then only the rows of 32
-            batches at a time are sorted: every batch would otherwise hold the same rows in every epoch.
-    """
-
-    def __init__(
-        self,
-        rows: int,
-        batch_size: int,
-        seed: int,
-        *,
-        keys: np.ndarray | None = None,
-        group: int | None = None,
-        drop_last: bool = True,
-    ) -> None:
-        if rows < batch_size and drop_last:
-            raise HlmError(
-                f"expected at least one whole batch of {batch_size}, found {rows} rows; lower "
-                "per_device_train_batch_size or give more data"
-            )
-        group = group or batch_size
-        if batch_size % group:
-            raise HlmError(f"expected a group that divides the batch of {batch_size}, found {group}")
-        self.rows, self.batch_size, self.seed, self.drop_last = rows, batch_size, seed, drop_last
-        self.keys, self.group = keys, group
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.rows // self.batch_size if self.drop_last else -(-self.rows // self.batch_size)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        generator = np.random.default_rng((self.seed, self.epoch))
-        order = generator.permutation(self.rows)
-        if self.keys is not None:
-            wide = self.batch_size * 32 if self.group == self.batch_size else self.rows
-            blocks = [order[start : start + wide] for start in range(0, self.rows, wide)]
-            order = np.concatenate([block[np.argsort(self.keys[block], kind="stable")] for block in blocks])
-            whole = self.rows // self.group
-            starts = generator.permutation(whole) * self.group
-            groups = [order[start : start + self.group] for start in starts]
-            order = np.concatenate([*groups, order[whole * self.group :]])
-        for start in np.arange(len(self)) * self.batch_size:
-            yield order[start : start + self.batch_size].tolist()
 
 
 class DevRetrieval(BaseEvaluator):

@@ -20,6 +20,7 @@ import torch
 from sentence_transformers.sentence_transformer.modules import Dense
 
 from hlm.artefacts import HlmError
+from hlm.batches import TokenTable
 from hlm.config import parse, run_recipe
 from hlm.data import load
 from hlm.encoders import add_head, encode, fingerprint, load_encoder, prompt_of, save_encoder
@@ -31,7 +32,6 @@ from hlm.store import VectorStore
 from hlm.training import (
     DevRetrieval,
     RecipeTrainer,
-    TokenTable,
     TrainingArguments,
     as_config,
     finish,
@@ -95,24 +95,27 @@ def align(source: str, stage: dict, output: str, config: AlignConfig, args, data
     }
     if up_to_date(output, "student", identity):
         return output
-    model = cut(model, stage.get("layers"), stage.get("ffn"), config.method, queries.texts[: config.calibration])
+    model = cut(model, stage.get("layers"), stage.get("ffn"), config.method, queries.sample(config.calibration))
     if not config.prompt:
         model.prompts = {"query": "", "document": ""}
     width = model.get_embedding_dimension()
     headed = any(isinstance(module, Dense) for module in model) and width == documents.dim  # by the stage before
     if (config.head and not headed) or width > documents.dim:
-        sample = np.arange(min(2048, len(queries.texts)))
-        add_head(model, encode(model, [queries.texts[row] for row in sample]), queries.teacher(sample).numpy())
+        sample = queries.sample(2048)
+        add_head(model, encode(model, sample), queries.teacher(np.arange(len(sample))).numpy())
         width = documents.dim
     set_dropout(model, config.dropout)
-    tokens = TokenTable(model, queries.texts, prompt_of(model, "query"))
+    # One folder for all stages: where they read with the same tokenizer and prompt, texts are tokenised once.
+    tokens = TokenTable(
+        model, queries, prompt_of(model, "query"), folder=f"{config.output}.training", source=queries.source
+    )
     loss = objective(config, documents, width)
     trainer = RecipeTrainer(
         model,
         args,
         rows=len(tokens),
-        keys=tokens.lengths,
-        collate=lambda rows: {"query": tokens.features(rows), "teacher": queries.teacher(np.asarray(rows))},
+        keys=tokens.lengths[queries.order],
+        collate=lambda rows: {"query": tokens.features(queries.order[rows]), "teacher": queries.teacher(rows)},
         step_loss=lambda wrapped, batch: loss(wrapped(batch["query"])["sentence_embedding"], batch["teacher"]),
         evaluator=DevRetrieval(
             dict(data.split_queries("dev")), data.qrels["dev"], index=AdIndex.build(documents, dim=width)
@@ -126,45 +129,68 @@ def align(source: str, stage: dict, output: str, config: AlignConfig, args, data
 
 
 class Queries:
-    """The texts to align on, each with its row in one of the teacher's stores."""
+    """The texts to align on, each with its row in one of the teacher's stores; unlabelled texts stay on disk.
+
+    A slice gives texts in the order of the tables; row `i` of training is text `order[i]`.
+    """
 
     def __init__(self, config: AlignConfig, data) -> None:
         unknown = set(config.parts) - {"unlabelled", "train"}
         if unknown or not config.parts:
             raise HlmError(f"parts: expected unlabelled, train or both, found {config.parts}")
-        self.texts: list[str] = []
-        self.stores: list[tuple[VectorStore, np.ndarray]] = []
+        self.texts: list[Sequence[str]] = []
+        self.stores: list[tuple[VectorStore, np.ndarray | None]] = []  # rows of the part's texts; None: one by one
+        sources = []
         for part in config.parts:
             name = "queries" if part == "train" else part
             store = VectorStore.open(Path(config.vectors) / name)
-            store.check(source=data.fingerprint(name))
+            sources += [part, data.fingerprint(name)]
+            store.check(source=sources[-1])
             if part == "train":
                 ids, texts = zip(*data.split_queries("train"), strict=True)
-                rows = store.rows_of(list(ids))
+                sources.append(data.fingerprint("qrels/train"))  # they say which of the queries these are
+                self.texts.append(texts)
+                self.stores.append((store, store.rows_of(list(ids))))
             else:
-                texts = data.unlabelled["text"]
-                rows = np.arange(len(texts))
-            self.texts += list(texts)
-            self.stores.append((store, rows))
+                self.texts.append(data.unlabelled["text"])
+                self.stores.append((store, None))
         encoders = {store.encoder for store, _ in self.stores}
         if len(encoders) > 1:
             raise HlmError(f"expected one teacher's vectors in {config.vectors}, found {encoders}; run embed again")
         self.encoder = encoders.pop()
         self.fingerprint = " ".join(store.fingerprint for store, _ in self.stores)
+        self.source = " ".join(sources)
+        self.starts = np.cumsum([0] + [len(texts) for texts in self.texts])
         # The texts are read in a fixed shuffled order, so that calibration sees all parts.
-        self.order = np.random.default_rng(0).permutation(len(self.texts))
-        self.texts = [self.texts[row] for row in self.order]
-        self.starts = np.cumsum([0] + [len(rows) for _, rows in self.stores])
+        self.order = np.random.default_rng(0).permutation(len(self))
 
-    def teacher(self, rows: np.ndarray) -> torch.Tensor:
-        """The teacher's vectors of these queries: float32 (rows, teacher's width), from the memory map."""
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, rows: slice) -> list[str]:
+        start, stop, _ = rows.indices(len(self))
+        return [
+            text
+            for texts, first in zip(self.texts, self.starts, strict=False)
+            for text in texts[max(0, start - first) : max(0, stop - first)]
+        ]
+
+    def sample(self, count: int) -> list[str]:
+        """The texts of the first `count` rows of training."""
+        rows = self.order[:count]
+        parts = np.searchsorted(self.starts, rows, side="right") - 1
+        return [self.texts[part][int(row - self.starts[part])] for part, row in zip(parts, rows, strict=True)]
+
+    def teacher(self, rows: Sequence[int] | np.ndarray) -> torch.Tensor:
+        """The teacher's vectors of these rows: float32 (rows, teacher's width), from the memory map."""
         rows = self.order[rows]
         part = np.searchsorted(self.starts, rows, side="right") - 1
         out = np.empty((len(rows), self.stores[0][0].dim), dtype=np.float32)
         for number, (store, known) in enumerate(self.stores):
             here = part == number
             if here.any():
-                out[here] = store.gather(known[rows[here] - self.starts[number]])
+                inside = rows[here] - self.starts[number]
+                out[here] = store.gather(inside if known is None else known[inside])
         return torch.from_numpy(out)
 
 

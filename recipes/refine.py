@@ -17,6 +17,7 @@ import torch
 from transformers import TrainerCallback
 
 from hlm.artefacts import HlmError
+from hlm.batches import TokenTable
 from hlm.config import parse, run_recipe
 from hlm.data import load, training_pairs
 from hlm.encoders import encode, fingerprint, load_encoder, prompt_of, save_encoder
@@ -28,7 +29,6 @@ from hlm.store import VectorStore
 from hlm.training import (
     DevRetrieval,
     RecipeTrainer,
-    TokenTable,
     TrainingArguments,
     as_config,
     check_student,

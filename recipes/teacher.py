@@ -20,6 +20,7 @@ from accelerate.utils import set_seed
 from torch.distributed.tensor import DTensor
 
 from hlm.artefacts import HlmError, fingerprint_json
+from hlm.batches import TokenTable
 from hlm.config import parse, run_recipe
 from hlm.data import RetrievalData, document_text, iterate, load, training_pairs
 from hlm.encoders import (
@@ -40,7 +41,6 @@ from hlm.store import VectorStore, write_store
 from hlm.training import (
     DevRetrieval,
     RecipeTrainer,
-    TokenTable,
     TrainingArguments,
     as_config,
     finish,

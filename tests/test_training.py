@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hlm.artefacts import HlmError
-from hlm.training import GroupedBatches
+from hlm.batches import GroupedBatches
 
 
 @pytest.mark.parametrize("keys, group", [(None, None), (np.arange(103) % 7, None), (np.arange(103) % 7, 5)])

@@ -1,0 +1,148 @@
+"""Rows of texts as batches of token ids: texts tokenised once into a flat table, rows grouped anew every epoch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from accelerate import PartialState
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+
+from hlm.artefacts import HlmError, atomic_file, fingerprint_json
+from hlm.encoders import pad, tokenise
+
+BLOCK = 8192  # texts tokenised at a time
+
+
+class TokenTable:
+    """Token ids of many texts in one flat int32 array: 4 bytes a token, no padding, no Python object a text.
+
+    Args:
+        texts: read once, by slices of `BLOCK`: a list, or a view of a table that lies on disk.
+        prompt: goes before every text.
+        folder: the array goes into a file there and is read through a memory map; in memory stay 12 bytes a text. The
+            first process writes it, the others wait. A file made from the same texts with the same tokenizer, prompt
+            and limit is used again.
+        source: fingerprint of `texts`; goes with `folder`.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        texts: Sequence[str],
+        prompt: str = "",
+        *,
+        folder: str | Path | None = None,
+        source: str = "",
+    ) -> None:
+        self.model = model
+        blocks = _tokenised(model, texts, prompt)
+        if folder is None:
+            found = list(blocks)
+            self.flat, self.lengths = (
+                np.concatenate([np.zeros(0, np.int32), *(block[part] for block in found)]) for part in (0, 1)
+            )
+        else:
+            key = fingerprint_json([_tokenizer(model), model.max_seq_length, prompt, source, len(texts)])
+            flat, lengths = (Path(folder) / f"tokens-{key}.{part}" for part in ("int32", "lengths.npy"))
+            with PartialState().main_process_first():
+                if not flat.is_file():
+                    with atomic_file(flat) as aside, open(aside, "wb") as file:
+                        parts = [np.zeros(0, np.int32)]
+                        for ids, length in blocks:
+                            file.write(ids.astype("<i4").data)
+                            parts.append(length)
+                        with atomic_file(lengths) as other, open(other, "wb") as file_of_lengths:
+                            np.save(file_of_lengths, np.concatenate(parts))
+            self.flat = np.memmap(flat, dtype="<i4", mode="r")
+            self.lengths = np.load(lengths)
+        self.ends = np.cumsum(self.lengths, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def features(self, rows: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
+        """Right-padded `input_ids` and `attention_mask`, int64 (rows, longest)."""
+        ids = [self.flat[self.ends[row] - self.lengths[row] : self.ends[row]] for row in rows]
+        return pad(self.model, ids)
+
+
+def _tokenised(
+    model: SentenceTransformer, texts: Sequence[str], prompt: str
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(token ids one after another, number of them in each text), int32, block by block."""
+    for start in range(0, len(texts), BLOCK):
+        ids = tokenise(model, list(texts[start : start + BLOCK]), prompt)
+        lengths = np.fromiter(map(len, ids), dtype=np.int32, count=len(ids))
+        flat = np.fromiter((token for row in ids for token in row), dtype=np.int32, count=int(lengths.sum()))
+        yield flat, lengths
+
+
+def _tokenizer(model: SentenceTransformer) -> str:
+    state = json.loads(model.tokenizer.backend_tokenizer.to_str())
+    state["truncation"] = state["padding"] = None  # these two change with every call of the tokenizer
+    return fingerprint_json(state)
+
+
+class GroupedBatches:
+    """Batches of rows, new every epoch, the same for the same seed and epoch whatever happened before.
+
+    With `keys`, rows are sorted by key and cut into groups, and batches are put together from groups at random: rows of
+    one key meet, while every epoch still mixes the rows. Token counts as keys save padding; documents as keys let a
+    document be encoded once for several queries.
+
+    Args:
+        keys: a number for each row, or None for batches at random.
+        group: rows that stay together; divides batch_size. By default a whole batch, and then only the rows of 32
+            batches at a time are sorted: every batch would otherwise hold the same rows in every epoch.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        batch_size: int,
+        seed: int,
+        *,
+        keys: np.ndarray | None = None,
+        group: int | None = None,
+        drop_last: bool = True,
+    ) -> None:
+        if rows < batch_size and drop_last:
+            raise HlmError(
+                f"expected at least one whole batch of {batch_size}, found {rows} rows; lower "
+                "per_device_train_batch_size or give more data"
+            )
+        group = group or batch_size
+        if batch_size % group:
+            raise HlmError(f"expected a group that divides the batch of {batch_size}, found {group}")
+        self.rows, self.batch_size, self.seed, self.drop_last = rows, batch_size, seed, drop_last
+        self.keys, self.group = keys, group
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.rows // self.batch_size if self.drop_last else -(-self.rows // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = np.random.default_rng((self.seed, self.epoch))
+        order = generator.permutation(self.rows)
+        whole = 0
+        if self.keys is not None:
+            wide = self.batch_size * 32 if self.group == self.batch_size else self.rows
+            for start in range(0, self.rows, wide):
+                block = order[start : start + wide]
+                block[:] = block[np.argsort(self.keys[block], kind="stable")]
+            whole = self.rows // self.group
+            starts = generator.permutation(whole) * self.group
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            places = np.arange(start, min(start + self.batch_size, self.rows))
+            # Groups change places, as many as are whole; a copy of all rows in that order would live for an epoch.
+            moved = places < whole * self.group
+            if moved.any():
+                places[moved] = starts[places[moved] // self.group] + places[moved] % self.group
+            yield order[places].tolist()
