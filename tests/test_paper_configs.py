@@ -25,6 +25,8 @@ TRAINED = {"teacher", "align", "refine"}
 def recipe_of(path: Path) -> str:
     """The recipe that reads this file, where it is not named after it."""
     step = path.stem
+    if path.parent.name == "latency":
+        return "benchmark"
     if step == "contrastive_only":
         return "refine"
     if step == "prepare":

@@ -58,7 +58,7 @@ def config_types(script: str) -> list[type]:
 
 def shrink(path: Path, backbone: str) -> None:
     """The same config at the size of a test."""
-    known = {name for kind in config_types(SCRIPTS[path.stem]) for name in kind.__dataclass_fields__}
+    known = {name for kind in config_types(SCRIPTS.get(path.stem, path.stem)) for name in kind.__dataclass_fields__}
     values = yaml.safe_load(path.read_text())
     values |= {name: value for name, value in SMALL.items() if name in known}
     for holder in (values, values.get("systems", {})):
