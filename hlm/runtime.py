@@ -34,7 +34,7 @@ BACKENDS = {
 }
 FILES = {"fp32": "onnx/model.onnx", "bf16": "onnx/model.onnx", "int8": "onnx/model_quantized.onnx"}
 BF16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16"}
-BATCH_TOKENS = 2048
+BATCH_TOKENS, ENOUGH_TOKENS = 2048, 64
 LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # what a GPU pads to: few shapes, few kernels to choose
 
 # (input_ids, attention_mask), both int64 (rows, tokens) -> float32 (rows, dim), normalised
@@ -148,7 +148,13 @@ class QueryEncoder:
         out = np.empty((len(ids), self.dim), dtype=np.float32)
         order = sorted(range(len(ids)), key=lambda row: len(ids[row]), reverse=True)
         while order:
-            count = max(1, BATCH_TOKENS // max(1, len(ids[order[0]])))
+            longest = max(1, len(ids[order[0]]))
+            count = max(1, BATCH_TOKENS // longest)
+            # A text that would be padded by a third opens the next batch, once this one is large enough.
+            full = -(-ENOUGH_TOKENS // longest)
+            count = next(
+                (n for n in range(full, min(count, len(order))) if 4 * len(ids[order[n]]) < 3 * longest), count
+            )
             rows, order = order[:count], order[count:]
             inputs = np.zeros((len(rows), len(ids[rows[0]])), dtype=np.int64)
             mask = np.zeros_like(inputs)
