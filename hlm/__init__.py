@@ -7,8 +7,12 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     # Loaded when asked for: `import hlm` stays light.
-    if name in ("AsyncQueryEncoder", "QueryEncoder"):
-        from hlm import runtime
+    if name == "QueryEncoder":
+        from hlm.runtime import QueryEncoder
 
-        return getattr(runtime, name)
+        return QueryEncoder
+    if name == "AsyncQueryEncoder":
+        from hlm.micro_batches import AsyncQueryEncoder
+
+        return AsyncQueryEncoder
     raise AttributeError(f"module 'hlm' has no attribute '{name}'")

@@ -74,7 +74,7 @@ def export_model(model: SentenceTransformer, folder: str | Path, *, int8: bool =
             _Graph(model).eval(), (ids, mask), dynamo=True,
             dynamic_shapes=({0: batch, 1: length}, {0: batch, 1: length}),
             input_names=["input_ids", "attention_mask"], output_names=["last_hidden_state", "sentence_embedding"],
-            opset_version=18, external_data=False, verbose=False,
+            opset_version=20, external_data=False, verbose=False,  # 20 has Gelu
         )  # fmt: skip
     with atomic_file(folder / FP32_FILE) as aside:
         program.save(str(aside))

@@ -6,22 +6,21 @@ model runs on a GPU.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import importlib.util
 import json
 import logging
 import os
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from hlm import backends
 from hlm.artefacts import MANIFEST, HlmError, fingerprint_file
+from hlm.backends import Run
 from hlm.machine import instructions
 
 logger = logging.getLogger(__name__)
@@ -34,11 +33,9 @@ BACKENDS = {
 }
 FILES = {"fp32": "onnx/model.onnx", "bf16": "onnx/model.onnx", "int8": "onnx/model_quantized.onnx"}
 BF16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16"}
-BATCH_TOKENS, ENOUGH_TOKENS = 2048, 64
-LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # what a GPU pads to: few shapes, few kernels to choose
-
-# (input_ids, attention_mask), both int64 (rows, tokens) -> float32 (rows, dim), normalised
-Run = Callable[[np.ndarray, np.ndarray], np.ndarray]
+# Tokens of a batch, padding counted: on a CPU what its caches hold, on a GPU what keeps it busy.
+CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 32768
+ENOUGH_TOKENS = 64  # a batch of fewer computes no faster a token
 
 
 class QueryEncoder:
@@ -59,10 +56,11 @@ class QueryEncoder:
         prompt: str = "",
         backend: str = "onnxruntime",
         precision: str = "fp32",
+        batch_tokens: int = CPU_BATCH_TOKENS,
         fingerprint: str | None = None,
         teacher: str | None = None,
     ) -> None:
-        self._tokenizer, self._run, self._prompt = tokenizer, run, prompt
+        self._tokenizer, self._run, self._prompt, self._batch_tokens = tokenizer, run, prompt, batch_tokens
         self.dim, self.backend, self.precision = dim, backend, precision
         self.fingerprint, self.teacher = fingerprint, teacher
 
@@ -102,10 +100,11 @@ class QueryEncoder:
         folder = _local(str(id_or_folder), revision, weights=backend == "torch")
         manifest = _json(folder / MANIFEST)
         if backend == "torch":
-            run, dim = _torch(folder, precision, device or "cpu")
+            run, dim = backends.torch(folder, precision, device or "cpu")
+        elif backend == "openvino":
+            run, dim = backends.openvino(_onnx_file(folder, precision, manifest), precision, threads)
         else:
-            path = _onnx_file(folder, precision, manifest)
-            run, dim = _onnxruntime(path, threads) if backend == "onnxruntime" else _openvino(path, precision, threads)
+            run, dim = backends.onnxruntime(_onnx_file(folder, precision, manifest), threads)
         return cls(
             _tokenizer(folder),
             run,
@@ -113,6 +112,7 @@ class QueryEncoder:
             prompt=_json(folder / "config_sentence_transformers.json").get("prompts", {}).get("query") or "",
             backend=backend,
             precision=precision,
+            batch_tokens=GPU_BATCH_TOKENS if _on_gpu(device) else CPU_BATCH_TOKENS,
             fingerprint=manifest.get("encoder"),
             teacher=manifest.get("inputs", {}).get("teacher"),
         )
@@ -120,7 +120,7 @@ class QueryEncoder:
     def encode(self, texts: str | Sequence[str]) -> np.ndarray:
         """float32 (n, dim), rows L2-normalised, in the order of `texts`; a single str gives one row.
 
-        Texts of similar length share a batch of at most 2,048 padded tokens; one text is never padded.
+        Texts of similar length share a batch; on a CPU one text is never padded.
 
         Raises:
             HlmError: a text that is no str.
@@ -149,7 +149,7 @@ class QueryEncoder:
         order = sorted(range(len(ids)), key=lambda row: len(ids[row]), reverse=True)
         while order:
             longest = max(1, len(ids[order[0]]))
-            count = max(1, BATCH_TOKENS // longest)
+            count = max(1, self._batch_tokens // longest)
             # A text that would be padded by a third opens the next batch, once this one is large enough.
             full = -(-ENOUGH_TOKENS // longest)
             count = next(
@@ -165,97 +165,9 @@ class QueryEncoder:
         return out
 
 
-class AsyncQueryEncoder:
-    """Queries that arrive together are encoded together.
-
-    Args:
-        encoder: what encodes, in one thread of its own.
-        window_ms: how long the first query of a batch waits for others.
-        max_tokens: a batch is closed where it holds so many tokens, window or not.
-        max_waiting: callers beyond these wait for room before they are queued.
-    """
-
-    def __init__(
-        self, encoder: QueryEncoder, *, window_ms: float = 1.0, max_tokens: int = 512, max_waiting: int = 4096
-    ) -> None:
-        if window_ms < 0 or max_tokens < 1 or max_waiting < 1:
-            raise HlmError(
-                f"expected window_ms from 0 and max_tokens and max_waiting from 1, found {window_ms}, {max_tokens} and "
-                f"{max_waiting}"
-            )
-        self._encoder, self._window, self._max_tokens = encoder, window_ms / 1e3, max_tokens
-        self._queue: asyncio.Queue[tuple[list[int], asyncio.Future[np.ndarray]] | None] = asyncio.Queue(max_waiting)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="hlm-encoder")
-        self._worker: asyncio.Task[None] | None = None
-        self._closed = False
-
-    async def __aenter__(self) -> AsyncQueryEncoder:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
-    async def encode(self, text: str) -> np.ndarray:
-        """float32 (dim,), L2-normalised.
-
-        Raises:
-            HlmError: a text that is no str, or an encoder that was closed.
-        """
-        if self._closed:
-            raise HlmError("expected an open AsyncQueryEncoder, found a closed one; make a new one")
-        if not isinstance(text, str):  # refused here: one caller's mistake must not fail the others of its batch
-            raise HlmError(f"expected a text to encode, found {type(text).__name__}; pass a str")
-        if self._worker is None:
-            self._worker = asyncio.create_task(self._work())
-        (ids,) = self._encoder.tokenise([text])  # microseconds, so not worth a thread
-        future: asyncio.Future[np.ndarray] = asyncio.get_running_loop().create_future()
-        await self._queue.put((ids, future))
-        return await future
-
-    async def close(self) -> None:
-        """Encodes what is queued, then stops."""
-        self._closed = True
-        if self._worker is not None:
-            await self._queue.put(None)
-            await self._worker
-            self._worker = None
-        self._thread.shutdown()
-
-    async def _work(self) -> None:
-        loop = asyncio.get_running_loop()
-        last = False
-        while not last:
-            batch, tokens, deadline = [], 0, None
-            while tokens < self._max_tokens:
-                try:
-                    left = None if deadline is None else max(0.0, deadline - loop.time())
-                    item = self._queue.get_nowait() if left == 0 else await asyncio.wait_for(self._queue.get(), left)
-                except (TimeoutError, asyncio.QueueEmpty):
-                    break
-                if item is None:
-                    last = True
-                    break
-                batch.append(item)
-                tokens += len(item[0])
-                deadline = deadline or loop.time() + self._window
-            batch = [(ids, future) for ids, future in batch if not future.done()]  # a cancelled one costs nothing
-            if not batch:
-                continue
-            try:
-                vectors = await loop.run_in_executor(self._thread, self._encoder.encode_ids, [ids for ids, _ in batch])
-            except Exception as error:  # goes to every caller of this batch; the next batch is served
-                for _, future in batch:
-                    if not future.done():
-                        future.set_exception(error)
-                continue
-            for (_, future), vector in zip(batch, vectors, strict=True):
-                if not future.done():
-                    future.set_result(vector)
-
-
 def _choose(backend: str, precision: str, device: str | None) -> tuple[str, str]:
     """The backend and the precision that "auto" stands for."""
-    on_gpu = device is not None and not device.startswith("cpu")
+    on_gpu = _on_gpu(device)
     known = dict.fromkeys(precision for each in BACKENDS.values() for precision in each)
     for name, value, values in (("backend", backend, BACKENDS), ("precision", precision, known)):
         if value not in ("auto", *values):
@@ -275,68 +187,16 @@ def _choose(backend: str, precision: str, device: str | None) -> tuple[str, str]
     return backend, precision
 
 
+def _on_gpu(device: str | None) -> bool:
+    return device is not None and not device.startswith("cpu")
+
+
 def _has_bf16() -> bool:
     return bool(BF16_INSTRUCTIONS & set(instructions() or ()))
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _onnxruntime(path: Path, threads: int) -> tuple[Run, int]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-    def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        return session.run(["sentence_embedding"], {"input_ids": ids, "attention_mask": mask})[0]
-
-    return run, session.get_outputs()[1].shape[-1]
-
-
-def _openvino(path: Path, precision: str, threads: int) -> tuple[Run, int]:
-    try:
-        import openvino
-    except ImportError as error:
-        raise HlmError("backend 'openvino' needs openvino, found none; pip install 'hlm[openvino]'") from error
-    hint = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32"}
-    settings = hint | {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
-    model = openvino.Core().compile_model(str(path), "CPU", settings)
-    output = model.output("sentence_embedding")
-    own = threading.local()  # a request runs one call at a time
-
-    def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        if not hasattr(own, "request"):
-            own.request = model.create_infer_request()
-        own.request.infer({"input_ids": ids, "attention_mask": mask}, share_inputs=True)
-        return own.request.get_tensor(output).data.copy()
-
-    return run, output.get_partial_shape()[1].get_length()
-
-
-def _torch(folder: Path, precision: str, device: str) -> tuple[Run, int]:
-    import torch
-
-    from hlm.encoders import load_encoder
-
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise HlmError(f"device: expected a GPU that this torch ({torch.__version__}) sees, found none; device='cpu'")
-    names = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-    model = load_encoder(str(folder), device=device, dtype=names[precision])
-
-    @torch.inference_mode()
-    def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        if model.device.type != "cpu":
-            wide = next((length for length in LENGTHS if length >= ids.shape[1]), ids.shape[1])
-            ids, mask = (np.pad(each, ((0, 0), (0, wide - each.shape[1]))) for each in (ids, mask))
-        tensors = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
-        features = {name: tensor.to(model.device, non_blocking=True) for name, tensor in tensors.items()}
-        vectors = model(features)["sentence_embedding"].float()
-        return torch.nn.functional.normalize(vectors, dim=-1).cpu().numpy()  # bf16 leaves lengths off by 1e-2
-
-    return run, model.get_embedding_dimension()
 
 
 def _onnx_file(folder: Path, precision: str, manifest: dict[str, Any]) -> Path:

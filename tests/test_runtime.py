@@ -8,13 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 
 import hlm
-from hlm import runtime
+from hlm import backends, runtime
 from hlm.artefacts import HlmError, write_manifest
 from hlm.encoders import encode, load_encoder
 from hlm.export import export
-from hlm.runtime import AsyncQueryEncoder, QueryEncoder
+from hlm.micro_batches import AsyncQueryEncoder
+from hlm.runtime import QueryEncoder
 
 TEXTS = ["red shoe", "", "used laptop with a black cable " * 20, "größe 靴 🎒", "a", "cheap steel bottle 2 litre"]
 
@@ -124,3 +126,33 @@ def test_bad_input_is_refused(online, tmp_path):
         file.write(b"x")
     with pytest.raises(HlmError, match="changed or cut short"):
         QueryEncoder.from_pretrained(tmp_path / "changed")
+
+
+def test_batches_padded_to_few_shapes_give_the_same_vectors(online):
+    encoder = QueryEncoder.from_pretrained(online, threads=1)
+    shapes, run = set(), encoder._run
+
+    def recorded(ids, mask):
+        shapes.add(ids.shape)
+        return run(ids, mask)
+
+    encoder._run = backends.padded(recorded)
+    expected = QueryEncoder.from_pretrained(online, threads=1)
+    for count in (1, 3, 5, 70):
+        texts = (TEXTS * 12)[:count]
+        np.testing.assert_allclose(encoder.encode(texts), expected.encode(texts), atol=1e-5)
+    assert {length for _, length in shapes} <= set(backends.LENGTHS)
+    assert {rows for rows, length in shapes if 64 * length <= backends.GRAPH_TOKENS} <= set(backends.ROWS)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_cuda_graphs_give_the_same_vectors_from_threads(online, precision):
+    encoder = QueryEncoder.from_pretrained(online, device="cuda", precision=precision)
+    expected = encode(load_encoder(online, device="cpu"), TEXTS, prompt_name="query")
+    with ThreadPoolExecutor(4) as pool:
+        for place, found in enumerate(pool.map(encoder.encode, TEXTS * 20)):
+            np.testing.assert_allclose(found[0], expected[place % len(TEXTS)], atol=0.03)
+    np.testing.assert_allclose(encoder.encode(TEXTS * 20), np.tile(expected, (20, 1)), atol=0.03)
+    graphs = encoder._run.__closure__[0].cell_contents.graphs
+    assert graphs and all(graph is not None for graph, _, _ in graphs.values())

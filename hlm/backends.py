@@ -1,0 +1,158 @@
+"""What computes vectors from token ids: ONNX Runtime, OpenVINO, or torch with CUDA graphs; used by `hlm.runtime`.
+
+Each loader gives a function (input_ids, attention_mask), both int64 (rows, tokens), right padding -> float32
+(rows, dim), L2-normalised, and dim. The functions may be called from several threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from hlm.artefacts import HlmError
+
+logger = logging.getLogger(__name__)
+
+Run = Callable[[np.ndarray, np.ndarray], np.ndarray]
+# What a GPU pads to: few shapes, so each has its kernels chosen and its CUDA graph captured once.
+LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+ROWS = (1, 4, 16, 64)
+GRAPH_TOKENS = 2048  # a larger batch keeps a GPU busy for longer than it takes to launch its kernels
+
+
+def onnxruntime(path: Path, threads: int) -> tuple[Run, int]:
+    """A graph under ONNX Runtime on `threads` cores."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    # A sum and its LayerNormalization take a sixth of the time that ONNX Runtime's fused kernel takes.
+    session = onnxruntime.InferenceSession(
+        str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=["SkipLayerNormFusion"]
+    )
+
+    def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        return session.run(["sentence_embedding"], {"input_ids": ids, "attention_mask": mask})[0]
+
+    return run, session.get_outputs()[1].shape[-1]
+
+
+def openvino(path: Path, precision: str, threads: int) -> tuple[Run, int]:
+    """A graph under OpenVINO on `threads` cores, "fp32" or "bf16".
+
+    Raises:
+        HlmError: OpenVINO is not installed.
+    """
+    try:
+        import openvino
+    except ImportError as error:
+        raise HlmError("backend 'openvino' needs openvino, found none; pip install 'hlm[openvino]'") from error
+    hint = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32"}
+    settings = hint | {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+    model = openvino.Core().compile_model(str(path), "CPU", settings)
+    output = model.output("sentence_embedding")
+    own = threading.local()  # a request runs one call at a time
+
+    def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        if not hasattr(own, "request"):
+            own.request = model.create_infer_request()
+        own.request.infer({"input_ids": ids, "attention_mask": mask}, share_inputs=True)
+        return own.request.get_tensor(output).data.copy()
+
+    return run, output.get_partial_shape()[1].get_length()
+
+
+def torch(folder: Path, precision: str, device: str) -> tuple[Run, int]:
+    """The model itself under torch, in fp32, bf16 or fp16; on a GPU padded to few shapes and replayed as CUDA graphs.
+
+    Raises:
+        HlmError: a GPU that torch does not see.
+    """
+    import torch
+
+    from hlm.encoders import load_encoder
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise HlmError(f"device: expected a GPU that this torch ({torch.__version__}) sees, found none; device='cpu'")
+    names = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+    model = load_encoder(str(folder), device=device, dtype=names[precision])
+
+    def forward(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        vectors = model({"input_ids": ids, "attention_mask": mask})["sentence_embedding"].float()
+        return torch.nn.functional.normalize(vectors, dim=-1)  # bf16 leaves lengths off by 1e-2
+
+    if model.device.type != "cpu":
+        return padded(_Graphs(forward, model.device)), model.get_embedding_dimension()
+
+    @torch.inference_mode()
+    def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        return forward(torch.from_numpy(ids), torch.from_numpy(mask)).numpy()
+
+    return run, model.get_embedding_dimension()
+
+
+def padded(run: Run) -> Run:
+    """`run` on batches padded to `LENGTHS` and, up to `GRAPH_TOKENS` tokens, to `ROWS`; what was added is cut off."""
+
+    def wrapped(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        count, length = ids.shape
+        length = next((each for each in LENGTHS if each >= length), length)
+        rows = next((each for each in ROWS if each >= count and each * length <= GRAPH_TOKENS), count)
+        margins = ((0, rows - count), (0, length - ids.shape[1]))
+        mask = np.pad(mask, margins)
+        mask[count:, 0] = 1  # a row without any token would divide by nothing
+        return run(np.pad(ids, margins), mask)[:count]
+
+    return wrapped
+
+
+class _Graphs:
+    """Runs `forward` on a GPU; shapes of at most `GRAPH_TOKENS` tokens are captured when first met, then replayed."""
+
+    def __init__(self, forward, device) -> None:
+        self.forward, self.device = forward, device
+        self.graphs: dict[tuple[int, int], tuple] = {}  # (rows, tokens) -> (graph, input buffer, output); None: eager
+        self.pool = None
+        self.lock = threading.Lock()  # buffers are shared by all threads
+
+    def __call__(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        import torch
+
+        both = torch.from_numpy(np.stack([ids, mask]))
+        if self.device.type == "cuda":
+            both = both.pin_memory()
+        with torch.inference_mode(), self.lock:
+            if self.device.type != "cuda" or ids.size > GRAPH_TOKENS:
+                return self.forward(*both.to(self.device, non_blocking=True)).cpu().numpy()
+            if ids.shape not in self.graphs:
+                self.graphs[ids.shape] = self._capture(both)
+            graph, buffer, output = self.graphs[ids.shape]
+            buffer.copy_(both, non_blocking=True)
+            if graph is None:
+                return self.forward(*buffer).cpu().numpy()
+            graph.replay()
+            return output.cpu().numpy()
+
+    def _capture(self, both) -> tuple:
+        import torch
+
+        buffer = both.to(self.device)
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):  # libraries choose kernels and allocate on first calls, outside of the graph
+            for _ in range(3):
+                self.forward(*buffer)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool):
+                output = self.forward(*buffer)
+        except RuntimeError as error:
+            logger.warning("shape %s: no CUDA graph (%s); it runs kernel by kernel", tuple(both.shape[1:]), error)
+            return None, buffer, None
+        self.pool = self.pool or graph.pool()
+        return graph, buffer, output
