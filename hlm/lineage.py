@@ -11,6 +11,8 @@ from hlm.artefacts import MANIFEST, HlmError, fingerprint_file, read_manifest
 
 # torch and faiss are imported where they are used: a refusal by manifest alone comes at once.
 if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
     from hlm.index import AdIndex
     from hlm.store import VectorStore
 
@@ -76,20 +78,18 @@ def verify(student: str | Path, target: str | Path) -> dict[str, Any]:
     """
     manifest = read_student(student)
     catalogue = open_fitting(target, manifest)  # an index's files are compared with its manifest here
-    from hlm.encoders import encode, fingerprint, load_encoder
+    from hlm.encoders import encode
     from hlm.store import VectorStore
 
     if isinstance(catalogue, VectorStore):
         catalogue.verify()
-    check_files(student, manifest)
-    model = load_encoder(str(student), dtype=_dtype_of(student))
-    found = fingerprint(model)
-    if found != manifest["encoder"]:
-        raise HlmError(
-            f"{student}: expected encoder {manifest['encoder']} as {MANIFEST} says, found {found}; its weights, "
-            "tokenizer or settings were changed after it was written: copy or pull it again, or write it again"
-        )
-    facts = {"encoder": found, "teacher": catalogue.encoder, "dim": manifest["dim"], "vectors": len(catalogue)}
+    model = verify_student(student)
+    facts = {
+        "encoder": manifest["encoder"],
+        "teacher": catalogue.encoder,
+        "dim": manifest["dim"],
+        "vectors": len(catalogue),
+    }
     if catalogue.canaries is None:
         return facts | {"canaries": None, "of": 0, "mean_cosine": None}
     from hlm.canaries import check
@@ -98,6 +98,33 @@ def verify(student: str | Path, target: str | Path) -> dict[str, Any]:
     vectors = encode(model, texts, prompt_name="query")
     right, cosine = check(catalogue.canaries, vectors, name=f"the student {student}", where=str(target))
     return facts | {"canaries": right, "of": len(texts), "mean_cosine": cosine}
+
+
+def verify_student(folder: str | Path) -> SentenceTransformer:
+    """Loads the student after comparing its weights, tokenizer, settings and exported graphs with its manifest.
+
+    Raises:
+        HlmError: no student there, or a file was cut short or changed after it was written.
+    """
+    from safetensors import SafetensorError
+
+    from hlm.encoders import fingerprint, load_encoder
+
+    manifest = read_student(folder)
+    check_files(folder, manifest)
+    try:
+        model = load_encoder(str(folder), dtype=_dtype_of(folder))
+    except SafetensorError as error:
+        raise HlmError(
+            f"{folder}: expected whole weights, found a damaged file ({error}); copy or pull it again, or write it again"
+        ) from error
+    found = fingerprint(model)
+    if found != manifest["encoder"]:
+        raise HlmError(
+            f"{folder}: expected encoder {manifest['encoder']} as {MANIFEST} says, found {found}; its weights, "
+            "tokenizer or settings were changed after it was written: copy or pull it again, or write it again"
+        )
+    return model
 
 
 def check_files(folder: str | Path, manifest: dict[str, Any]) -> None:

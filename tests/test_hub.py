@@ -1,0 +1,255 @@
+"""What goes to the Hub and what does not: decided, checked and listed without any network."""
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import httpx2
+import numpy as np
+import pytest
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors.numpy import save_file
+
+from hlm import hub_files, hub_repository
+from hlm.artefacts import HlmError, read_manifest
+from hlm.data import document_text, iterate, load
+from hlm.encoders import encode, fingerprint, load_encoder, save_encoder
+from hlm.hub import link_files, local_folder, publish_folder
+from hlm.hub_files import release_files
+from hlm.hub_repository import Repository, hub_errors
+from hlm.index import AdIndex
+from hlm.store import VectorStore, write_store
+
+SECRET = "hf_" + "abcdefghijklmnopqrstuvwxyz"
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory, tiny_bert, catalogue_200):
+    home = tmp_path_factory.mktemp("hub")
+    model = load_encoder(tiny_bert, device="cpu")
+    teacher = fingerprint(model)
+    config = {"student": "/srv/private/team/aligned", "seed": 3}
+    save_encoder(model, home / "student", "student", inputs={"teacher": teacher}, config=config)
+    save_encoder(model, home / "teacher", "teacher", inputs={}, config={"backbone": "acme/backbone"})
+    (home / "teacher/adapter").mkdir()
+    settings = {"base_model_name_or_path": "/srv/private/backbone", "r": 4, "peft_type": "LORA"}
+    (home / "teacher/adapter/adapter_config.json").write_text(json.dumps(settings))
+    weights = {"base_model.model.layer.0.lora_A.weight": np.ones((4, 32), np.float32)}
+    save_file(weights, home / "teacher/adapter/adapter_model.safetensors")
+    shutil.copytree(catalogue_200, home / "dataset")
+    data = load(str(home / "dataset"), splits=())
+    records = [(row["_id"], document_text(row)) for row in iterate(data.corpus)]
+    write_store(
+        home / "dataset/vectors/corpus", records, lambda texts: encode(model, texts), dim=32, encoder=teacher,
+        source=data.fingerprint("corpus"), n_rows=len(records),
+    )  # fmt: skip
+    AdIndex.build(VectorStore.open(home / "dataset/vectors/corpus")).save(home / "dataset/index")
+    (home / "dataset/reports").mkdir()
+    report = {"dataset": "/srv/private/team/shop", "environment": {"command": f"x --token {SECRET}"}}
+    (home / "dataset/reports/report.json").write_text(json.dumps(report))
+    return home
+
+
+@pytest.fixture
+def mine(house, tmp_path):
+    shutil.copytree(house, tmp_path / "mine")
+    return tmp_path / "mine"
+
+
+def test_a_dry_run_lists_every_file_with_its_size_and_the_card(house):
+    made = publish_folder(house / "student", "acme/student", card="# Card\n", dry_run=True)
+    on_disk = {p.relative_to(house / "student").as_posix(): p for p in (house / "student").rglob("*") if p.is_file()}
+    assert set(made.files) == {*on_disk, "README.md"} and made.files["README.md"] == 7
+    assert all(made.files[name] == path.stat().st_size for name, path in on_disk.items() if name != "hlm.json")
+    assert (made.card, made.commit, made.changed) == ("# Card\n", None, False)
+    made = publish_folder(house / "teacher", "acme/teacher", dry_run=True)
+    assert set(made.files) == {"adapter_config.json", "adapter_model.safetensors", "hlm.json"}  # not its 32-bit weights
+
+
+def test_no_path_of_the_machine_and_no_token_is_published(house):
+    for kind in ("student", "teacher", "dataset"):
+        for name, content in release_files(house / kind, kind).items():
+            raw = content if isinstance(content, bytes) else content.read_bytes()
+            assert b"/srv" not in raw and SECRET.encode() not in raw, name
+    manifest = json.loads(release_files(house / "student", "student")["hlm.json"])
+    kept = read_manifest(house / "student", "student")
+    assert manifest == kept | {"config": {"student": "aligned", "seed": 3}}
+    report = json.loads(release_files(house / "dataset", "dataset")["reports/report.json"])
+    assert report == {"dataset": "shop", "environment": {"command": "x --token ***"}}
+
+
+@pytest.mark.parametrize("token", [SECRET, "plain-looking-token"])
+def test_a_secret_anywhere_else_stops_it(mine, monkeypatch, token):
+    monkeypatch.setattr(hub_files, "get_token", lambda: "plain-looking-token")
+    path = mine / "student/config_sentence_transformers.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"note": token}))
+    with pytest.raises(HlmError, match="config_sentence_transformers.json: expected nothing secret") as caught:
+        release_files(mine / "student", "student")
+    assert token not in str(caught.value)
+    with pytest.raises(HlmError, match="README.md: expected nothing secret"):
+        release_files(mine / "teacher", "teacher", card=f"call it with {token}")
+
+
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        ("student", "optimizer.pt"), ("student", "runs/log.txt"), ("student", "pytorch_model.bin"),
+        ("student", "model.safetensors.bak"), ("teacher", "adapter/training_args.bin"),
+        ("dataset", "per_query.parquet"),
+        ("dataset", "vectors/unlabelled/x.pkl"), ("dataset", "vectors/corpus/vectors-00000.npy"),
+    ],
+)  # fmt: skip
+def test_what_has_no_place_there_is_refused_by_name(mine, kind, name):
+    path = mine / kind / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x")
+    with pytest.raises(
+        HlmError, match=f"expected only the documented files of a {kind}, found '{Path(name).name}|{name}"
+    ):
+        release_files(mine / kind, kind)
+
+
+def test_hidden_files_stay_at_home(mine):
+    (mine / "student/.cache").mkdir()
+    (mine / "student/.cache/x.lock").write_text("x")
+    (mine / "student/.eval_results").mkdir()
+    (mine / "student/.eval_results/hlm.yaml").write_text("- x: 1\n")
+    files = release_files(mine / "student", "student")
+    assert ".eval_results/hlm.yaml" in files and not any("cache" in name for name in files)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def change(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[-3] ^= 0x55
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("damage", [cut, change])
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        ("student", "model.safetensors"), ("dataset", "vectors/corpus/vectors-00000.safetensors"),
+        ("dataset", "index/index.faiss"), ("dataset", "index/ids.parquet"),
+    ],
+)  # fmt: skip
+def test_what_was_tampered_with_is_not_published(mine, kind, name, damage):
+    damage(mine / kind / name)
+    with pytest.raises(HlmError):
+        publish_folder(mine / kind, "acme/x", repo_type="dataset" if kind == "dataset" else "model", dry_run=True)
+
+
+def test_what_does_not_belong_together_is_not_published(mine):
+    with pytest.raises(HlmError, match="expected safetensors|adapter"):
+        cut(mine / "teacher/adapter/adapter_model.safetensors")
+        release_files(mine / "teacher", "teacher")
+    save_file({"x": np.ones(1, np.float32)}, mine / "teacher/adapter/adapter_model.safetensors")
+    with pytest.raises(HlmError, match="expected LoRA weights, found x"):
+        release_files(mine / "teacher", "teacher")
+    corpus = mine / "dataset/corpus.jsonl"
+    lines = corpus.read_text().splitlines()
+    row = json.loads(lines[0]) | {"title": "Another ad"}
+    corpus.write_text("\n".join([json.dumps(row), *lines[1:]]) + "\n")
+    with pytest.raises(HlmError, match="expected vectors made from the texts"):
+        release_files(mine / "dataset", "dataset")
+    shutil.rmtree(mine / "dataset/vectors")
+    with pytest.raises(HlmError, match="expected an index of the texts"):
+        release_files(mine / "dataset", "dataset")
+    with pytest.raises(HlmError, match="no app.py"):
+        release_files(mine / "dataset", "space")
+
+
+def test_objects_are_published_as_their_folders_are(house):
+    model = load_encoder(str(house / "student"), device="cpu")
+    teacher = read_manifest(house / "student", "student")["inputs"]["teacher"]
+    made = publish_folder(model, "acme/student", teacher=teacher, dry_run=True)
+    assert set(made.files) == set(publish_folder(house / "student", "acme/student", dry_run=True).files)
+    with pytest.raises(HlmError, match="teacher: expected the fingerprint"):
+        publish_folder(model, "acme/student", dry_run=True)
+    store = VectorStore.open(house / "dataset/vectors/corpus")
+    made = publish_folder(store, "acme/ads", repo_type="dataset", dry_run=True)
+    assert {name.rsplit("/", 1)[0] for name in made.files} == {"vectors/corpus"} and len(made.files) == 3
+    made = publish_folder(AdIndex.build(store), "acme/ads", repo_type="dataset", dry_run=True)
+    assert set(made.files) == {"index/hlm.json", "index/ids.parquet", "index/index.faiss"}
+
+
+def test_a_linked_view_is_published_like_the_folder(house, tmp_path):
+    link_files(house / "student", tmp_path / "view")
+    assert release_files(tmp_path / "view", "student").keys() == release_files(house / "student", "student").keys()
+
+
+def status_error(status: int) -> HfHubHTTPError:
+    request = httpx2.Request("POST", "http://hub.test/api/models/acme/x")
+    response = httpx2.Response(status, request=request)
+    address = f"https://cdn.test/x?Signature={SECRET}&Expires=1"
+    return HfHubHTTPError(f"{status} Client Error for url: {address} token {SECRET}", response=response)
+
+
+def wrapped(error: BaseException) -> RuntimeError:
+    try:
+        raise RuntimeError("Error while uploading 'x' to the Hub.") from error
+    except RuntimeError as outer:
+        return outer
+
+
+@pytest.mark.parametrize(
+    "error, cause, remedy",
+    [
+        (status_error(401), "HTTP 401", "hf auth login"),
+        (status_error(403), "HTTP 403", "a token that may write there"),
+        (status_error(404), "HTTP 404", "correct the name"),
+        (status_error(409), "HTTP 409", "run it again"),
+        (status_error(412), "HTTP 412", "run it again"),
+        (status_error(429), "HTTP 429", "wait some minutes"),
+        (status_error(503), "HTTP 503", "check the connection, then run it again"),
+        (wrapped(status_error(500)), "HTTP 500", "run it again"),
+        (httpx2.ConnectError("refused"), "ConnectError", "check the connection"),
+        (httpx2.RemoteProtocolError("peer closed"), "RemoteProtocolError", "run it again"),
+        (OSError("Consistency check failed: file should be of size 3"), "Consistency check", "run it again"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left", "free some space"),
+        (wrapped(OSError(errno.ENOSPC, "No space left on device")), "No space left", "free some space"),
+    ],
+)
+def test_errors_name_the_cause_and_the_remedy_and_no_token(error, cause, remedy, monkeypatch):
+    with pytest.raises(HlmError) as caught, hub_errors("model acme/x was not changed"):
+        raise error
+    text = str(caught.value)
+    assert text.startswith("model acme/x was not changed (") and cause in text and remedy in text
+    assert SECRET not in text and "Signature" not in text and "\n" not in text
+
+
+def test_our_own_refusals_pass_and_mistakes_in_code_are_not_hidden():
+    with pytest.raises(HlmError, match="^plain$"), hub_errors("x"):
+        raise HlmError("plain")
+    with pytest.raises(TypeError), hub_errors("x"):
+        raise TypeError("a mistake")
+
+
+def test_repositories_show_no_token_and_refuse_commits_as_branches():
+    assert SECRET not in repr(Repository("acme/x", token=SECRET))
+    with pytest.raises(HlmError, match="expected a branch, found the commit"):
+        Repository("acme/x", revision="0" * 40).create()
+
+
+def test_content_is_compared_by_either_hash(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"hello\n")
+    git = "ce013625030ba8dba906f756967f9e9ca394464a"  # git hash-object
+    large = "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03"  # sha256sum
+    for content in (path, b"hello\n"):
+        assert hub_repository._same(content, git) and hub_repository._same(content, large)
+        assert not hub_repository._same(content, git[:-1] + "b") and not hub_repository._same(content, None)
+
+
+def test_a_name_that_is_nothing_is_one_clear_error(tmp_path):
+    for name in ("./nowhere", "/nowhere/at/all", "a/b/c", "nowhere"):
+        with pytest.raises(HlmError, match="expected a folder or a Hub id"):
+            local_folder(name)
+    with pytest.raises(HlmError, match="expected a folder or a Hub dataset at acme/none, revision v1, found neither"):
+        local_folder("acme/none", revision="v1", repo_type="dataset")  # offline, and not in the cache
+    with pytest.raises(HlmError, match="expected a folder 'index'"):
+        local_folder(tmp_path, subfolder="index")
