@@ -116,7 +116,7 @@ def verify_student(folder: str | Path) -> SentenceTransformer:
         model = load_encoder(str(folder), dtype=_dtype_of(folder))
     except SafetensorError as error:
         raise HlmError(
-            f"{folder}: expected whole weights, found a damaged file ({error}); copy or pull it again, or write it again"
+            f"{folder}: expected whole weights, found damaged ones ({error}); copy or pull it again, or write it again"
         ) from error
     found = fingerprint(model)
     if found != manifest["encoder"]:
