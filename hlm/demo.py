@@ -82,6 +82,8 @@ class DemoConfig:
         if Path(value).is_dir():
             return Path(value) / inside if inside and (Path(value) / inside).exists() else Path(value)
         kind = "model" if name in ("student", "teacher") else "dataset"
+        if name == "vectors" and inside:
+            inside = f"vectors/{inside}"  # where a published dataset keeps its stores
         return local_folder(value, revision=self.revisions.get(name), repo_type=kind, subfolder=inside)
 
     def file(self, name: str, suffix: str) -> Path | None:
