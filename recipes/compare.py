@@ -4,7 +4,8 @@
 
 Every job is a fresh process, `ours` and `theirs` take turns, and both see the same model, rows, batch and precision.
 `ours` runs the recipe. `theirs` is what sentence-transformers documents: its trainer with `EmbedDistillLoss` over a
-label column of teacher vectors, `SentenceTransformer.encode`, its trainer with `CachedMultipleNegativesRankingLoss`.
+label column of teacher vectors, `SentenceTransformer.encode` (against `recipes/embed.py` and against `QueryEncoder`),
+its trainer with `CachedMultipleNegativesRankingLoss`.
 Under `output`: compare.json, with medians, ratios, where a step's time goes, and anonymous memory a row.
 """
 
@@ -26,16 +27,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from hlm.artefacts import HlmError, write_json
 from hlm.config import parse, run_recipe
 from hlm.data import document_text, load, training_pairs
 from hlm.encoders import load_encoder, write_legacy_layout
+from hlm.export import export
 from hlm.machine import anonymous_mib, facts, other_load, read_counters
 from hlm.qwen_tokenizer import find_tokenizer
 from hlm.random_weights import random_backbone, random_encoder, shape_config
 from hlm.report import align, command_line, environment
+from hlm.runtime import QueryEncoder
 from hlm.sample_catalogue import write_catalogue
 from hlm.store import VectorStore, write_store
 
@@ -107,6 +111,9 @@ def plan(config: CompareConfig, work: Path) -> dict[str, dict[str, Any]]:
         made = subset(config, rows, work / str(rows))
         jobs[name] = student | made | {"kind": "align", "batch": config.align_batch, "rows": rows}
     jobs["embed"] = jobs[name] | {"kind": "embed"}
+    jobs["embed, online encoder"] = jobs[name] | {"kind": "encode", "online": str(work / "online")}
+    shutil.copytree(config.student, work / "online")
+    export(config.student, work / "online", int8=False)
     refine = student | {
         "kind": "refine",
         "steps": config.refine_steps,
@@ -184,7 +191,7 @@ def do_job(job: dict[str, Any]) -> dict[str, Any]:
     clock = StepClock()
     started = time.perf_counter()
     JOBS[job["kind"], job["side"]](job)
-    if job["kind"] == "embed":
+    if job["kind"] in ("embed", "encode"):
         result = {"rows_per_s": job["rows"] / (time.perf_counter() - started)}
     else:
         result = clock.figures(job["batch"])
@@ -262,6 +269,11 @@ def flags(settings: dict[str, Any]) -> list[str]:
     return [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
 
 
+def unlabelled(job: dict[str, Any]) -> list[str]:
+    with Path(job["data"], "unlabelled.jsonl").open(encoding="utf-8") as file:
+        return [json.loads(line)["text"] for line in file]
+
+
 def align_ours(job: dict[str, Any]) -> None:
     given = {"student": job["model"], "data": job["data"], "vectors": job["vectors"], "output": job["work"]}
     recipe("align", [*flags(given | training(job)), "--parts", "unlabelled"])
@@ -269,12 +281,11 @@ def align_ours(job: dict[str, Any]) -> None:
 
 def align_theirs(job: dict[str, Any]) -> None:
     from datasets import Dataset
-    from sentence_transformers.losses import EmbedDistillLoss
+    from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss
 
-    texts = [json.loads(line)["text"] for line in Path(job["data"], "unlabelled.jsonl").open(encoding="utf-8")]
-    store = VectorStore.open(
-        Path(job["vectors"]) / "unlabelled"
-    )  # stands for teacher.encode, whose time is not counted
+    texts = unlabelled(job)
+    # Stands for teacher.encode, whose time is not counted.
+    store = VectorStore.open(Path(job["vectors"]) / "unlabelled")
 
     def add_teacher_embeddings(batch: dict[str, Any], rows: list[int]) -> dict[str, Any]:
         return {"label": store.gather(rows).tolist()}
@@ -298,12 +309,13 @@ def embed_ours(job: dict[str, Any]) -> None:
 
 
 def embed_theirs(job: dict[str, Any]) -> None:
-    import numpy as np
+    vectors = load_encoder(job["model"]).encode(unlabelled(job), normalize_embeddings=True, show_progress_bar=False)
+    np.save(Path(job["work"]).with_suffix(".npy"), vectors)
 
-    texts = [json.loads(line)["text"] for line in Path(job["data"], "unlabelled.jsonl").open(encoding="utf-8")]
-    vectors = load_encoder(job["model"]).encode(texts, normalize_embeddings=True, show_progress_bar=False)
-    Path(job["work"]).mkdir(parents=True)
-    np.save(Path(job["work"]) / "vectors.npy", vectors)
+
+def encode_ours(job: dict[str, Any]) -> None:
+    vectors = QueryEncoder.from_pretrained(job["online"]).encode(unlabelled(job))
+    np.save(Path(job["work"]).with_suffix(".npy"), vectors)
 
 
 def refine_ours(job: dict[str, Any]) -> None:
@@ -313,9 +325,8 @@ def refine_ours(job: dict[str, Any]) -> None:
 
 
 def refine_theirs(job: dict[str, Any]) -> None:
-    import numpy as np
     from datasets import Dataset
-    from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 
     data = load(job["data"], splits=("train",))
     queries = dict(data.split_queries("train"))
@@ -335,6 +346,7 @@ def refine_theirs(job: dict[str, Any]) -> None:
 JOBS: dict[tuple[str, str], Callable[[dict[str, Any]], None]] = {
     ("align", "ours"): align_ours, ("align", "theirs"): align_theirs,
     ("embed", "ours"): embed_ours, ("embed", "theirs"): embed_theirs,
+    ("encode", "ours"): encode_ours, ("encode", "theirs"): embed_theirs,
     ("refine", "ours"): refine_ours, ("refine", "theirs"): refine_theirs,
 }  # fmt: skip
 
