@@ -210,8 +210,9 @@ def stage_student(config: PublishConfig, repositories: dict, done: dict, home: P
 
 def stage_space(config: PublishConfig, repositories: dict, done: dict, home: Path) -> str:
     """The demo's folder with the package beside it; its settings and front matter name what was just published."""
-    unwanted = shutil.ignore_patterns(".*", "__pycache__", "*.png")
-    shutil.copytree(config.space, home, ignore=unwanted)
+    if not (Path(config.space) / "app.py").is_file():
+        raise HlmError(f"space: expected the demo's folder at {config.space}, found no app.py there; correct the path")
+    shutil.copytree(config.space, home, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.png"))
     package = Path(hlm.__file__).parent
     shutil.copytree(package, home / "hlm", ignore=shutil.ignore_patterns(".*", "__pycache__"))
     student, dataset = done["student"], done["dataset"]

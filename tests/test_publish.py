@@ -1,0 +1,218 @@
+"""recipes/publish.py against a Hub on loopback, spoken to by the real clients in processes of their own."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import RepoCard
+
+from hlm.artefacts import HlmError, read_manifest
+from hlm.data import load
+from hlm.encoders import load_encoder, save_encoder
+from recipes import embed, evaluate, export, publish, teacher
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = {"teacher": "models", "dataset": "datasets", "student": "models", "space": "spaces"}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, tiny_bert, catalogue_200) -> Path:
+    """A run by the recipes: a teacher with its adapter, its stores, a student that is its copy, a report."""
+    folder = tmp_path_factory.mktemp("run")
+    shutil.copytree(catalogue_200, folder / "data")
+    data = str(folder / "data")
+    teacher.main(
+        ["--backbone", tiny_bert, "--data", data, "--output", str(folder / "teacher"), "--min_score", "3",
+         "--lora_rank", "4", "--max_steps", "2", "--per_device_train_batch_size", "32", "--learning_rate", "1e-2",
+         "--save_strategy", "no", "--disable_tqdm", "true"]
+    )  # fmt: skip
+    embed.main(["--model", str(folder / "teacher"), "--data", data, "--output", str(folder / "vectors")])
+    fingerprint = read_manifest(folder / "teacher", "teacher")["encoder"]
+    model = load_encoder(str(folder / "teacher"), device="cpu", max_seq_length=24)  # so it is another encoder
+    save_encoder(model, folder / "student", "student", inputs={"teacher": fingerprint}, config={"data": data})
+    export.main(["--student", str(folder / "student"), "--output", str(folder / "online")])
+    systems = {name: str(folder / name) for name in ("teacher", "student")}
+    systems["teacher"] = {"model": systems["teacher"], "corpus": str(folder / "vectors/corpus")}
+    evaluate.main(["--data", data, "--output", str(folder), "--relevance_level", "1", "--systems", json.dumps(systems)])
+    return folder
+
+
+def arguments(home: Path, *more: str) -> list[str]:
+    return ["--name", "tiny", "--namespace", "acme", "--student", str(home / "online"), "--vectors",
+            str(home / "vectors"), "--data", str(home / "data"), "--teacher", str(home / "teacher"), "--space",
+            str(ROOT / "spaces/query_to_ad"), "--report", str(home / "report.json"), "--base_model", "acme/backbone",
+            "--licence", "apache-2.0", "--language", "en", *more]  # fmt: skip
+
+
+def test_a_dry_run_prints_every_file_and_card_and_asks_nobody(home, capsys, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise AssertionError("a dry run sends nothing")
+
+    monkeypatch.setattr("socket.socket.connect", no_network)
+    planned = publish.main(arguments(home, "--dry-run"))
+    out = capsys.readouterr().out
+    assert list(planned) == list(PARTS) and out.endswith("dry run: nothing was sent\n")
+    for part, one in planned.items():
+        assert one.commit is None and f"{one.repo_type} acme/tiny-{part}\n" in out and one.card in out
+        for name, size in one.files.items():
+            assert re.search(rf"^ +{size:,}  {re.escape(name)}$", out, flags=re.MULTILINE), name
+    assert set(planned["teacher"].files) == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "hlm.json",
+    }
+    assert {"model.safetensors", "onnx/model.onnx", "onnx/model_quantized.onnx", ".eval_results/hlm.yaml"} <= set(
+        planned["student"].files
+    )
+    assert {"corpus.jsonl", "queries.jsonl", "qrels/test.tsv", "vectors/queries/hlm.json", "index/index.faiss",
+            "reports/report.json", "reports/report.png"} <= set(planned["dataset"].files)  # fmt: skip
+    assert not any("unlabelled" in name for name in planned["dataset"].files)  # may be a log of what people typed
+    assert "unlabelled.jsonl" in publish.main(arguments(home, "--dry-run", "--unlabelled"))["dataset"].files
+    assert {"app.py", "config.json", "requirements.txt", "hlm/hub.py", "hlm/demo.py"} <= set(planned["space"].files)
+    assert str(home) not in out
+
+
+def test_the_demos_settings_and_front_matter_name_what_was_published(home, tmp_path):
+    (config,) = publish.parse(publish.PublishConfig, argv=arguments(home))
+    repositories = publish.repositories_of(config)
+    kind = publish.Published
+    done = {
+        "student": kind("acme/tiny-student", "model", {"model.safetensors": 9, "config.json": 2}, "", "5" * 40, True),
+        "dataset": kind("acme/tiny-dataset", "dataset", {}, "", "d" * 40, True),
+    }
+    card = publish.stage_space(config, repositories, done, tmp_path / "space")
+    settings = json.loads((tmp_path / "space/config.json").read_text())
+    assert settings["student"] == "acme/tiny-student" and settings["teacher"] is None and settings["latency"] is None
+    assert {settings[name] for name in ("data", "vectors", "index", "report")} == {"acme/tiny-dataset"}
+    pinned = dict.fromkeys(("data", "vectors", "index", "report"), "d" * 40) | {"student": "5" * 40}
+    assert settings["revisions"] == pinned
+    queries = load(str(home / "data"), splits=()).queries["text"]
+    assert settings["examples"] and set(settings["examples"]) <= set(queries)
+    front, before = (
+        RepoCard(text).data.to_dict() for text in (card, (ROOT / "spaces/query_to_ad/README.md").read_text())
+    )
+    assert front["models"] == ["acme/tiny-student", "acme/tiny-teacher"] and front["datasets"] == ["acme/tiny-dataset"]
+    assert front["preload_from_hub"] == [f"acme/tiny-student model.safetensors,config.json {'5' * 40}"]
+    assert before.items() <= front.items()
+
+
+def test_what_does_not_fit_stops_before_anything_is_sent(home, tmp_path, tiny_bert):
+    with pytest.raises(HlmError, match="expected namespace or teacher_repo"):
+        publish.main([word for word in arguments(home, "--dry-run") if word not in ("--namespace", "acme")])
+    other = tmp_path / "other"
+    save_encoder(load_encoder(tiny_bert, device="cpu"), other, "teacher", inputs={}, config={})
+    with pytest.raises(HlmError, match="expected the student's teacher .* name that teacher"):
+        publish.main(arguments(home, "--dry-run", "--teacher", str(other)))
+    shutil.copytree(home / "online", tmp_path / "online")
+    (tmp_path / "online/scheduler.pt").write_bytes(b"x")
+    with pytest.raises(HlmError, match="found 'scheduler.pt'"):
+        publish.main(arguments(home, "--dry-run", "--student", str(tmp_path / "online")))
+    with pytest.raises(HlmError, match="space: expected the demo's folder"):
+        publish.main(arguments(home, "--dry-run", "--space", str(tmp_path)))
+
+
+PUBLISH = """
+import json, sys
+from hlm.artefacts import HlmError
+from recipes import publish
+for argv in json.loads(sys.argv[1]):
+    try:
+        done = publish.main(argv)
+        print("RESULT", json.dumps({part: [one.commit, one.changed] for part, one in done.items()}))
+    except HlmError as error:
+        print("RESULT", json.dumps(str(error)))
+"""
+PULL = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from peft import PeftModel
+from sentence_transformers import SentenceTransformer
+from hlm import QueryEncoder, cli
+from hlm.data import load
+from hlm.encoders import encode, load_encoder
+from hlm.hub import local_folder
+from hlm.index import AdIndex
+from hlm.store import VectorStore
+
+home, base, texts, far = Path(sys.argv[1]), sys.argv[2], ["red shoe", "steel kettle 1 litre", "lamp"], {}
+
+def difference(one, other):
+    return float(np.abs(np.asarray(one, np.float64) - np.asarray(other, np.float64)).max())
+
+student, dataset = "acme/tiny-student", "acme/tiny-dataset"
+for precision in ("fp32", "int8"):
+    pulled, kept = (QueryEncoder.from_pretrained(where, precision=precision) for where in (student, home / "online"))
+    far["QueryEncoder " + precision] = difference(pulled.encode(texts), kept.encode(texts))
+pulled, kept = (SentenceTransformer(str(where)) for where in (student, home / "online"))
+far["SentenceTransformer"] = difference(pulled.encode(texts), kept.encode(texts))
+
+def merged(adapter):
+    model = load_encoder(base)
+    model[0].model = PeftModel.from_pretrained(model[0].model, adapter).merge_and_unload()
+    return encode(model, texts)
+
+far["adapter"] = difference(merged("acme/tiny-teacher"), merged(str(home / "teacher/adapter")))
+assert difference(merged("acme/tiny-teacher"), encode(load_encoder(base), texts)) > 1e-4
+for part in ("corpus", "queries"):
+    folder = local_folder(dataset, repo_type="dataset", subfolder="vectors/" + part)
+    pulled, kept = VectorStore.open(folder), VectorStore.open(home / "vectors" / part)
+    pulled.verify()
+    assert pulled.ids.to_pylist() == kept.ids.to_pylist() and pulled.fingerprint == kept.fingerprint
+    far["vectors/" + part] = difference(pulled.gather(range(len(kept))), kept.gather(range(len(kept))))
+index = AdIndex.load(local_folder(dataset, repo_type="dataset", subfolder="index"), expect_encoder=pulled.encoder)
+kept = AdIndex.build(VectorStore.open(home / "vectors/corpus"))
+queries = QueryEncoder.from_pretrained(student).encode(texts)
+(scores, ids), (kept_scores, kept_ids) = index.search(queries, 10), kept.search(queries, 10)
+assert ids == kept_ids
+far["index"] = difference(scores, kept_scores)
+pulled, kept = load(dataset), load(str(home / "data"))
+for part in ("corpus", "queries", "qrels/train", "qrels/dev", "qrels/test"):
+    assert pulled.fingerprint(part) == kept.fingerprint(part), part
+assert cli.main(["verify", student, dataset]) == 0
+old = local_folder(student, revision="v1") / "README.md"
+new = local_folder(student) / "README.md"
+licences = [path.read_text().split("license: ")[1].split()[0] for path in (old, new)]
+space = local_folder("acme/tiny-space", repo_type="space", revision="v1")
+print("RESULT", json.dumps({"far": far, "licences": licences, "space": str(space)}))
+"""
+SPACE = """
+import json, os
+import hlm
+from hlm.demo import DemoConfig, load_demo
+assert hlm.__file__.startswith(os.getcwd()), hlm.__file__
+config = DemoConfig.read("config.json")
+found = load_demo(config).compare(config.examples[0], 5)
+png = config.file("report", ".png")
+print("RESULT", json.dumps([found["overlap"], len(found["student"]["hits"]), len(found["teacher"]["hits"]), str(png)]))
+"""
+TOKEN = "hf_" + "abcdefghijklmnopqrstuvwxyz01"
+
+
+class Client:
+    """A process that knows the Hub by HF_ENDPOINT alone and has a cache of its own."""
+
+    def __init__(self, hub, folder: Path) -> None:
+        self.hub, self.folder, self.said = hub, folder, ""
+
+    def run(self, code: str, *words: str, token: str | None = TOKEN, cwd: Path = ROOT) -> list:
+        """What the code printed after RESULT."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        environment |= {
+            "HF_ENDPOINT": self.hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(self.folder / "hf"),
+            "HLM_CACHE": str(self.folder / "hlm"), "PYTHONPATH": str(cwd), "OMP_NUM_THREADS": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1,localhost",
+        }  # fmt: skip
+        environment |= {"HF_TOKEN": token} if token else {}
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        self.said += done.stdout + done.stderr
+        return [json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line[:7] == "RESULT "]
