@@ -10,13 +10,14 @@ import json
 import socket
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit
 
 if TYPE_CHECKING:
-    from hub_server import Answer, HubServer
+    from hub_server import HubServer
 
 FAULTS = {
     "lost_request": "the connection is reset while the request is sent; the Hub has done nothing",
@@ -27,6 +28,34 @@ FAULTS = {
     "429": "HTTP 429 with Retry-After, nothing done",
     "corrupt": "one byte arrives altered: of the content where a file is uploaded, else of the answer",
 }
+
+
+class Refused(Exception):
+    """An answer that is an error, in the Hub's headers."""
+
+    def __init__(self, status: int, message: str, code: str | None = None, **more: Any) -> None:
+        self.answer = Answer({"error": message, **more}, status, {"X-Error-Message": message})
+        if code:
+            self.answer.headers["X-Error-Code"] = code
+
+
+@dataclass
+class Answer:
+    body: Any = b""  # bytes, a file's path, or what becomes JSON
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Request:
+    method: str
+    path: str  # without query, as it was sent
+    query: dict[str, str]
+    headers: Any
+    body: bytes
+
+    def json(self) -> dict[str, Any]:
+        return json.loads(self.body or b"{}")
 
 
 class Always(Mapping[int, str]):
@@ -48,14 +77,12 @@ class Always(Mapping[int, str]):
 
 
 class FaultyHandler(BaseHTTPRequestHandler):
-    """One connection. Requests are numbered from 1 in the order of their arrival and logged with what became of them."""
+    """One connection. Requests are numbered from 1 as they arrive, and logged with what became of them."""
 
     protocol_version = "HTTP/1.1"
     hub: HubServer
 
     def do_GET(self) -> None:
-        from hub_server import Answer, Request
-
         with self.hub.lock:
             self.hub.log.append((number := len(self.hub.log) + 1, self.command, self.path, "pending"))
             log, fault = self.hub.log, self.hub.faults.get(number)
@@ -108,7 +135,7 @@ class FaultyHandler(BaseHTTPRequestHandler):
 
     def _ranged(self, status: int, raw: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
         wanted = self.headers.get("Range", "")
-        if status != 200 or not wanted.startswith("bytes=") or "," in wanted:
+        if status != 200 or "Accept-Ranges" not in headers or not wanted.startswith("bytes=") or "," in wanted:
             return status, raw
         first, last = wanted.removeprefix("bytes=").split("-")
         start = int(first) if first else max(len(raw) - int(last), 0)

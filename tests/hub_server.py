@@ -19,97 +19,18 @@ import json
 import re
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
-from hub_faults import FaultyHandler
-from hub_xet import XetStore
+import hub_xet
+from hub_faults import Answer, FaultyHandler, Refused, Request
+from hub_repositories import GITATTRIBUTES, Entry, Repo, State, git_hash, pointer
 
 DATE = "2026-01-01T00:00:00.000Z"
-GITATTRIBUTES = "".join(
-    f"*.{end} filter=lfs diff=lfs merge=lfs -text\n"
-    for end in "7z arrow bin bz2 gz h5 joblib model npy npz onnx parquet pb pickle pkl pt pth safetensors tar zip".split()
-)
 REPO = r"(?P<kind>models|datasets|spaces)/(?P<name>[\w.-]+/[\w.-]+)"
 PAGE = r"(?P<prefix>datasets/|spaces/|)(?P<name>[\w.-]+/[\w.-]+)"
-
-
-class Refused(Exception):
-    """An answer that is an error, in the Hub's headers."""
-
-    def __init__(self, status: int, message: str, code: str | None = None, **more: Any) -> None:
-        self.answer = Answer({"error": message, **more}, status, {"X-Error-Message": message})
-        if code:
-            self.answer.headers["X-Error-Code"] = code
-
-
-@dataclass
-class Answer:
-    body: Any = b""  # bytes, a file's path, or what becomes JSON
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A file of a commit: small ones have `content`, large ones are named by their SHA-256."""
-
-    size: int
-    oid: str  # Git's hash: of the content, or of the LFS pointer
-    content: bytes | None = None
-    sha256: str | None = None
-
-    @classmethod
-    def small(cls, content: bytes) -> Entry:
-        return cls(len(content), git_hash(content), content=content)
-
-    @classmethod
-    def large(cls, sha256: str, size: int) -> Entry:
-        return cls(size, git_hash(pointer(sha256, size)), sha256=sha256)
-
-
-@dataclass
-class Repo:
-    private: bool
-    commits: dict[str, dict[str, Entry]] = field(default_factory=dict)
-    branches: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
-
-    def commit_of(self, revision: str) -> str:
-        commit = self.branches.get(revision) or self.tags.get(revision) or revision
-        if commit not in self.commits:
-            raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return commit
-
-    def write(self, branch: str, files: dict[str, Entry], title: str) -> str:
-        """The one place that changes a branch: the commit is there with all its files, or not at all."""
-        parts = [self.branches.get(branch, ""), title, str(len(self.commits))]
-        parts += [f"{path}:{entry.oid}" for path, entry in sorted(files.items())]
-        commit = hashlib.sha1("\n".join(parts).encode()).hexdigest()
-        self.commits[commit] = files
-        self.branches[branch] = commit
-        return commit
-
-
-def git_hash(content: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-def pointer(sha256: str, size: int) -> bytes:
-    return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
-
-
-@dataclass
-class State:
-    """All that requests change; large contents are on the disk, `stored` says which of them have arrived."""
-
-    repos: dict[tuple[str, str], Repo] = field(default_factory=dict)  # ("models", "acme/x") -> ...
-    collections: dict[str, dict[str, Any]] = field(default_factory=dict)
-    stored: dict[str, int] = field(default_factory=dict)  # SHA-256 -> bytes
-    xet: XetStore = field(default_factory=XetStore)
 
 
 class HubServer:
@@ -123,8 +44,8 @@ class HubServer:
         page_size: entries of a page of a tree.
     """
 
-    def __init__(self, folder: str | Path, users: tuple[str, ...] = ("acme", "guest"), *, xet: bool = True) -> None:
-        self.folder, self.xet = Path(folder), xet
+    def __init__(self, folder: str | Path, users: tuple[str, ...] = ("acme", "guest")) -> None:
+        self.folder = Path(folder)
         (self.folder / "large").mkdir(parents=True, exist_ok=True)
         (self.folder / "xorbs").mkdir(exist_ok=True)
         self.tokens = {user: f"hf_loopback{user}" for user in users}
@@ -370,7 +291,7 @@ class HubServer:
             size = len(pointer(entry.sha256, entry.size))
             fact["lfs"] = {"oid": entry.sha256, "size": entry.size, "pointerSize": size}
             if self.state.xet.has(entry.sha256):
-                fact["xetHash"] = self.state.xet.files[entry.sha256].hash
+                fact["xetHash"] = self.state.xet.files[entry.sha256].name
         return fact
 
     def tree(self, request: Request, kind: str, name: str, revision: str, under: str = "") -> Answer:
@@ -417,7 +338,7 @@ class HubServer:
         target = self.folder / "large" / entry.sha256
         if self.state.xet.has(entry.sha256):
             route = f"{self.url}/api/{kind}/{name}/xet-read-token/{commit}"
-            headers |= {"X-Xet-Hash": self.state.xet.files[entry.sha256].hash, "Link": f'<{route}>; rel="xet-auth"'}
+            headers |= {"X-Xet-Hash": self.state.xet.files[entry.sha256].name, "Link": f'<{route}>; rel="xet-auth"'}
             if not target.is_file():  # as the Hub's bridge does for clients without Xet
                 target.write_bytes(self.content(entry))
         headers["Location"] = f"{self.cdn}/large/{entry.sha256}?signature={self.signature(entry.sha256)}"
@@ -455,22 +376,6 @@ class HubServer:
         collection["items"].append(fact | {"position": len(collection["items"])})
         return Answer(collection)
 
-    def xet_token(self, request: Request, kind: str, name: str, access: str, revision: str) -> Answer:
-        self.repo(request, kind, name, write=access == "write").commit_of(revision)
-        return Answer({}, headers=self.state.xet.connection(self.url, access))
-
-
-@dataclass
-class Request:
-    method: str
-    path: str  # without query, as it was sent
-    query: dict[str, str]
-    headers: Any
-    body: bytes
-
-    def json(self) -> dict[str, Any]:
-        return json.loads(self.body or b"{}")
-
 
 def _routes() -> list[tuple[str, re.Pattern[str], Callable[..., Answer]]]:
     hub, api = HubServer, rf"/api/{REPO}"
@@ -490,7 +395,7 @@ def _routes() -> list[tuple[str, re.Pattern[str], Callable[..., Answer]]]:
         ("POST", rf"{api}/commit/(?P<branch>[^/]+)", hub.commit),
         ("GET", rf"{api}/tree/(?P<revision>[^/]+)(/(?P<under>.+))?", hub.tree),
         ("POST", rf"{api}/paths-info/(?P<revision>[^/]+)", hub.paths_info),
-        ("GET", rf"{api}/xet-(?P<access>read|write)-token/(?P<revision>[^/]+)", hub.xet_token),
+        ("GET", rf"{api}/xet-(?P<access>read|write)-token/(?P<revision>[^/]+)", hub_xet.token),
         ("GET", rf"/{PAGE}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", hub.resolve),
         ("POST", rf"{lfs}/batch", hub.lfs_batch),
         ("POST", rf"{lfs}/verify", hub.lfs_verify),
@@ -499,6 +404,7 @@ def _routes() -> list[tuple[str, re.Pattern[str], Callable[..., Answer]]]:
         ("POST", r"/api/collections", hub.create_collection),
         ("POST", rf"/api/collections/{slug}/items", hub.add_item),
         ("GET", rf"/api/collections/{slug}", hub.get_collection),
+        *hub_xet.ROUTES,
     ]
     return [(method, re.compile(pattern), function) for method, pattern, function in table]
 
