@@ -44,6 +44,8 @@ class QueryEncoder:
     Attributes:
         dim: width of the vectors.
         backend, precision: what runs.
+        prompt: what is put before every query.
+        max_tokens: where queries are cut, the prompt and special tokens counted; None: nowhere.
         fingerprint, teacher: of the student and of the teacher it was aligned to, from hlm.json; None without one.
     """
 
@@ -60,8 +62,9 @@ class QueryEncoder:
         fingerprint: str | None = None,
         teacher: str | None = None,
     ) -> None:
-        self._tokenizer, self._run, self._prompt, self._batch_tokens = tokenizer, run, prompt, batch_tokens
-        self.dim, self.backend, self.precision = dim, backend, precision
+        self._tokenizer, self._run, self._batch_tokens = tokenizer, run, batch_tokens
+        self.dim, self.backend, self.precision, self.prompt = dim, backend, precision, prompt
+        self.max_tokens: int | None = (tokenizer.truncation or {}).get("max_length")
         self.fingerprint, self.teacher = fingerprint, teacher
 
     @classmethod
@@ -138,7 +141,7 @@ class QueryEncoder:
         for text in texts:
             if not isinstance(text, str):
                 raise HlmError(f"expected texts to encode, found {type(text).__name__}; pass a str or a list of str")
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast([self._prompt + text for text in texts])]
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast([self.prompt + text for text in texts])]
 
     def encode_ids(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
         """As `encode`, of what `tokenise` gave."""

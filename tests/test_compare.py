@@ -61,7 +61,8 @@ def test_every_job_is_done_by_both_sides(given, tmp_path, in_one_process, capsys
                 assert sum(run["parts_ms"].values()) == pytest.approx(run["step_ms"])
                 assert run["parts_ms"]["optimizer"] > 0 and run["parts_ms"]["backward"] > 0
     assert set(report["memory_a_row"]) == {"ours", "theirs"}
-    assert report["settings"]["rows"] == 160 and report["environment"]["command"].startswith("recipes/compare.py --student")
+    assert report["settings"]["rows"] == 160
+    assert report["environment"]["command"].startswith("recipes/compare.py --student")
     assert "embed, online encoder" in capsys.readouterr().out
     assert not (tmp_path / "out" / "compare.work").exists()
 

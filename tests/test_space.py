@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import HOSTILE, SCRIPT, chromium, opening, serious
 
 from hlm.artefacts import HlmError, write_manifest
 from hlm.data import document_text, iterate, load
@@ -25,15 +26,6 @@ from hlm.store import VectorStore, write_store
 gradio = pytest.importorskip("gradio", reason="the demo needs the extra 'space'")
 
 ROOT = Path(__file__).resolve().parent.parent
-CHROMIUM = Path("/usr/bin/chromium")
-AXE = ROOT / "tests/space/node_modules/axe-core/axe.min.js"
-SCRIPT = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
-HOSTILE = {
-    "script": {"title": f"red shoe {SCRIPT}", "text": "</li></ol><h1>mine</h1>", "brand": '"><b onclick=x>'},
-    "template": {"title": "red shoe ${window.hacked = 1}", "text": "{{7*7}} {{{this}}} `", "brand": "&lt;b&gt;"},
-    "bidi": {"title": "red shoe \u202egnp.exe\u2066", "text": "حذاء أحمر \u200fred", "brand": "\u202d\u0000x"},
-    "huge": {"title": "red " + "W" * 100_000, "text": "shoe " * 50_000, "brand": "B" * 5_000},
-}
 
 
 @pytest.fixture(scope="module")
@@ -243,38 +235,14 @@ def test_the_mcp_tool(url):
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if not CHROMIUM.is_file():
-        pytest.skip(f"no Chromium at {CHROMIUM}")
-    names = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update"
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(
-            executable_path=str(CHROMIUM), args=[f"--{name}" for name in names.split()], timeout=120_000
-        )
-        yield chromium
-        chromium.close()
+    with chromium() as started:
+        yield started
 
 
 @pytest.fixture
 def opened(browser, url):
-    """Opens the page; at the end of the test nothing may have gone wrong in the console or left the machine."""
-    wrong, contexts = [], []
-
-    def open_page(**options):
-        contexts.append(browser.new_context(**options))
-        contexts[-1].set_default_timeout(60_000)
-        page = contexts[-1].new_page()
-        page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("request", lambda r: None if r.url.startswith((url, "data:", "blob:")) else wrong.append(r.url))
-        page.goto(url, wait_until="commit")
-        page.wait_for_selector(".hlm-columns li")
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert wrong == []
+    with opening(browser, url, ".hlm-columns li") as open_page:
+        yield open_page
 
 
 def test_search_examples_and_tabs(opened):
@@ -313,17 +281,7 @@ def test_on_a_phone_in_both_themes(opened, scheme):
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", background)[:3])) < 200) == (scheme == "dark")
-    if not AXE.is_file():
-        pytest.skip("axe-core is not installed: npm ci in tests/space")
-    page.evaluate(AXE.read_text())
-    found = page.evaluate("axe.run().then(r => r.violations)")
-    serious = [
-        f"{rule['id']}: {node['html'][:200]}"
-        for rule in found
-        for node in rule["nodes"]
-        if rule["impact"] in ("serious", "critical")
-    ]
-    assert serious == []
+    assert serious(page) == []
 
 
 def test_hostile_ads_in_the_page(opened, demo):

@@ -1,0 +1,166 @@
+"""Writes the demo that runs in the browser alone: the student under transformers.js, ads as int8 vectors.
+
+    npm ci --ignore-scripts --prefix tests/node
+    python recipes/static_space.py --config recipes/configs/quickstart/static_space.yaml
+    python -m http.server --directory runs/quickstart/static
+
+The folder is whole in itself: any file server serves it, and nothing is fetched from elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hlm.artefacts import HlmError, atomic_folder
+from hlm.config import parse, run_recipe
+from hlm.data import iterate, load, query_text
+from hlm.demo import clean
+from hlm.index import AdIndex
+from hlm.lineage import open_fitting, read_student
+from hlm.runtime import QueryEncoder
+from hlm.store import VectorStore
+
+logger = logging.getLogger(__name__)
+PAGE = Path(__file__).resolve().parent.parent / "spaces/query_to_ad_static"
+# Under node_modules -> under lib/
+LIBRARY = {
+    "@huggingface/transformers/dist/transformers.min.js": "transformers.min.js",
+    "@huggingface/transformers/LICENSE": "LICENSE.transformers.js",
+    "onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify.mjs": "ort-wasm-simd-threaded.asyncify.mjs",
+    "onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify.wasm": "ort-wasm-simd-threaded.asyncify.wasm",
+    "onnxruntime-web/package.json": "onnxruntime-web.package.json",  # names its licence, MIT
+}
+DTYPES = {"int8": ("q8", "model_quantized.onnx"), "fp32": ("fp32", "model.onnx")}
+TAUGHT = 50  # ads of the teacher kept for each example: as many as the page shows at most
+MAX_TEXT = 300  # characters of an ad's text that are sent; the page shows 240
+
+
+@dataclass
+class StaticSpaceConfig:
+    student: str = field(metadata={"help": "the online folder: the student with its ONNX files"})
+    data: str = field(metadata={"help": "the catalogue: a folder or a Hub id"})
+    vectors: str = field(metadata={"help": "the teacher's stores: corpus, and queries for the examples"})
+    output: str = field(metadata={"help": "folder to serve"})
+    ads: int = field(default=20_000, metadata={"help": "at most so many, the first of the catalogue"})
+    examples: list[str] = field(
+        default_factory=list, metadata={"help": "queries to click; of the data, to be compared"}
+    )
+    precision: str = field(default="int8", metadata={"help": "of the student: int8 or fp32"})
+    node_modules: str = field(default="tests/node/node_modules", metadata={"help": "with @huggingface/transformers"})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    (config,) = parse(StaticSpaceConfig, argv=argv)
+    if config.precision not in DTYPES or config.ads < 1:
+        raise HlmError(f"expected precision int8 or fp32 and 1 ad or more, found {config.precision} and {config.ads}")
+    library = {Path(config.node_modules) / source: name for source, name in LIBRARY.items()}
+    if absent := [str(path) for path in library if not path.is_file()]:
+        raise HlmError(
+            f"node_modules: expected transformers.js there, found no {', '.join(absent)}; run `npm ci --ignore-scripts "
+            "--prefix tests/node`, or name a folder where @huggingface/transformers was installed"
+        )
+    student = QueryEncoder.from_pretrained(config.student, precision=config.precision)
+    store = open_fitting(Path(config.vectors) / "corpus", read_student(config.student), "vectors")
+    data = load(config.data, splits=())
+    store.check(source=data.fingerprint("corpus"))
+    with atomic_folder(config.output) as folder:
+        shutil.copytree(PAGE, folder, dirs_exist_ok=True)
+        (folder / "lib").mkdir()
+        for path, name in library.items():
+            shutil.copyfile(path, folder / "lib" / name)
+        write_student(config, folder / "student")
+        count = write_ads(data, store, student.dim, config.ads, folder)
+        about = settings(config, data, store, student, count)
+        (folder / "about.json").write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
+    size = sum(path.stat().st_size for path in Path(config.output).rglob("*") if path.is_file())
+    print(f"{config.output}: {count:,} ads, {size / 2**20:.0f} MiB; python -m http.server --directory {config.output}")
+
+
+def write_student(config: StaticSpaceConfig, folder: Path) -> None:
+    (folder / "onnx").mkdir(parents=True)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(Path(config.student) / name, folder / name)
+    graph = f"onnx/{DTYPES[config.precision][1]}"
+    shutil.copyfile(Path(config.student) / graph, folder / graph)
+
+
+def write_ads(data: Any, store: VectorStore, dim: int, most: int, folder: Path) -> int:
+    """ads.json and vectors.bin of the first `most` ads, in the store's order; returns their number.
+
+    A vector, cut to `dim` and L2-normalised, becomes int8 codes and one scale: largest component / 127.
+    """
+    count = min(most, len(store))
+    names = store.ids[:count].to_pylist()
+    rows = {row["_id"]: row for row in iterate(data.corpus)}
+    ads = [ad(name, rows[name]) for name in names]
+    vectors = store.gather(np.arange(count))[:, :dim].astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    scales = np.abs(vectors).max(axis=1) / 127
+    codes = np.rint(vectors / scales[:, None]).astype(np.int8)
+    (folder / "ads.json").write_text(json.dumps(ads, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
+    (folder / "vectors.bin").write_bytes(scales.astype("<f4").tobytes() + codes.tobytes())
+    return count
+
+
+def ad(name: str, row: dict[str, Any]) -> dict[str, str]:
+    price = row.get("price")
+    found = {
+        "id": name,
+        "title": clean(row.get("title") or ""),
+        "text": clean(row.get("text") or "")[:MAX_TEXT],
+        "brand": clean(row.get("brand") or ""),
+        "price": f"{price:,.2f}" if isinstance(price, (int, float)) else clean(price or ""),
+        "url": clean(row.get("display_url") or row.get("url") or ""),
+    }
+    return {key: value for key, value in found.items() if value}
+
+
+def settings(config: StaticSpaceConfig, data: Any, store: VectorStore, student: QueryEncoder, count: int) -> dict:
+    """What the page must know, and what it tells."""
+    folder = Path(config.student)
+    shown = f"{count:,} of {len(store):,} ads" if count < len(store) else f"{count:,} ads"
+    return {
+        "ads": count, "dim": student.dim, "dtype": DTYPES[config.precision][0], "max_tokens": student.max_tokens,
+        "prompt": student.prompt, "examples": examples(config, data, store, student.dim, count),
+        "facts": [
+            ["Student", f"{folder.name}, {config.precision}, width {student.dim}"],
+            ["Student's fingerprint", student.fingerprint or "none"],
+            ["Teacher's fingerprint", f"{store.encoder}, the same in the student and in the vectors"],
+            ["Catalogue", f"{shown}, their vectors as int8"],
+            ["Fingerprint of the ads' texts", store.source],
+        ],
+    }  # fmt: skip
+
+
+def examples(config: StaticSpaceConfig, data: Any, store: VectorStore, dim: int, count: int) -> list[dict[str, Any]]:
+    """Each example with the ids of the ads that the teacher finds for it among those shown, best first; an example
+    whose vector the teacher has not stored cannot be compared and has none."""
+    folder = Path(config.vectors) / "queries"
+    if not config.examples or not folder.is_dir():
+        return [{"text": text, "teacher": []} for text in config.examples]
+    queries = VectorStore.open(folder)
+    queries.check(encoder=store.encoder)
+    names = {clean(query_text(row)).casefold(): row["_id"] for row in iterate(data.queries)}
+    index = AdIndex.build(store, dim=dim)
+    shown = set(store.ids[:count].to_pylist())
+    found = []
+    for text in config.examples:
+        name = names.get(clean(text).casefold())
+        ads: list[str] = []
+        if name is not None:
+            vector = queries.gather(queries.rows_of([name]))[:, :dim]
+            _, (ads,) = index.search(vector / np.linalg.norm(vector), len(store) if count < len(store) else TAUGHT)
+        found.append({"text": text, "teacher": [one for one in ads if one in shown][:TAUGHT]})
+    return found
+
+
+if __name__ == "__main__":
+    run_recipe(main)

@@ -1,0 +1,197 @@
+"""The demo that runs in the browser alone: the same ads as in Python, strangers' text, keyboard, phone, axe."""
+
+import functools
+import importlib.util
+import json
+import shutil
+import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from browser import HOSTILE, SCRIPT, chromium, opening, serious
+
+from hlm.artefacts import HlmError, write_manifest
+from hlm.data import document_text, iterate, load
+from hlm.encoders import encode, load_encoder
+from hlm.export import export
+from hlm.index import AdIndex
+from hlm.runtime import QueryEncoder
+from hlm.store import VectorStore, write_store
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = ROOT / "tests/node/node_modules/@huggingface/transformers/dist/transformers.min.js"
+spec = importlib.util.spec_from_file_location("static_space_recipe", ROOT / "recipes/static_space.py")
+recipe = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(recipe)
+
+
+@pytest.fixture(scope="module")
+def given(tiny_bert, catalogue_200, tmp_path_factory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("static")
+    shutil.copytree(catalogue_200, root / "data")
+    with open(root / "data/corpus.jsonl", "a", encoding="utf-8") as file:
+        for name, ad in HOSTILE.items():
+            file.write(json.dumps({"_id": name, "price": 1234.5, **ad}) + "\n")
+    shutil.copytree(tiny_bert, root / "student")
+    facts = export(str(root / "student"), root / "student")
+    made = {"inputs": {"teacher": "t" * 16}, "config": {}, "encoder": "e" * 16, "dim": 32, "onnx": facts}
+    write_manifest(root / "student", "student", **made)
+    data, model = load(str(root / "data")), load_encoder(tiny_bert, device="cpu")
+    parts = {
+        "corpus": [(row["_id"], document_text(row)) for row in iterate(data.corpus)],
+        "queries": [(row["_id"], row["text"]) for row in iterate(data.queries)],
+    }
+    for part, records in parts.items():
+        write_store(
+            root / "vectors" / part, records, lambda texts: encode(model, texts, prompt_name="query"), dim=32,
+            encoder="t" * 16, source=data.fingerprint(part), n_rows=len(records),
+        )  # fmt: skip
+    return {"student": str(root / "student"), "data": str(root / "data"), "vectors": str(root / "vectors")}
+
+
+def build(given, output, *more: str) -> Path:
+    recipe.main(
+        [*(word for name, value in given.items() for word in (f"--{name}", value)), "--output", str(output), *more]
+    )
+    return output
+
+
+@pytest.fixture(scope="module")
+def known(given) -> str:
+    return load(given["data"]).queries["text"][0]
+
+
+@pytest.fixture(scope="module")
+def folder(given, known, tmp_path_factory) -> Path:
+    if not LIBRARY.is_file():
+        pytest.skip("transformers.js is not installed: npm ci --ignore-scripts in tests/node")
+    return build(given, tmp_path_factory.mktemp("page") / "static", "--examples", known, "red shoe")
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def url(folder):
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as started:
+        yield started
+
+
+@pytest.fixture
+def opened(browser, url):
+    with opening(browser, url, "#results li") as open_page:
+        yield open_page
+
+
+def ask(page, query: str) -> list[str]:
+    """The titles found, by the keyboard."""
+    page.get_by_label("Query").fill(query)
+    page.keyboard.press("Enter")
+    page.wait_for_function("query => document.querySelector('#results').dataset.query === query", arg=query)
+    return page.locator("#results h2").all_inner_texts()
+
+
+def test_vectors_and_ads_in_the_folder(folder, given):
+    about, ads = (json.loads((folder / name).read_text()) for name in ("about.json", "ads.json"))
+    store = VectorStore.open(Path(given["vectors"]) / "corpus")
+    raw = (folder / "vectors.bin").read_bytes()
+    scales = np.frombuffer(raw, "<f4", about["ads"])
+    codes = np.frombuffer(raw, "i1", offset=4 * about["ads"]).reshape(about["ads"], about["dim"])
+    exact = store.gather(np.arange(len(store)))
+    assert np.abs(codes * scales[:, None] - exact).max() <= scales.max() / 2 + 1e-6
+    assert [ad["id"] for ad in ads] == store.ids.to_pylist() and about["ads"] == 204
+    assert len(about["examples"][0]["teacher"]) == 50 and about["examples"][1]["teacher"] == []
+    assert "\u202e" not in (folder / "ads.json").read_text()
+
+
+def test_the_page_finds_what_python_finds(opened, given, known):
+    page = opened()
+    encoder = QueryEncoder.from_pretrained(given["student"], precision="int8")
+    index = AdIndex.build(VectorStore.open(Path(given["vectors"]) / "corpus"))
+    titles = {row["_id"]: " ".join(row["title"].split()) for row in iterate(load(given["data"]).corpus)}
+    shared = 0
+    for query in (known, "cheap steel bottle", "größe 靴 🎒", "used laptop with a black cable"):
+        found = [title.split(". ", 1)[1] for title in ask(page, query)]
+        _, (ids,) = index.search(encoder.encode(query), 10)
+        shared += len(set(found) & {titles[name] for name in ids}) / len({titles[name] for name in ids})
+    assert shared / 4 >= 0.9  # int8 vectors swap neighbours
+    ask(page, known)
+    assert "The teacher finds" in page.inner_text("#status") and "ms" in page.inner_text("#status")
+    page.get_by_label("Ads", exact=True).fill("3")
+    assert len(ask(page, "red shoe")) == 3
+
+
+def test_odd_queries(opened):
+    page = opened()
+    page.get_by_label("Query").fill("   ")
+    page.get_by_role("button", name="Search", exact=True).click()
+    page.wait_for_selector("text=Type a query first")
+    page.get_by_label("Query").fill("red shoe " * 1200)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("text=Cut to its first 1,000 characters")
+    assert len(ask(page, f"red shoe {SCRIPT}")) == 10 and page.evaluate("window.hacked") is None
+
+
+def test_hostile_ads_stay_text(opened):
+    page = opened()
+    page.get_by_label("Ads", exact=True).fill("50")
+    for query in ("red shoe", "W" * 50, "shoe " * 20 + "end"):
+        ask(page, query)
+        assert page.evaluate("window.hacked") is None
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert page.locator("#results script, #results img, #results h1").count() == 0
+
+
+def test_keyboard_examples_and_facts(opened):
+    page = opened()
+    page.get_by_role("button", name="red shoe").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.querySelector('#results').dataset.query === 'red shoe'")
+    page.get_by_text("What is shown").click()
+    page.wait_for_selector("text=eeeeeeeeeeeeeeee")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_on_a_phone_in_both_themes(opened, scheme):
+    page = opened(viewport={"width": 360, "height": 740}, color_scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert serious(page) == []
+
+
+def test_a_broken_folder_says_what_to_do(folder, url, browser):
+    page = browser.new_page()
+    page.route("**/vectors.bin", lambda route: route.fulfill(status=200, body=b"cut short"))
+    page.goto(url)
+    page.wait_for_selector("text=/This did not work: expected 204 ads and .* found 204 and 9; build this folder again/")
+    page.close()
+
+
+def test_bad_settings_are_refused(given, tmp_path):
+    with pytest.raises(HlmError, match="npm ci --ignore-scripts"):
+        build(given, tmp_path / "out", "--node_modules", str(tmp_path))
+    with pytest.raises(HlmError, match="precision int8 or fp32"):
+        build(given, tmp_path / "out", "--precision", "int4")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_part_of_the_catalogue_says_so(given, known, tmp_path):
+    if not LIBRARY.is_file():
+        pytest.skip("transformers.js is not installed")
+    about = json.loads((build(given, tmp_path / "out", "--ads", "30", "--examples", known) / "about.json").read_text())
+    assert about["ads"] == 30 and "30 of 204 ads" in str(about["facts"])
+    (example,) = about["examples"]
+    ids = [ad["id"] for ad in json.loads((tmp_path / "out/ads.json").read_text())]
+    assert len(example["teacher"]) == 30 and set(example["teacher"]) == set(ids)
