@@ -7,8 +7,6 @@ hub.faults = {7: "503", 8: "503"}   # and its first repetition
 from __future__ import annotations
 
 import json
-import socket
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
@@ -20,9 +18,9 @@ if TYPE_CHECKING:
     from hub_server import HubServer
 
 FAULTS = {
-    "lost_request": "the connection is reset while the request is sent; the Hub has done nothing",
-    "lost_answer": "the Hub has done what was asked and the connection is reset before it answers",
-    "cut_answer": "the Hub has done what was asked and the connection is reset in the middle of the answer",
+    "lost_request": "the connection ends while the request is sent; nothing done",
+    "lost_answer": "what was asked is done, and the connection ends before the answer",
+    "cut_answer": "what was asked is done, and the connection ends in the middle of the answer",
     "500": "HTTP 500, nothing done",
     "503": "HTTP 503, nothing done",
     "429": "HTTP 429 with Retry-After, nothing done",
@@ -90,15 +88,16 @@ class FaultyHandler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         if fault == "lost_request":
             self.rfile.read(length // 2)
-            return self._reset(fault)
+            return self._end(fault)
         body = self._chunks() if "chunked" in self.headers.get("Transfer-Encoding", "") else self.rfile.read(length)
         if len(body) < length:  # the client is gone: what it did not send whole was never asked
-            return self._reset("cut short")
+            return self._end("cut short")
         if fault in ("500", "503", "429"):
             headers = {"Retry-After": "1"} if fault == "429" else {}
             return self._send(Answer({"error": f"injected {fault}"}, int(fault), headers))
-        if fault == "corrupt" and self.command == "PUT":
-            body = altered(body)
+        upload = self.command == "PUT" or self.path.startswith(("/v1/xorbs/", "/v1/shards"))
+        if fault == "corrupt" and upload:
+            body, fault = altered(body), None
         parts = urlsplit(self.path)
         method = "GET" if self.command == "HEAD" else self.command
         request = Request(method, parts.path, dict(parse_qsl(parts.query)), self.headers, body)
@@ -115,8 +114,8 @@ class FaultyHandler(BaseHTTPRequestHandler):
             raw, headers["Content-Type"] = json.dumps(raw).encode(), "application/json"
         status, raw = self._ranged(answer.status, raw, headers)
         if fault == "lost_answer":
-            return self._reset(fault)
-        if fault == "corrupt" and self.command not in ("PUT", "HEAD"):
+            return self._end(fault)
+        if fault == "corrupt" and self.command != "HEAD":
             raw = altered(raw)
         self._note(fault or status)
         try:
@@ -127,7 +126,7 @@ class FaultyHandler(BaseHTTPRequestHandler):
             self.end_headers()
             if fault == "cut_answer":
                 self.wfile.write(raw[: len(raw) // 2] if self.command != "HEAD" else b"")
-                return self._reset(fault)
+                return self._end(fault)
             if self.command != "HEAD":
                 self.wfile.write(raw)
         except (BrokenPipeError, ConnectionResetError):
@@ -154,12 +153,9 @@ class FaultyHandler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(parts)
 
-    def _reset(self, why: str) -> None:
-        """The connection ends without a farewell (RST), as when a router or the machine goes down."""
+    def _end(self, why: str) -> None:
         self._note(why)
         self.close_connection = True
-        self.wfile.flush()
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     def log_message(self, *_: object) -> None:
         pass
