@@ -93,10 +93,9 @@ class Repository:
         Raises:
             HlmError: the tag stands on another commit.
         """
-        self._refuse_taken(name, commit)
-        with hub_errors(f"{self.name}, commit {commit}, could not be tagged {name}"):
-            self.api().create_tag(**self.where, tag=name, revision=commit, exist_ok=True)
-        self._refuse_taken(name, commit)  # exist_ok is silent about whose commit it stands on
+        if self._refuse_taken(name, commit) is None:
+            with hub_errors(f"{self.name}, commit {commit}, could not be tagged {name}"):
+                self.api().create_tag(**self.where, tag=name, revision=commit)
 
     def write(self, files: Mapping[str, Path | bytes], message: str, tag: str | None = None) -> tuple[str, bool]:
         """Makes the branch hold exactly `files` (and the Hub's own .gitattributes), in one commit or none.
@@ -160,12 +159,15 @@ class Repository:
         entries = api.list_repo_tree(**self.where, revision=commit, recursive=True)
         return {e.path: e.lfs.sha256 if e.lfs else e.blob_id for e in entries if isinstance(e, RepoFile)}
 
-    def _refuse_taken(self, tag: str, commit: str | None) -> None:
-        if (found := self.tags().get(tag)) not in (None, commit):
+    def _refuse_taken(self, tag: str, commit: str | None) -> str | None:
+        """The commit that the tag stands on, where that is `commit`; None: it is free."""
+        found = self.tags().get(tag)
+        if found not in (None, commit):
             raise HlmError(
                 f"tag {tag} of {self.name}: expected it to be free or on {commit or 'the commit to come'}, found it on "
                 f"{found}; choose another tag, a release is never moved"
             )
+        return found
 
 
 def collect(title: str, repositories: Sequence[Repository], description: str | None = None) -> str:

@@ -13,7 +13,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,12 @@ from hlm.hub_repository import Repository, collect
 from hlm.index import AdIndex
 from hlm.lineage import open_fitting, read_student, verify
 from hlm.store import VectorStore
-from hlm.tables import find_table
+from hlm.tables import find_table, read_rows
 
 logger = logging.getLogger(__name__)
 
 TYPES = {"teacher": "model", "dataset": "dataset", "student": "model", "space": "space"}  # in the order of publishing
+SPLITS = ("train", "dev", "test")
 UNKNOWN = "0" * 40  # in a dry run, the commit that is not there yet
 
 
@@ -89,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Published]:
         except HlmError as error:
             whole = ", ".join(f"{one.repo_type} {one.repo_id} at {one.commit[:12]}" for one in done.values())
             raise HlmError(
-                f"{error}. Published so far: {whole or 'nothing'}; the same command completes it, sending nothing twice"
+                f"{error}. Whole so far: {whole or 'nothing'}; the same command goes on from there"
             ) from error
     print_table(done)
     print(f"collection {slug}" + (f", tag {config.tag}" if config.tag else ""))
@@ -164,21 +165,9 @@ def stage_teacher(config: PublishConfig, repositories: dict, done: dict, home: P
 
 
 def stage_dataset(config: PublishConfig, repositories: dict, done: dict, home: Path) -> str:
-    data, vectors, student = Path(config.data), Path(config.vectors), read_student(config.student)
-    (home / "qrels").mkdir(parents=True)
-    tables = [
-        "corpus",
-        "queries",
-        *(["unlabelled"] if config.unlabelled else []),
-        "qrels/train",
-        "qrels/dev",
-        "qrels/test",
-    ]
-    for part in tables if data.is_dir() else ():
-        if path := find_table(data, part):
-            (home / part).with_suffix(path.suffix).symlink_to(path.resolve())
-    if (data / MANIFEST).is_file():
-        (home / MANIFEST).symlink_to((data / MANIFEST).resolve())
+    vectors, student = Path(config.vectors), read_student(config.student)
+    if Path(config.data).is_dir():
+        stage_tables(Path(config.data), home, config.unlabelled)
     for part in ("corpus", "queries"):
         if part == "corpus" or (vectors / part / MANIFEST).is_file():
             store = open_fitting(vectors / part, student, "vectors")
@@ -193,6 +182,28 @@ def stage_dataset(config: PublishConfig, repositories: dict, done: dict, home: P
             if one.is_file():
                 (home / "reports" / one.name).symlink_to(one.resolve())
     return dataset_card(home, **about(config, repositories, "dataset"))
+
+
+def stage_tables(data: Path, home: Path, unlabelled: bool) -> None:
+    """Links to the tables; where they are of several formats, which `datasets` does not read, all of them as JSONL."""
+    texts = ["corpus", "queries", *(["unlabelled"] if unlabelled else [])]
+    found = {part: find_table(data, part) for part in (*texts, *(f"qrels/{split}" for split in SPLITS))}
+    found = {part: path for part, path in found.items() if path}
+    (home / "qrels").mkdir(parents=True)
+    if (data / MANIFEST).is_file():
+        (home / MANIFEST).symlink_to((data / MANIFEST).resolve())
+    if len({path.suffix for path in found.values()}) == 1:
+        for part, path in found.items():
+            (home / part).with_suffix(path.suffix).symlink_to(path.resolve())
+        return
+    loaded = load(str(data), splits=[split for split in SPLITS if f"qrels/{split}" in found])
+    for part, path in found.items():
+        rows: Iterable[dict[str, Any]] = (row for _, row in read_rows(path))
+        if part.startswith("qrels/"):
+            judged = loaded.qrels[part.removeprefix("qrels/")].items()
+            rows = ({"query-id": q, "corpus-id": d, "score": grade} for q, ads in judged for d, grade in ads.items())
+        with open(home / f"{part}.jsonl", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
 
 
 def stage_student(config: PublishConfig, repositories: dict, done: dict, home: Path) -> str:

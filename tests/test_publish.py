@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hub_server import HubServer
 from huggingface_hub import RepoCard
 
 from hlm.artefacts import HlmError, read_manifest
@@ -70,7 +71,7 @@ def test_a_dry_run_prints_every_file_and_card_and_asks_nobody(home, capsys, monk
     assert {"model.safetensors", "onnx/model.onnx", "onnx/model_quantized.onnx", ".eval_results/hlm.yaml"} <= set(
         planned["student"].files
     )
-    assert {"corpus.jsonl", "queries.jsonl", "qrels/test.tsv", "vectors/queries/hlm.json", "index/index.faiss",
+    assert {"corpus.jsonl", "queries.jsonl", "qrels/test.jsonl", "vectors/queries/hlm.json", "index/index.faiss",
             "reports/report.json", "reports/report.png"} <= set(planned["dataset"].files)  # fmt: skip
     assert not any("unlabelled" in name for name in planned["dataset"].files)  # may be a log of what people typed
     assert "unlabelled.jsonl" in publish.main(arguments(home, "--dry-run", "--unlabelled"))["dataset"].files
@@ -192,27 +193,103 @@ found = load_demo(config).compare(config.examples[0], 5)
 png = config.file("report", ".png")
 print("RESULT", json.dumps([found["overlap"], len(found["student"]["hits"]), len(found["teacher"]["hits"]), str(png)]))
 """
+OWN = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from hlm import QueryEncoder
+from hlm.artefacts import HlmError
+from hlm.hub import local_folder
+try:
+    pulled = QueryEncoder.from_pretrained(local_folder("acme/hidden-student")).encode(["red shoe"])
+    kept = QueryEncoder.from_pretrained(Path(sys.argv[2]) / "online").encode(["red shoe"])
+    print("RESULT", json.dumps(float(np.abs(pulled - kept).max())))
+except HlmError as error:
+    print("RESULT", json.dumps(str(error)))
+"""
 TOKEN = "hf_" + "abcdefghijklmnopqrstuvwxyz01"
 
 
 class Client:
-    """A process that knows the Hub by HF_ENDPOINT alone and has a cache of its own."""
+    """Processes that know the Hub by their environment alone and share a cache of their own."""
 
-    def __init__(self, hub, folder: Path) -> None:
+    def __init__(self, hub: HubServer, folder: Path) -> None:
         self.hub, self.folder, self.said = hub, folder, ""
 
-    def run(self, code: str, *words: str, token: str | None = TOKEN, cwd: Path = ROOT) -> list:
+    def run(self, code: str, *words: str, user: str | None = "acme", xet: bool = True, cwd: Path = ROOT) -> list:
         """What the code printed after RESULT."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        environment |= {
-            "HF_ENDPOINT": self.hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(self.folder / "hf"),
-            "HLM_CACHE": str(self.folder / "hlm"), "PYTHONPATH": str(cwd), "OMP_NUM_THREADS": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1,localhost",
-        }  # fmt: skip
-        environment |= {"HF_TOKEN": token} if token else {}
+        environment |= self.hub.environment(user, home=self.folder / "hf", xet=xet)
+        environment |= {"HLM_CACHE": str(self.folder / "hlm"), "PYTHONPATH": str(cwd), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             [sys.executable, "-c", code, *words], cwd=cwd, env=environment, capture_output=True, text=True, check=False
         )
-        assert done.returncode == 0, done.stderr[-4000:]
         self.said += done.stdout + done.stderr
+        assert done.returncode == 0, done.stderr[-4000:]
         return [json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line[:7] == "RESULT "]
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    with HubServer(tmp_path_factory.mktemp("hub")) as hub:
+        hub.tokens["acme"] = TOKEN
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def published(hub, home, tmp_path_factory):
+    """The run as release v1, published again, again with another licence under the same tag, and at last without."""
+    client = Client(hub, tmp_path_factory.mktemp("publisher"))
+    other = ["--licence", "mit"]
+    runs = [["--tag", "v1"], ["--tag", "v1"], [*other, "--tag", "v1"], other, other]
+    return client, client.run(PUBLISH, json.dumps([arguments(home, *more) for more in runs]))
+
+
+def test_the_same_run_makes_one_commit_a_repository_and_a_tag_is_never_moved(hub, published):
+    _, (first, second, refused, last, _) = published
+    assert list(first) == list(PARTS) and all(changed for _, changed in first.values())
+    assert second == {part: [commit, False] for part, (commit, _) in first.items()}
+    assert "tag v1 of model acme/tiny-teacher: expected it to be free" in refused and "Whole so far: nothing" in refused
+    for part, kind in PARTS.items():
+        repo = hub.state.repos[kind, f"acme/tiny-{part}"]
+        assert repo.tags == {"v1": first[part][0]} and repo.branches == {"main": last[part][0]}
+        assert len(repo.commits) == 3, part  # the Hub's own first one, v1, and the one with another licence
+    (collection,) = hub.state.collections.values()
+    assert [item["id"] for item in collection["items"]] == [f"acme/tiny-{part}" for part in PARTS]
+
+
+def test_the_same_content_is_not_sent_twice(hub, published):
+    *_, last, again = published[1]
+    assert again == {part: [commit, False] for part, (commit, _) in last.items()}
+    written = [(method, path) for _, method, path, _ in hub.log if method in ("POST", "PUT")]
+    final = max(number for number, (_, path) in enumerate(written) if "/commit/" in path)
+    after = {path for _, path in written[final + 1 :]}
+    assert after and all(re.match(r"/api/(repos/create|collections)", path) for path in after), after
+
+
+def test_pulled_by_someone_else_vectors_are_equal(hub, home, published, tiny_bert, tmp_path):
+    client = Client(hub, tmp_path)
+    (found,) = client.run(PULL, str(home), tiny_bert, user=None)
+    assert len(found["far"]) == 7 and set(found["far"].values()) == {0.0}
+    assert found["licences"] == ["apache-2.0", "mit"]  # revision v1, and main
+    (shown,) = client.run(SPACE, user=None, cwd=Path(found["space"]))
+    assert shown[1:3] == [5, 5] and shown[3].endswith("reports/report.png")  # it runs on its own copy of the package
+    assert TOKEN not in client.said + published[0].said
+
+
+def test_private_repositories_are_seen_with_a_token_alone(home, tmp_path):
+    """On a Hub of its own, which large files reach by LFS."""
+    with HubServer(tmp_path / "hub") as hub:
+        hub.tokens["acme"] = TOKEN
+        client, words = Client(hub, tmp_path / "owner"), arguments(home, "--private", "--name", "hidden")
+        runs = [words, [*words, "--namespace", "guest"], arguments(home), arguments(home, "--private")]
+        _, refused, _, exposed, equal = client.run(PUBLISH + OWN, json.dumps(runs), str(home), xet=False)
+        assert all(hub.state.repos[kind, f"acme/hidden-{part}"].private for part, kind in PARTS.items())
+        assert [found["private"] for found in hub.state.collections.values()] == [True, False]
+        assert "guest/hidden-teacher could not be made ready" in refused and "a token that may write there" in refused
+        assert "expected model acme/tiny-teacher to be private, found it public" in exposed
+        weights = hub.branch("models", "acme/hidden-student")[1]["model.safetensors"]
+        assert equal == 0.0 and weights.sha256 in hub.state.stored
+        (refused,) = Client(hub, tmp_path / "stranger").run(OWN, "", str(home), user=None)
+    assert "expected a folder or a Hub model at acme/hidden-student, found neither" in refused
+    assert "HTTP 401" in refused and "hf auth login" in refused and TOKEN not in client.said
