@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hlm import __version__
 from hlm.artefacts import HlmError
-from hlm.hub_repository import Repository, hub_errors
+from hlm.hub_repository import AGAIN, Repository, hub_errors, same_content
 
 # huggingface_hub, torch and faiss are imported where they are used: a folder is found without them.
 if TYPE_CHECKING:
@@ -29,7 +31,8 @@ def local_folder(
 ) -> Path:
     """A folder as it is, or a Hub repository (`owner/name`) downloaded into the Hub's cache.
 
-    A file takes its name in the cache once it is whole: after an error the next call fetches what is missing.
+    A file takes its name in the cache once it is whole: after an error the next call fetches what is missing. What
+    was downloaded now is compared with the Hub's checksums.
 
     Args:
         id_or_folder: an existing folder wins over a repository of the same name.
@@ -55,12 +58,41 @@ def local_folder(
 
         patterns = None if subfolder is None else [f"{subfolder}/*"]
         wanted = f"a folder or a Hub {repo_type} at {name}" + (f", revision {revision}" if revision else "")
+        started = time.time()
         with hub_errors(f"expected {wanted}, found neither"):
             root = Path(snapshot_download(name, repo_type=repo_type, revision=revision, allow_patterns=patterns))
+            _refuse_damaged(root, name, started)
     folder = root / subfolder if subfolder else root
     if not folder.is_dir():
         raise HlmError(f"expected a folder '{subfolder}' in {name}, found none; name a repository that has it")
     return folder
+
+
+def _refuse_damaged(root: Path, name: str, since: float) -> None:
+    """Removes files of a snapshot that came since then and are not what their checksum says, by which the cache names
+    them; huggingface_hub compares their sizes alone.
+
+    Raises:
+        HlmError: there was one.
+    """
+    damaged = set()
+    for path in root.rglob("*"):
+        blob = path.resolve()
+        if (
+            path.is_file()
+            and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name)
+            and blob.stat().st_mtime >= since - 2
+        ):
+            if not same_content(blob, blob.name):
+                damaged |= {path, blob}
+    for path in damaged:
+        path.unlink()
+    if damaged:
+        files = sorted(path.relative_to(root).as_posix() for path in damaged if path.is_relative_to(root))
+        raise HlmError(
+            f"{name}: expected {files[0]} as the Hub has it, found it damaged on arrival and removed it"
+            f"{f', as {len(files) - 1} more' if files[1:] else ''}; {AGAIN}"
+        )
 
 
 @dataclass(frozen=True)

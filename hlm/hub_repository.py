@@ -126,7 +126,7 @@ class Repository:
                     f"expected {self.name} to be new or written by HLM before, found other files there "
                     f"({', '.join(foreign[:3])}); choose another name, or empty it by hand"
                 )
-            added = [path for path, content in files.items() if not _same(content, there.get(path))]
+            added = [path for path, content in files.items() if not same_content(content, there.get(path))]
             gone = [path for path in there if path not in files and path != ".gitattributes"]
             changed = bool(added or gone)
             if tag is not None:
@@ -144,7 +144,7 @@ class Repository:
             ).oid
         with hub_errors(f"{self.name}, commit {commit}, was written and could not be compared with what was sent"):
             there = self._hashes(api, commit)
-            wrong = [path for path, content in files.items() if not _same(content, there.get(path))]
+            wrong = [path for path, content in files.items() if not same_content(content, there.get(path))]
         if wrong:
             raise HlmError(
                 f"{self.name}, commit {commit}: expected what was sent, found other content of {', '.join(wrong[:3])}; "
@@ -191,7 +191,7 @@ def collect(title: str, repositories: Sequence[Repository], description: str | N
     return collection.slug
 
 
-def _same(content: Path | bytes, found: str | None) -> bool:
+def same_content(content: Path | bytes, found: str | None) -> bool:
     """Whether the repository's hash, of either kind, is the content's."""
     if found is None:
         return False
