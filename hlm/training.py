@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
@@ -24,7 +24,7 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from hlm.artefacts import HlmError, fingerprint_json, read_manifest, write_json
 from hlm.batches import GroupedBatches
@@ -32,10 +32,12 @@ from hlm.config import check_processes
 from hlm.encoders import encode
 from hlm.evaluation import Qrels, dense_run, mean, per_query
 from hlm.index import AdIndex
+from hlm.planner import check_step
 
 logger = logging.getLogger(__name__)
 
 STATE = "state.safetensors"
+WHOLE = "whole"  # a file that a checkpoint has once every process has written its part
 IDENTITY = "identity.json"
 # Arguments that say where and how to report, not what is computed: they may change between a run and its resumption.
 REPORTING = {"output_dir", "run_name", "logging_dir", "logging_steps", "report_to", "disable_tqdm", "save_total_limit"}
@@ -58,6 +60,11 @@ class TrainingArguments(SentenceTransformerTrainingArguments):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         check_processes(self.world_size)
+
+    def check_hardware(self, step: str, config: Any) -> None:
+        """Refuses a recipe's settings before any weights load, as `hlm.planner.check_step` says."""
+        sharded = bool(self.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
+        check_step(step, vars(config) | vars(self), gpus=self.world_size, sharded=sharded)
 
 
 def recorded(args: TrainingArguments) -> dict[str, Any]:
@@ -182,6 +189,18 @@ class RecipeTrainer(SentenceTransformerTrainer):
             folder.mkdir(parents=True, exist_ok=True)
             save_file(tensors, str(folder / STATE))
 
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        kept, self.args.save_total_limit = self.args.save_total_limit, None  # older ones go once this one is whole
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = kept
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = Path(self.args.output_dir)
+            (folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}" / WHOLE).touch()
+            rotate_checkpoints(str(folder), kept, self.state.best_model_checkpoint, use_mtime=True)
+
     def _load_from_checkpoint(self, checkpoint_path: str, model: torch.nn.Module | None = None) -> None:
         tensors = load_file(str(Path(checkpoint_path) / STATE))
         trained = self._trained()
@@ -259,7 +278,7 @@ def train(trainer: RecipeTrainer, identity: dict[str, Any]) -> None:
     path = folder / IDENTITY
     if path.is_file():
         _same_run(path, identity)
-    checkpoint = broadcast_object_list([last_checkpoint(folder, trainer.args.world_size)])[0]
+    checkpoint = broadcast_object_list([last_checkpoint(folder)])[0]
     if trainer.is_world_process_zero():
         write_json(path, identity)
     trainer.accelerator.wait_for_everyone()
@@ -281,11 +300,9 @@ def _same_run(path: Path, identity: dict[str, Any]) -> None:
             )
 
 
-def last_checkpoint(folder: str | Path, processes: int = 1) -> str | None:
-    """The newest whole checkpoint: `trainer_state.json` is what the first process writes last, the state of its random
-    numbers all that every other one writes."""
-    whole = [path.parent for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")]
-    whole = [path for path in whole if len(list(path.glob("rng_state*.pth"))) == processes]
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest whole checkpoint; a kill while one was written leaves it without the mark."""
+    whole = [path.parent for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{WHOLE}")]
     return str(max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]))) if whole else None
 
 
