@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
+from transformers.utils import cached_file
 
 from hlm.artefacts import HlmError
 from hlm.encoders import DTYPES, resolve
@@ -45,6 +47,27 @@ def backbone_config(name_or_path: str) -> PretrainedConfig:
                 f"folder or a reachable Hub id, or one whose shape is shipped: {', '.join(sorted(shipped))}"
             ) from error
         return AutoConfig.for_model(**json.loads(shape.read_text()))
+
+
+def encoder_width(name_or_path: str, *, revision: str | None = None) -> int:
+    """Width of an encoder's vectors, from its configuration files: of its last linear head, else of its backbone.
+
+    Raises:
+        HlmError: nothing to read there.
+    """
+    source = resolve(str(name_or_path))
+
+    def read(file: str) -> Any:
+        try:
+            path = cached_file(source, file, revision=revision)
+        except OSError:
+            return None  # a backbone alone, or out of reach: `backbone_config` says what is missing
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+
+    heads = [module["path"] for module in read("modules.json") or [] if module["type"].endswith(".Dense")]
+    if heads and (head := read(f"{heads[-1]}/config.json")):
+        return head["out_features"]
+    return backbone_config(name_or_path).hidden_size
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ parameters, GPU memory, disk, FLOPs and hours (`hlm.footprint`, `hlm.hardware`).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,8 @@ from hlm.plan_phases import (
 )
 from hlm.plan_settings import Assumptions
 from hlm.pruning import check_cascade, cut_config, keep_layers
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -86,16 +89,16 @@ def make_plan(folder: str, steps: Mapping[str, dict[str, Any]], sizes: Assumptio
     return Plan(str(folder), sizes, models, phases, index, 4 * sizes.documents * width)
 
 
-def check_dim(dim: int | None, most: int) -> int:
-    """`dim`, or `most` for None.
+def check_dim(dim: int | None, most: int, name: str = "dim") -> int:
+    """`dim`, or `most` for None; `name` is what the setting is called.
 
     Raises:
         HlmError: outside 1 ... `most`.
     """
     if dim is not None and not 1 <= dim <= most:
         raise HlmError(
-            f"dim: expected 1 to {most} (the teacher's width), found {dim}; a slice cannot widen a vector: the nearest "
-            f"that works is {min(max(dim, 1), most)}"
+            f"{name}: expected 1 to {most} (the teacher's width), found {dim}; a slice cannot widen a vector: the "
+            f"nearest that works is {min(max(dim, 1), most)}"
         )
     return dim or most
 
@@ -176,36 +179,47 @@ def check_fit(plan: Plan, count: int, gpu: Gpu) -> None:
             )
 
 
-def check_step(step: str, settings: Mapping[str, Any], *, gpu: Gpu | None = None, gpus: int = 1) -> None:
+def check_step(
+    step: str, settings: Mapping[str, Any], *, gpu: Gpu | None = None, gpus: int = 1, sharded: bool = False
+) -> None:
     """What a recipe asks before it loads any weights: is the cascade one that its backbone allows, and can a training
     step fit the GPU at all? Takes texts of middling length, so that only what cannot work is refused.
 
     Args:
         step: "teacher", "align" or "refine".
         settings: the recipe's settings and training arguments by name, as in `hlm.plan_settings.STEPS`.
-        gpu: None takes the one that torch sees; without one, memory is not checked.
+        gpu: None takes the one that torch sees; without one, memory is not checked, nor for a backbone whose layers
+            this project does not know (such a one can be trained, but not cut).
         gpus: data-parallel processes.
+        sharded: whether FSDP splits weights and optimizer over them.
 
     Raises:
         HlmError: with the numbers and the nearest setting that works.
     """
+    config = backbone_config(settings["backbone" if step == "teacher" else "student"])
+    if not any(set(stage) & {"layers", "ffn"} for stage in settings.get("cascade") or []):
+        try:
+            Shape.of(config)
+        except HlmError as error:
+            logger.info("%s: what it takes is not known beforehand (%s)", step, error)
+            return
     limit = min(settings.get("max_seq_length") or 128, 128)
     settings = {**settings, "max_seq_length": limit}
     sizes = Assumptions(documents=settings.get("pool") or 1, queries=1, longest_query=min(16, limit))
     if step == "teacher":
-        shape = Shape.of(backbone_config(settings["backbone"]))
+        shape = Shape.of(config)
         found = [("teacher", lambda: teacher_training(shape, settings, sizes, gpus))]
     elif step == "align":
-        stages = cascade(backbone_config(settings["student"]), settings["cascade"] or [{}])
+        stages = cascade(config, settings["cascade"] or [{}])
         found = [
             (f"align, stage {number}", lambda shape=shape: align_training(shape, settings, sizes))
             for number, (_, shape, _) in enumerate(stages, 1)
         ]
     else:
-        shape = Shape.of(backbone_config(settings["student"]))
+        shape = Shape.of(config)
         found = [("refine", lambda: refine_training(shape, settings, sizes, gpus))]
     if gpu is None and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         gpu = Gpu(properties.name, properties.total_memory, 0.0)
     for where, training in found if gpu is not None else []:
-        refuse(where, training(), gpu, gpus)
+        refuse(where, training(), gpu, gpus, sharded)

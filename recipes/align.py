@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, args = parse(AlignConfig, TrainingArguments, argv=argv)
     stages = config.cascade or [{}]
     check_cascade(stages)
+    args.check_hardware("align", config)
     data = load(config.data, splits=("train", "dev"))
     queries = Queries(config, data)
     documents = VectorStore.open(Path(config.vectors) / "corpus")

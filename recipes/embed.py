@@ -30,7 +30,9 @@ from hlm.artefacts import MANIFEST, HlmError, read_manifest
 from hlm.config import check_processes, parse, run_recipe
 from hlm.data import document_text, load, query_text
 from hlm.encoders import encode, fingerprint, load_encoder
+from hlm.footprint import encoder_width
 from hlm.index import AdIndex
+from hlm.planner import check_dim
 from hlm.store import VectorStore, pending_shards, write_store
 
 logger = logging.getLogger(__name__)
@@ -69,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     process = processes()
     with process.local_main_process_first():  # the others find the checked tables in the cache
         data = load(config.data, revision=config.data_revision, splits=())
+    width = check_dim(config.dim, encoder_width(config.model, revision=config.model_revision))
+    check_dim(config.index_dim, width, "index_dim")
     tables = {part: getattr(data, part) for part in config.parts}
     sources = {part: data.fingerprint(part) for part in config.parts}  # refuses a part that the dataset lacks
     if config.oracle and not any("oracle" in table.column_names for table in tables.values()):

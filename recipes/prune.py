@@ -17,7 +17,9 @@ from typing import Literal
 from hlm.config import parse, run_recipe
 from hlm.data import load
 from hlm.encoders import fingerprint, load_encoder, save_encoder
-from hlm.pruning import check_cascade, cut
+from hlm.footprint import backbone_config
+from hlm.planner import cascade
+from hlm.pruning import cut
 from hlm.store import VectorStore
 from hlm.training import as_config, up_to_date
 
@@ -40,7 +42,7 @@ class PruneConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     (config,) = parse(PruneConfig, argv=argv)
     layers = config.layers or config.keep
-    check_cascade([{"layers": layers, "ffn": config.ffn}])
+    cascade(backbone_config(config.model), [{"layers": layers, "ffn": config.ffn}])  # before any weights load
     data = load(config.data, splits=())
     teacher = VectorStore.open(Path(config.vectors) / "corpus").encoder
     model = load_encoder(config.model)

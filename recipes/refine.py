@@ -67,6 +67,7 @@ class RefineConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     config, args = parse(RefineConfig, TrainingArguments, argv=argv)
     args.output_dir = f"{config.output}.training"
+    args.check_hardware("refine", config)
     data = load(config.data, splits=("train", "dev"))
     model = load_encoder(config.student)
     documents = VectorStore.open(Path(config.vectors) / "corpus")

@@ -87,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not 0 < config.merge_weight <= 1:
         raise HlmError(f"merge_weight: expected above 0 and up to 1, found {config.merge_weight}")
     args.output_dir = f"{config.output}.training"
+    args.check_hardware("teacher", config)
     data = load(config.data, splits=("train", "dev"))
     model = load_encoder(config.backbone, dtype=config.dtype, max_seq_length=config.max_seq_length)
     parts = ("corpus", "queries", "qrels/train")
