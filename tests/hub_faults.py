@@ -86,6 +86,8 @@ class FaultyHandler(BaseHTTPRequestHandler):
             log, fault = self.hub.log, self.hub.faults.get(number)
         self._note = lambda status: log.__setitem__(number - 1, (number, self.command, self.path, status))
         length = int(self.headers.get("Content-Length") or 0)
+        if fault:
+            self.hub.injected.append((number, fault))
         if fault == "lost_request":
             self.rfile.read(length // 2)
             return self._end(fault)

@@ -18,7 +18,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class HubServer:
         tokens: user -> token. Users write to repositories under their own name only.
         faults: request number -> fault, see hub_faults.
         log: (number, method, path, status) of every request since `restart_log`.
+        injected: (number, fault) of the faults that have happened since then.
         page_size: entries of a page of a tree.
     """
 
@@ -50,7 +51,8 @@ class HubServer:
         (self.folder / "xorbs").mkdir(exist_ok=True)
         self.tokens = {user: f"hf_loopback{user}" for user in users}
         self.state, self.lock, self.page_size = State(), threading.RLock(), 1000
-        self.faults: dict[int, str] = {}
+        self.faults: Mapping[int, str] = {}
+        self.injected: list[tuple[int, str]] = []
         self.log: list[tuple[int, str, str, int | str]] = []
 
     def __enter__(self) -> HubServer:
@@ -74,12 +76,21 @@ class HubServer:
 
     def restart_log(self) -> None:
         with self.lock:
-            self.log, self.faults = [], {}
+            self.log, self.faults, self.injected = [], {}, []
 
     def saved(self) -> State:
-        """A copy of the state, to be set again as `hub.state`."""
+        """A copy of the state, for `restore`."""
         with self.lock:
             return copy.deepcopy(self.state)
+
+    def restore(self, state: State) -> None:
+        """Back to a saved state: what has arrived since is gone."""
+        with self.lock:
+            self.state = copy.deepcopy(state)
+            for folder, kept in (("large", state.stored), ("xorbs", state.xet.xorbs())):
+                for path in (self.folder / folder).iterdir():
+                    if path.name not in kept:
+                        path.unlink()
 
     def branch(self, kind: str, name: str, branch: str = "main") -> tuple[str | None, dict[str, Entry]]:
         """(commit, path -> file) of a branch as it stands now; (None, {}) where there is none."""

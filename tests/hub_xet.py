@@ -54,6 +54,9 @@ class XetStore:
     def size(self, sha256: str) -> int | None:
         return self.files[sha256].size if sha256 in self.files else None
 
+    def xorbs(self) -> set[str]:
+        return {term.xorb for file in self.files.values() for term in file.terms}
+
     def read(self, folder: Path, sha256: str) -> bytes:
         return content(folder, self.files[sha256])
 
