@@ -14,7 +14,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from hlm.tables import read_rows
 
 logger = logging.getLogger(__name__)
 
+Rows = Iterable[tuple[str, dict[str, Any]]]  # (place, row)
 GRADES = {"Exact": 3, "Substitute": 2, "Complement": 1, "Irrelevant": 0, "E": 3, "S": 2, "C": 1, "I": 0}
 COLUMNS = ("query", "query_id", "product_id", "product_locale", "esci_label", "product_title")
 README = """# Shopping queries in HLM's layout
@@ -54,8 +55,16 @@ class PrepareEsciConfig:
     dev_fraction: float = field(default=0.05, metadata={"help": "share of train queries that becomes dev"})
     max_text_chars: int = field(default=1000, metadata={"help": "longest rendered text, in characters"})
     general_queries: str | None = field(
-        default=None, metadata={"help": "table with a `text` column of general queries, mixed into unlabelled"}
+        default=None,
+        metadata={
+            "help": "general queries, mixed into unlabelled: a table file, a folder of shards or a Hub dataset id"
+        },
     )
+    general_column: str = field(default="text", metadata={"help": "their column"})
+    general_files: str | None = field(
+        default=None, metadata={"help": "glob of the files to read of a folder or Hub id"}
+    )
+    general_revision: str | None = field(default=None, metadata={"help": "revision of a Hub dataset"})
 
     def __post_init__(self) -> None:
         if not 0 < self.dev_fraction < 1:
@@ -67,6 +76,9 @@ class PrepareEsciConfig:
 def main(argv: list[str] | None = None) -> None:
     (config,) = parse(PrepareEsciConfig, argv=argv)
     inputs, rows = open_source(config)
+    general: Rows = ()
+    if config.general_queries:
+        inputs["general_queries"], general = open_general(config)
     if Path(config.output).exists():
         manifest = read_manifest(config.output, "dataset")  # refuses to replace a folder that is not ours
         if manifest["config"] == asdict(config) and manifest["inputs"] == inputs:
@@ -74,11 +86,11 @@ def main(argv: list[str] | None = None) -> None:
             return
     with atomic_folder(config.output) as folder:
         counts = write_tables(rows, folder, config)
-        counts["unlabelled"] = write_unlabelled(folder, config)
-        general = f", and {config.general_queries}" if config.general_queries else ""
+        counts["unlabelled"] = write_unlabelled(folder, general)
+        also = f", and {config.general_queries}" if config.general_queries else ""
         small = ", reduced version" if config.small_version else ""
         lines = "\n".join(f"- {name}: {count:,}" for name, count in counts.items())
-        text = README.format(**asdict(config) | {"small": small, "general": general}, counts=lines)
+        text = README.format(**asdict(config) | {"small": small, "general": also}, counts=lines)
         (folder / "README.md").write_text(text, encoding="utf-8")
         write_manifest(
             folder,
@@ -91,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     logger.info("wrote %s: %s", config.output, dict(counts))
 
 
-def open_source(config: PrepareEsciConfig) -> tuple[dict[str, str], Iterator[tuple[str, dict[str, Any]]]]:
+def open_source(config: PrepareEsciConfig) -> tuple[dict[str, str], Rows]:
     """(input fingerprints, (place, row) of the whole source, streamed)."""
     path = Path(config.source)
     if path.exists():
@@ -115,14 +127,33 @@ def open_source(config: PrepareEsciConfig) -> tuple[dict[str, str], Iterator[tup
             for split, streamed in splits.items()
             for number, row in enumerate(streamed, start=1)
         )
-    if config.general_queries:
-        if not Path(config.general_queries).is_file():
-            raise HlmError(f"general_queries: expected a table file, found nothing at '{config.general_queries}'")
-        inputs["general_queries"] = fingerprint_file(config.general_queries)
     return inputs, rows
 
 
-def write_tables(rows: Iterator[tuple[str, dict[str, Any]]], folder: Path, config: PrepareEsciConfig) -> Counter[str]:
+def open_general(config: PrepareEsciConfig) -> tuple[str, Rows]:
+    """(input fingerprint, (place, row) of the general queries, streamed)."""
+    source, column = config.general_queries, config.general_column
+    path = Path(source)
+    if path.is_file():
+        rows: Rows = read_rows(path)
+        found = fingerprint_file(path)
+    else:
+        files = {"train": config.general_files} if config.general_files else None
+        try:
+            builder = datasets.load_dataset_builder(source, data_files=files, revision=config.general_revision)
+            streamed = builder.as_streaming_dataset(split="train")
+        except (OSError, ValueError) as error:
+            raise HlmError(
+                f"general_queries: expected a table file, a folder of shards or a Hub dataset id, found '{source}' "
+                f"({error}); correct it, general_files or general_revision, or check the connection"
+            ) from error
+        local = {str(file.relative_to(path)): fingerprint_file(file) for file in sorted(path.rglob("*.*"))}
+        found = fingerprint_json([local, config.general_files] if local else [builder.hash, config.general_revision])
+        rows = ((f"row {number}", row) for number, row in enumerate(streamed, start=1))
+    return found, ((f"{source}, {place}", {"text": row.get(column), "column": column}) for place, row in rows)
+
+
+def write_tables(rows: Rows, folder: Path, config: PrepareEsciConfig) -> Counter[str]:
     """Writes corpus, queries and qrels in one pass; returns the row counts."""
     (folder / "qrels").mkdir()
     counts: Counter[str] = Counter()
@@ -187,19 +218,21 @@ def render(row: dict[str, Any], max_chars: int) -> str:
     return ". ".join(part.rstrip(".") for part in plain if part)[:max_chars].strip()
 
 
-def write_unlabelled(folder: Path, config: PrepareEsciConfig) -> int:
+def write_unlabelled(folder: Path, general: Rows) -> int:
     """Distinct texts of train queries and general queries, without those of held-out queries; returns their number."""
     held_out = {
         row["text"].lower().strip() for _, row in read_rows(folder / "queries.jsonl") if row["split"] != "train"
     }
     seen: set[str] = set()
     with open(folder / "unlabelled.jsonl", "w", encoding="utf-8") as file:
-        sources = [("domain", folder / "queries.jsonl")]
-        sources += [("general", Path(config.general_queries))] if config.general_queries else []
-        for kind, path in sources:
-            for place, row in read_rows(path):
+        for kind, rows in (("domain", read_rows(folder / "queries.jsonl")), ("general", general)):
+            for place, row in rows:
                 if not isinstance(row.get("text"), str) or not row["text"].strip():
-                    raise HlmError(f"{path}, {place}: expected a filled column 'text', found {row}; correct the row")
+                    column = row.get("column", "text")
+                    raise HlmError(
+                        f"{place}: expected a filled column '{column}', found {row['text']!r}; correct the row, or "
+                        "name the column with general_column"
+                    )
                 key = row["text"].lower().strip()
                 if key not in held_out and key not in seen:
                     seen.add(key)

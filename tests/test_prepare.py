@@ -180,6 +180,35 @@ def prepare(shop, output, *more):
     )
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_general_queries_stream_from_shards(esci, tmp_path, suffix):
+    """The way of a Hub id, with a folder in its place."""
+    shards = tmp_path / "massive"
+    for split, texts in {"train": ["wake me at nine", "Query number 0", "garden chair"], "test": ["never"]}.items():
+        (shards / split).mkdir(parents=True)
+        for number, text in enumerate(texts):
+            path = shards / split / f"{number:04}.{suffix}"
+            if suffix == "parquet":
+                pq.write_table(pa.table({"utt": [text], "locale": ["en"]}), path)
+            else:
+                path.write_text(json.dumps({"utt": text, "locale": "en"}) + "\n")
+    argv = ["--source", str(esci), "--output", str(tmp_path / "out"), "--dev_fraction", "0.2"]
+    argv += ["--general_queries", str(shards), "--general_files", f"train/*.{suffix}", "--general_column"]
+    prepare_esci.main([*argv, "utt"])
+    data = load(str(tmp_path / "out"), cache_dir=tmp_path / "cache")
+    held_out = {text.lower() for split in ("dev", "test") for _, text in data.split_queries(split)}
+    found = data.unlabelled["text"]
+    assert {"wake me at nine", "garden chair"} <= set(found) and "never" not in found
+    assert not held_out & {text.lower() for text in found}
+    before = (tmp_path / "out/hlm.json").stat().st_mtime_ns
+    prepare_esci.main([*argv, "utt"])
+    assert (tmp_path / "out/hlm.json").stat().st_mtime_ns == before
+    with pytest.raises(HlmError, match="massive, row 1: expected a filled column 'query'.*general_column"):
+        prepare_esci.main([*argv, "query"])
+    with pytest.raises(HlmError, match="general_queries: .*general_files"):
+        prepare_esci.main([*argv, "utt", "--general_files", "nothing/*.parquet"])
+
+
 def test_a_catalogue_becomes_training_data(shop, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     general = tmp_path / "general.jsonl"

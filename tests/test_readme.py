@@ -64,6 +64,9 @@ def shrink(path: Path, backbone: str) -> None:
     for holder in (values, values.get("systems", {})):
         if "backbone" in holder:
             holder["backbone"] = backbone
+    for stage in [values, *values.get("cascade", [])]:
+        if "ffn" in stage:
+            stage["ffn"] = 32  # of 64
     path.write_text(yaml.safe_dump(values))
 
 
