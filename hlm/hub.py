@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -61,37 +60,33 @@ def local_folder(
         started = time.time()
         with hub_errors(f"expected {wanted}, found neither"):
             root = Path(snapshot_download(name, repo_type=repo_type, revision=revision, allow_patterns=patterns))
-            _refuse_damaged(root, name, started)
+            _refuse_damaged(root, Repository(name, repo_type), started)
     folder = root / subfolder if subfolder else root
     if not folder.is_dir():
         raise HlmError(f"expected a folder '{subfolder}' in {name}, found none; name a repository that has it")
     return folder
 
 
-def _refuse_damaged(root: Path, name: str, since: float) -> None:
-    """Removes files of a snapshot that came since then and are not what their checksum says, by which the cache names
-    them; huggingface_hub compares their sizes alone.
+def _refuse_damaged(root: Path, repository: Repository, since: float) -> None:
+    """Compares the files of a snapshot that came since then with the Hub's checksums and removes those that differ;
+    huggingface_hub compares their sizes alone.
 
     Raises:
         HlmError: there was one.
     """
-    damaged = set()
-    for path in root.rglob("*"):
-        blob = path.resolve()
-        if (
-            path.is_file()
-            and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name)
-            and blob.stat().st_mtime >= since - 2
-        ):
-            if not same_content(blob, blob.name):
-                damaged |= {path, blob}
-    for path in damaged:
-        path.unlink()
+    paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.is_file()}
+    new = {name: path for name, path in paths.items() if path.stat().st_mtime >= since - 2}
+    damaged = sorted(new)  # until the opposite is shown
+    try:
+        hashes = repository.hashes(root.name) if new else {}  # a snapshot's folder is named by its commit
+        damaged = [name for name in damaged if not same_content(new[name], hashes.get(name))]
+    finally:
+        for path in {one for name in damaged for one in (new[name], new[name].resolve())}:
+            path.unlink()
     if damaged:
-        files = sorted(path.relative_to(root).as_posix() for path in damaged if path.is_relative_to(root))
         raise HlmError(
-            f"{name}: expected {files[0]} as the Hub has it, found it damaged on arrival and removed it"
-            f"{f', as {len(files) - 1} more' if files[1:] else ''}; {AGAIN}"
+            f"{repository.name}: expected {damaged[0]} as the Hub has it, found it damaged on arrival and removed it"
+            f"{f', and {len(damaged) - 1} more' if damaged[1:] else ''}; {AGAIN}"
         )
 
 

@@ -118,7 +118,7 @@ class Repository:
         api = self.api()
         with hub_errors(f"{self.name} was not changed"):
             head = api.repo_info(**self.where, revision=self.revision).sha
-            there = self._hashes(api, head)
+            there = self.hashes(head)
             ours = any(path.endswith(MANIFEST) or path.startswith("hlm/") for path in there)
             foreign = sorted(set(there) - {".gitattributes", "README.md"})
             if foreign and not ours:
@@ -143,7 +143,7 @@ class Repository:
                 **self.where, operations=operations, commit_message=message, revision=self.revision, parent_commit=head
             ).oid
         with hub_errors(f"{self.name}, commit {commit}, was written and could not be compared with what was sent"):
-            there = self._hashes(api, commit)
+            there = self.hashes(commit)
             wrong = [path for path, content in files.items() if not same_content(content, there.get(path))]
         if wrong:
             raise HlmError(
@@ -152,11 +152,11 @@ class Repository:
             )
         return commit, True
 
-    def _hashes(self, api: HfApi, commit: str) -> dict[str, str]:
+    def hashes(self, commit: str) -> dict[str, str]:
         """Path -> SHA-256 of a large file, Git's hash of a small one."""
         from huggingface_hub.hf_api import RepoFile
 
-        entries = api.list_repo_tree(**self.where, revision=commit, recursive=True)
+        entries = self.api().list_repo_tree(**self.where, revision=commit, recursive=True)
         return {e.path: e.lfs.sha256 if e.lfs else e.blob_id for e in entries if isinstance(e, RepoFile)}
 
     def _refuse_taken(self, tag: str, commit: str | None) -> str | None:
