@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +23,9 @@ class TokenTable:
     Args:
         texts: read once, by slices of `BLOCK`: a list, or a view of a table that lies on disk.
         prompt: goes before every text.
-        folder: the array goes into a file there and is read through a memory map; in memory stay 12 bytes a text. The
-            first process writes it, the others wait. A file made from the same texts with the same tokenizer, prompt
-            and limit is used again.
+        folder: the array and each text's end in it go into files there and are read through memory maps. The first
+            process writes them, the others wait. Files made from the same texts with the same tokenizer, prompt and
+            limit are used again.
         source: fingerprint of `texts`; goes with `folder`.
     """
 
@@ -42,32 +42,41 @@ class TokenTable:
         blocks = _tokenised(model, texts, prompt)
         if folder is None:
             found = list(blocks)
-            self.flat, self.lengths = (
-                np.concatenate([np.zeros(0, np.int32), *(block[part] for block in found)]) for part in (0, 1)
+            self.flat = np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in found)])
+            self.ends = np.cumsum(
+                np.concatenate([np.zeros(0, np.int32), *(length for _, length in found)]), dtype="<i8"
             )
         else:
             key = fingerprint_json([_tokenizer(model), model.max_seq_length, prompt, source, len(texts)])
-            flat, lengths = (Path(folder) / f"tokens-{key}.{part}" for part in ("int32", "lengths.npy"))
+            flat, ends = (Path(folder) / f"tokens-{key}.{part}" for part in ("ids", "ends"))
             with PartialState().main_process_first():
                 if not flat.is_file():
-                    with atomic_file(flat) as aside, open(aside, "wb") as file:
-                        parts = [np.zeros(0, np.int32)]
-                        for ids, length in blocks:
-                            file.write(ids.astype("<i4").data)
-                            parts.append(length)
-                        with atomic_file(lengths) as other, open(other, "wb") as file_of_lengths:
-                            np.save(file_of_lengths, np.concatenate(parts))
+                    _write(blocks, flat, ends)
             self.flat = np.memmap(flat, dtype="<i4", mode="r")
-            self.lengths = np.load(lengths)
-        self.ends = np.cumsum(self.lengths, dtype=np.int64)
+            self.ends = np.memmap(ends, dtype="<i8", mode="r")
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.ends)
+
+    def lengths(self, rows: np.ndarray | None = None) -> np.ndarray:
+        """Tokens of each of these texts, of all by default: int32."""
+        if rows is None:
+            return np.diff(self.ends, prepend=0).astype(np.int32)
+        return (self.ends[rows] - np.where(rows > 0, self.ends[rows - 1], 0)).astype(np.int32)
 
     def features(self, rows: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
         """Right-padded `input_ids` and `attention_mask`, int64 (rows, longest)."""
-        ids = [self.flat[self.ends[row] - self.lengths[row] : self.ends[row]] for row in rows]
-        return pad(self.model, ids)
+        return pad(self.model, [self.flat[self.ends[row - 1] if row else 0 : self.ends[row]] for row in rows])
+
+
+def _write(blocks: Iterable[tuple[np.ndarray, np.ndarray]], flat: Path, ends: Path) -> None:
+    last = 0
+    with atomic_file(flat) as aside, open(aside, "wb") as file:
+        with atomic_file(ends) as other, open(other, "wb") as file_of_ends:
+            for ids, lengths in blocks:
+                file.write(ids.astype("<i4").data)
+                file_of_ends.write((last + np.cumsum(lengths, dtype="<i8")).data)
+                last += len(ids)
 
 
 def _tokenised(
@@ -130,7 +139,7 @@ class GroupedBatches:
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = np.random.default_rng((self.seed, self.epoch))
-        order = generator.permutation(self.rows)
+        order = generator.permutation(np.arange(self.rows, dtype=np.int32))
         whole = 0
         if self.keys is not None:
             wide = self.batch_size * 32 if self.group == self.batch_size else self.rows

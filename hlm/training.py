@@ -144,7 +144,7 @@ class RecipeTrainer(SentenceTransformerTrainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=Dataset.from_dict({"row": np.arange(rows)}),
+            train_dataset=Dataset.from_dict({"row": np.arange(rows, dtype=np.int32)}),
             data_collator=_Collator(collate),
             evaluator=evaluator,
             loss=_Trained(model),

@@ -115,7 +115,7 @@ def align(source: str, stage: dict, output: str, config: AlignConfig, args, data
         model,
         args,
         rows=len(tokens),
-        keys=tokens.lengths[queries.order],
+        keys=tokens.lengths(queries.order),
         collate=lambda rows: {"query": tokens.features(queries.order[rows]), "teacher": queries.teacher(rows)},
         step_loss=lambda wrapped, batch: loss(wrapped(batch["query"])["sentence_embedding"], batch["teacher"]),
         evaluator=DevRetrieval(
@@ -163,7 +163,7 @@ class Queries:
         self.source = " ".join(sources)
         self.starts = np.cumsum([0] + [len(texts) for texts in self.texts])
         # The texts are read in a fixed shuffled order, so that calibration sees all parts.
-        self.order = np.random.default_rng(0).permutation(len(self))
+        self.order = np.random.default_rng(0).permutation(np.arange(len(self), dtype=np.int32))
 
     def __len__(self) -> int:
         return int(self.starts[-1])

@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model,
         args,
         rows=len(refinement.pairs),
-        keys=refinement.tokens.lengths[refinement.pairs[:, 0]],
+        keys=refinement.tokens.lengths(refinement.pairs[:, 0]),
         collate=refinement.collate,
         step_loss=refinement.loss,
         evaluator=DevRetrieval(

@@ -202,11 +202,11 @@ class Batches:
 
     def collate(self, rows: list[int]) -> dict:
         pairs = self.pairs.rows[rows]
-        query, positive = pairs[np.argsort(self.queries.lengths[pairs[:, 0]], kind="stable")].T
+        query, positive = pairs[np.argsort(self.queries.lengths(pairs[:, 0]), kind="stable")].T
         negative = self.negatives[query]
         # Every document of the batch is encoded once, however many queries it belongs to.
         documents, places = np.unique([*positive, *np.maximum(negative, 0).ravel()], return_inverse=True)
-        order = np.argsort(self.documents.lengths[documents], kind="stable")
+        order = np.argsort(self.documents.lengths(documents), kind="stable")
         documents, places = documents[order], np.argsort(order)[places]
         # As many chunks on every rank, however many documents are distinct there: gradient caching asks for it.
         size = self.config.cache_chunk or SIMILAR_LENGTH
