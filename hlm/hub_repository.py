@@ -212,6 +212,7 @@ def hub_errors(what: str) -> Iterator[None]:
     from huggingface_hub import errors
 
     kinds = [errors.HTTPError, OSError, RuntimeError, ValueError, errors.EntryNotFoundError]
+    kinds += [KeyError, TypeError, AssertionError]  # an answer that came damaged lacks what huggingface_hub takes of it
     kinds += [
         getattr(errors, name) for name in ("XetDownloadError", "RevisionResolutionError") if hasattr(errors, name)
     ]
@@ -247,7 +248,8 @@ def _status(error: BaseException) -> tuple[int | None, BaseException | None]:
 def _remedy(error: BaseException) -> str:
     status, _ = _status(error)
     text = " ".join(str(cause) for cause in _chain(error))
-    if any(isinstance(cause, OSError) and cause.errno == errno.ENOSPC for cause in _chain(error)) or "No space" in text:
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if any(isinstance(cause, OSError) and cause.errno in full for cause in _chain(error)) or "No space" in text:
         return f"free some space on the disk, then {AGAIN}"
     if status in REMEDIES:
         return REMEDIES[status]
