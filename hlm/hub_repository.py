@@ -212,7 +212,7 @@ def hub_errors(what: str) -> Iterator[None]:
     from huggingface_hub import errors
 
     kinds = [errors.HTTPError, OSError, RuntimeError, ValueError, errors.EntryNotFoundError]
-    kinds += [KeyError, TypeError, AssertionError]  # an answer that came damaged lacks what huggingface_hub takes of it
+    kinds += [KeyError, AssertionError]  # a damaged answer lacks what huggingface_hub takes of it
     kinds += [
         getattr(errors, name) for name in ("XetDownloadError", "RevisionResolutionError") if hasattr(errors, name)
     ]
