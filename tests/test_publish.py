@@ -293,3 +293,27 @@ def test_private_repositories_are_seen_with_a_token_alone(home, tmp_path):
         (refused,) = Client(hub, tmp_path / "stranger").run(OWN, "", str(home), user=None)
     assert "expected a folder or a Hub model at acme/hidden-student, found neither" in refused
     assert "HTTP 401" in refused and "hf auth login" in refused and TOKEN not in client.said
+
+
+TWICE = """
+import json
+from hlm.artefacts import HlmError
+from hlm.hub import local_folder
+for _ in range(2):
+    try:
+        print("RESULT", json.dumps(str(local_folder("acme/tiny-teacher"))))
+    except HlmError as error:
+        print("RESULT", json.dumps(str(error)))
+"""
+
+
+@pytest.mark.parametrize("mode", ["lfs", "xet"])
+def test_what_arrives_damaged_is_found_and_the_next_pull_is_whole(hub, published, tmp_path, mode):
+    hub.restart_log()
+    hub.faults = dict.fromkeys(range(3, 9), "corrupt")  # after the commit and its tree are known
+    damaged, folder = Client(hub, tmp_path).run(TWICE, xet=mode == "xet")
+    hub.restart_log()
+    assert "damaged on arrival" in damaged and "run it again" in damaged
+    _, right = hub.branch("models", "acme/tiny-teacher")
+    pulled = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    assert pulled == {name: hub.content(entry) for name, entry in right.items()} and len(pulled) == 5
