@@ -149,12 +149,56 @@ def _folder_tables(source: str, revision: str | None, splits: Sequence[str]) -> 
         path = find_table(Path(source), part)
         if path is not None:
             tables[part] = Table(str(path), lambda path=path: read_rows(path), lambda path=path: fingerprint_file(path))
+    if (table := _sharded(Path(source), "unlabelled")) is not None:
+        if "unlabelled" in tables:
+            raise HlmError(f"expected one 'unlabelled' in {source}, found {tables['unlabelled'].name} and {table.name}")
+        tables["unlabelled"] = table
     for part in ("corpus", "queries"):
         if part not in tables:
             tried = ", ".join(f"{part}{suffix}" for suffix in SUFFIXES)
             found = ", ".join(sorted(p.name for p in Path(source).iterdir())) or "an empty folder"
             raise HlmError(f"{source}: expected one of {tried}, found {found}; add the file or correct the path")
     return tables
+
+
+def _sharded(folder: Path, part: str) -> Table | None:
+    """A table in many files, streamed: a folder `part` of shards in the order of their names, or `part.urls`, a text
+    file with an address a line (hf://datasets/owner/name/*.parquet, https://...)."""
+    listed, shards = folder / f"{part}.urls", folder / part
+    if listed.is_file():
+        return _addressed(listed)
+    if not shards.is_dir():
+        return None
+    paths = sorted(path for path in shards.iterdir() if path.suffix in SUFFIXES)
+    if not paths:
+        raise HlmError(f"{shards}: expected shards ({', '.join(SUFFIXES)}), found none; add them or remove the folder")
+
+    def rows() -> Iterator[tuple[str, Row]]:
+        return ((f"{path.name}, {place}", row) for path in paths for place, row in read_rows(path))
+
+    return Table(str(shards), rows, lambda: fingerprint_json([[path.name, fingerprint_file(path)] for path in paths]))
+
+
+def _addressed(path: Path) -> Table:
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    addresses = [line for line in lines if line and not line.startswith("#")]
+    kinds = {{".parquet": "parquet", ".jsonl": "json", ".csv": "csv"}.get(Path(one).suffix) for one in addresses}
+    if len(kinds) != 1 or None in kinds:
+        raise HlmError(
+            f"{path}: expected addresses of .parquet, .jsonl or .csv files, all of one kind, found "
+            f"{', '.join(addresses[:3]) or 'none'}; write one a line"
+        )
+    try:
+        builder = datasets.load_dataset_builder(kinds.pop(), data_files={"train": addresses})
+        streamed = builder.as_streaming_dataset(split="train")
+    except (OSError, ValueError, StopIteration) as error:  # the last: a pattern of JSON Lines that nothing meets
+        raise HlmError(f"{path}: expected files at its addresses, found none ({error}); correct them") from error
+
+    def rows() -> Iterator[tuple[str, Row]]:
+        return ((f"row {number}", row) for number, row in enumerate(streamed, start=1))
+
+    files = builder.config.data_files["train"]  # origin_metadata: what tells another version of a file
+    return Table(str(path), rows, lambda: fingerprint_json([list(files), [list(one) for one in files.origin_metadata]]))
 
 
 def _hub_tables(source: str, revision: str | None, splits: Sequence[str]) -> dict[str, Table]:

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -227,3 +228,44 @@ def test_the_hub_layout(tmp_path):
     loaded = {part: checked_dataset(tables[part], part, tmp_path / "c") for part in TEXTS if part in tables}
     assert loaded["corpus"]["_id"] == ["d1", "d2", "d3"]
     assert [row for _, row in tables["qrels/dev"].rows()] == [{"query-id": "q1", "corpus-id": "d1", "score": 1.0}]
+
+
+@pytest.mark.parametrize("way", ["folder", "urls"])
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_unlabelled_queries_in_shards(catalogue_200, tmp_path, way, suffix):
+    folder, cache = tmp_path / "data", tmp_path / "cache"
+    shutil.copytree(catalogue_200, folder)
+    (folder / "unlabelled.jsonl").unlink()
+    shards = folder / "unlabelled" if way == "folder" else tmp_path / "elsewhere"
+    shards.mkdir()
+    texts = [f"query {number}" for number in range(7)]
+    for number, start in enumerate(range(0, 7, 3)):
+        rows = [{"text": text} for text in texts[start : start + 3]]
+        path = shards / f"{number:05}{suffix}"
+        if suffix == ".parquet":
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if way == "urls":
+        (folder / "unlabelled.urls").write_text(f"# the log\nfile://{shards}/*{suffix}\n")
+    data = load(str(folder), cache_dir=cache)
+    assert data.unlabelled["text"][:] == texts
+    before = data.fingerprint("unlabelled")
+    (folder / "unlabelled.jsonl").write_text('{"text": "x"}\n')
+    with pytest.raises(HlmError, match="expected one 'unlabelled'"):
+        load(str(folder), cache_dir=cache)
+    (folder / "unlabelled.jsonl").unlink()
+    (shards / f"00001{suffix}").unlink()
+    assert load(str(folder), cache_dir=cache).fingerprint("unlabelled") != before
+    for path in shards.glob("*"):
+        path.unlink()
+    with pytest.raises(HlmError, match="expected (shards|files at its addresses)"):
+        load(str(folder), cache_dir=cache)
+
+
+def test_addresses_of_two_kinds_are_refused(catalogue_200, tmp_path):
+    shutil.copytree(catalogue_200, tmp_path / "data")
+    (tmp_path / "data/unlabelled.jsonl").unlink()
+    (tmp_path / "data/unlabelled.urls").write_text("hf://datasets/a/b/c.parquet\nhf://datasets/a/b/c.jsonl\n")
+    with pytest.raises(HlmError, match="all of one kind"):
+        load(str(tmp_path / "data"), cache_dir=tmp_path)
