@@ -1,26 +1,26 @@
 """Publishing over HTTP, measured: every request of a publish fails once in every way, and a round trip in both modes.
 
-    python recipes/measure_publish.py --config recipes/configs/quickstart/publish.yaml --output results/hub.json
+    python recipes/measure_publish.py --release recipes/configs/quickstart/publish.yaml --output results/hub.json
 
-The Hub is the one of the tests, on loopback; the clients are the real ones. The round trip is of the run that the
-config names; faults are tried on two tiny runs made for it, where a publish takes a second.
+The Hub is the one of the tests, on loopback; the clients are the real ones. The round trip is of the release that
+is named; faults are tried on two tiny runs made for it, where a publish takes a second.
 """
 
 from __future__ import annotations
 
-import hashlib
+import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import yaml
 
-from hlm.artefacts import HlmError, read_manifest, write_json
+from hlm.artefacts import HlmError, write_json
 from hlm.config import parse, run_recipe
 from hlm.machine import facts
 from hlm.report import command_line, environment
@@ -30,12 +30,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # the Hub and its clients' proc
 
 from hub_client import Client  # noqa: E402
 from hub_faults import FAULTS, Always  # noqa: E402
+from hub_repositories import State, different, not_whole  # noqa: E402
+from hub_run import tiny_run  # noqa: E402
 from hub_server import HubServer  # noqa: E402
-
-from recipes.publish import TYPES, PublishConfig, repositories_of  # noqa: E402
-
-if TYPE_CHECKING:
-    from hub_repositories import State
 
 OUTAGES = {"outage_503": "503", "outage_lost_request": "lost_request"}  # from the request on, until the rerun
 NOT_PROVEN = [
@@ -45,81 +42,83 @@ NOT_PROVEN = [
     "and names of xorbs are not verified, contents are.",
     "One fault at a time, or one outage; waits between the clients' retries are a hundredth of theirs; recipes/"
     "publish.py checks a release before its first request once for all faults.",
-    "A process killed in the middle of a publish is an outage that lasts; it is not tried by itself.",
+    "A process killed in the middle of a publish is an outage that lasts; it is not tried by itself. Nor are files so "
+    "large that LFS sends them in parts.",
     "An altered byte is tried in what is uploaded and in answers, not in the small files inside a commit's request: "
     "the Hub has nothing to compare those with.",
 ]
+KNOWN = {"modes": ["lfs", "xet"], "scenarios": ["first", "update", "pull"], "faults": [*FAULTS, *OUTAGES]}
 
 
 @dataclass
 class MeasurePublishConfig:
+    release: str = field(metadata={"help": "config of recipes/publish.py: what is published and pulled"})
     output: str = "results/hub.json"
-    modes: list[str] = field(default_factory=lambda: ["lfs", "xet"], metadata={"help": "of upload and download"})
+    modes: list[str] = field(default_factory=lambda: KNOWN["modes"], metadata={"help": "of upload and download"})
     scenarios: list[str] = field(
-        default_factory=lambda: ["first", "update", "pull"],
+        default_factory=lambda: KNOWN["scenarios"],
         metadata={"help": "publish to an empty Hub; publish a run in which all differs over another; pull"},
     )
-    faults: list[str] = field(default_factory=lambda: [*FAULTS, *OUTAGES], metadata={"help": "kinds of fault"})
-    every: int = field(default=1, metadata={"help": "fail each n-th request only"})
-    round_trip: bool = field(default=True, metadata={"help": "publish and pull the run that the config names"})
+    faults: list[str] = field(default_factory=lambda: KNOWN["faults"], metadata={"help": "kinds of fault"})
+    every: int = field(default=1, metadata={"help": "only each n-th request fails"})
+    round_trip: bool = field(default=True, metadata={"help": "publish and pull the release"})
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    config, release = parse(MeasurePublishConfig, PublishConfig, argv=argv)
+    (config,) = parse(MeasurePublishConfig, argv=argv)
+    release = checked(config)
     began = time.perf_counter()
-    measured: dict[str, Any] = {"settings": {"measure": asdict(config), "release": asdict(release)}}
-    measured |= {"environment": environment(command_line("recipes/measure_publish.py", argv)), "machine": facts()}
+    measured: dict[str, Any] = {"settings": asdict(config), "release": release, "machine": facts()}
+    measured["environment"] = environment(command_line("recipes/measure_publish.py", argv))
     with tempfile.TemporaryDirectory(prefix="hlm-hub-") as temporary:
-        home = Path(temporary)
-        runs = [tiny_run(home / f"run{seed}", release, seed) for seed in (0, 1)] if config.scenarios else []
+        home, runs = Path(temporary), []
+        fixed = {"report": None, "latency": None, "name": "tiny", "namespace": "acme"}
+        if release.get("space"):  # an edit meanwhile changes nothing
+            fixed["space"] = str(shutil.copytree(release["space"], home / "space"))
+        for seed in (0, 1) if "update" in config.scenarios else (1,) if config.scenarios else ():
+            run = tiny_run(home / f"run{seed}", release["student"], seed)
+            runs.append(written(home / f"run{seed}", release | fixed | run | {"tag": f"v{seed}"}))
         for mode in config.modes:
-            found = measured.setdefault(mode, {})
-            if config.round_trip:
-                found["round_trip"] = round_trip(home / f"{mode}-round", mode, release)
-            for scenario in config.scenarios:
-                sweep = pull_faults if scenario == "pull" else publish_faults
-                found[scenario] = sweep(home / f"{mode}-{scenario}", mode, scenario, runs, config)
-                print(mode, scenario, {name: one for name, one in found[scenario].items() if name != "failures"})
-    measured |= {"seconds": time.perf_counter() - began, "not_proven": NOT_PROVEN}
+            found = measured[mode] = {}
+            with HubServer(home / mode) as hub, Client(hub, home / f"{mode}-client", xet=mode == "xet") as client:
+                if config.round_trip:
+                    argv = written(home / mode, release | {"namespace": "acme", "private": True, "tag": "v1"})
+                    found["round_trip"] = round_trip(hub, client, argv, release)
+                for scenario in config.scenarios:
+                    sweep = pull_faults if scenario == "pull" else publish_faults
+                    hub.restore(State())
+                    found[scenario] = sweep(hub, client, runs if scenario == "update" else runs[-1:], config)
+                    print(mode, scenario, {name: one for name, one in found[scenario].items() if name != "failures"})
+                    write_json(config.output, measured | {"whole": False})
+                found["tokens_in_output"] = client.said.read_text().count(hub.tokens["acme"])
+    measured |= {"whole": True, "seconds": time.perf_counter() - began, "not_proven": NOT_PROVEN}
+    measured["publish_faults"] = totals(measured, config)
     write_json(config.output, measured)
+    print(measured["publish_faults"])
     return measured
 
 
-def tiny_run(folder: Path, release: PublishConfig, seed: int) -> list[str]:
-    """A teacher's adapter, stores and a student with ONNX files, by the recipes; the arguments that publish them."""
-    import torch
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-    from transformers import AutoTokenizer, BertConfig, BertModel
+def checked(config: MeasurePublishConfig) -> dict[str, Any]:
+    for name, known in KNOWN.items():
+        if unknown := set(getattr(config, name)) - set(known):
+            raise HlmError(
+                f"{name}: expected any of {', '.join(known)}, found {', '.join(sorted(unknown))}; correct it"
+            )
+    if config.every < 1 or not Path(config.release).is_file():
+        raise HlmError(
+            f"expected a config of recipes/publish.py and every n-th request, found {config.release} and "
+            f"every={config.every}; name recipes/configs/quickstart/publish.yaml, after make quickstart"
+        )
+    return yaml.safe_load(Path(config.release).read_text(encoding="utf-8"))
 
-    from hlm.data import load
-    from hlm.encoders import load_encoder, save_encoder
-    from hlm.sample_catalogue import write_catalogue
-    from recipes import embed, export, teacher
 
-    data = str(folder / "data")
-    write_catalogue(data, ads=60, unlabelled=40, train_queries=40, dev_queries=10, test_queries=20, seed=seed)
-    texts = list(load(data, splits=()).queries["text"])
-    tokenizer = AutoTokenizer.from_pretrained(release.student).train_new_from_iterator([texts], 300)
-    torch.manual_seed(seed)
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    BertModel(BertConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder / "bare")
-    tokenizer.save_pretrained(folder / "bare")
-    parts = [Transformer(str(folder / "bare"), max_seq_length=48), Pooling(32, pooling_mode="mean"), Normalize()]
-    SentenceTransformer(modules=parts, device="cpu").save_pretrained(str(folder / "base"), create_model_card=False)
-    teacher.main(
-        ["--backbone", str(folder / "base"), "--data", data, "--output", str(folder / "teacher"), "--min_score", "3",
-         "--lora_rank", "4", "--max_steps", "1", "--per_device_train_batch_size", "16", "--save_strategy", "no",
-         "--disable_tqdm", "true"]
-    )  # fmt: skip
-    embed.main(["--model", str(folder / "teacher"), "--data", data, "--output", str(folder / "vectors")])
-    model = load_encoder(str(folder / "teacher"), device="cpu", max_seq_length=24)  # so it is another encoder
-    inputs = {"teacher": read_manifest(folder / "teacher", "teacher")["encoder"]}
-    save_encoder(model, folder / "student", "student", inputs=inputs, config={})
-    export.main(["--student", str(folder / "student"), "--output", str(folder / "online")])
-    own = {"student": folder / "online", "teacher": folder / "teacher", "vectors": folder / "vectors", "data": data}
-    given = asdict(release) | {"report": None, "latency": None, "tag": f"v{seed}", "name": "tiny", "namespace": "acme"}
-    return written(folder, given | {name: str(path) for name, path in own.items()})
+def totals(measured: dict[str, Any], config: MeasurePublishConfig) -> dict[str, int]:
+    """Of all modes' publishes together."""
+    scenarios = [measured[mode][one] for mode in config.modes for one in config.scenarios if one != "pull"]
+    found: dict[str, int] = {}
+    for count in (count for scenario in scenarios for count in scenario["faults"].values()):
+        found = {name: found.get(name, 0) + value for name, value in count.items()}
+    return found
 
 
 def written(folder: Path, release: dict[str, Any]) -> list[str]:
@@ -129,101 +128,86 @@ def written(folder: Path, release: dict[str, Any]) -> list[str]:
 
 
 def publish_faults(
-    home: Path, mode: str, scenario: str, runs: list[list[str]], config: MeasurePublishConfig
+    hub: HubServer, client: Client, runs: list[list[str]], config: MeasurePublishConfig
 ) -> dict[str, Any]:
-    """Every fault at every request of one publish, each from the same state of the Hub and a client that knows nothing;
-    then the same command again."""
-    with HubServer(home / "hub") as hub:
-        client = Client(hub, home / "client", xet=mode == "xet")
-        if scenario == "update":
-            succeed(client.ask("publish", argv=runs[0], fresh=True))
-        old = hub.saved()
+    """Every fault at every request of publishing the last run, each from the same state of the Hub (with the first of
+    two runs published) and a client that knows nothing; then the same command again."""
+    *before, argv = runs
+    for one in before:
+        succeed(client.ask("publish", argv=one, fresh=True))
+    old = hub.saved()
+    hub.restart_log()
+    succeed(client.ask("publish", argv=argv, fresh=True))
+    new, requests = hub.saved(), list(hub.log)
+    names = ("tried", "completed", "clear_error", "other_error", "half_published", "reruns_completed")
+    counts, failures = {fault: dict.fromkeys(names, 0) for fault in config.faults}, []
+    for fault, number in tries(requests, config):
+        hub.restore(old)
+        inject(hub, number, fault)
+        answer = client.ask("publish", argv=argv, fresh=True)
+        if not hub.injected:  # requests in parallel: this time there were fewer
+            continue
+        half = not_whole(hub, old, new)
         hub.restart_log()
-        succeed(client.ask("publish", argv=runs[1], fresh=True))
-        new, requests = hub.saved(), list(hub.log)
-        counts, failures = {}, []
-        for fault in config.faults:
-            count = counts[fault] = dict.fromkeys(
-                ("tried", "completed", "clear_error", "other_error", "half_published", "reruns_completed"), 0
-            )
-            for number in range(1, len(requests) + 1, config.every):
-                hub.restore(old)
-                inject(hub, number, fault)
-                answer = client.ask("publish", argv=runs[1], fresh=True)
-                if not hub.injected:  # requests in parallel: this time there were fewer
-                    continue
-                half = not_whole(hub, old, new)
-                hub.restart_log()
-                again = client.ask("publish", argv=runs[1], fresh=False)
-                half += not_whole(hub, old, new)
-                left = different(hub, new) if "value" in again else [again["text"]]
-                count["tried"] += 1
-                count[outcome(answer)] += 1
-                count["half_published"] += bool(half)
-                count["reruns_completed"] += not left
-                if half or left or outcome(answer) == "other_error":
-                    found = {"fault": fault, "number": number, "request": " ".join(requests[number - 1][1:3])}
-                    failures.append(found | {"answer": answer, "half_published": half, "rerun": left})
-        client.close()
-        leaks = client.said.read_text().count(hub.tokens["acme"])
-    return {"requests": len(requests), "faults": counts, "failures": failures, "tokens_in_output": leaks}
-
-
-def pull_faults(
-    home: Path, mode: str, scenario: str, runs: list[list[str]], config: MeasurePublishConfig
-) -> dict[str, Any]:
-    """Every fault at every request of a pull of student and adapter, and disks that fill up; then the pull again."""
-    from hlm.lineage import verify_student
-
-    wanted = {"student": ["acme/tiny-student", "model"], "teacher": ["acme/tiny-teacher", "model"]}
-    with HubServer(home / "hub") as hub:
-        client = Client(hub, home / "client", xet=mode == "xet")
-        succeed(client.ask("publish", argv=runs[1], fresh=True))
-        right = {
-            part: {path: hub.content(entry) for path, entry in hub.branch("models", name)[1].items()}
-            for part, (name, _) in wanted.items()
-        }
-        hub.restart_log()
-        succeed(client.ask("pull", wanted=wanted, fresh=True))
-        requests = list(hub.log)
-        tries = [(fault, n) for fault in config.faults for n in range(1, len(requests) + 1, config.every)]
-        sizes = sorted({len(content) for files in right.values() for content in files.values()})
-        tries += [("disk_full", size - 1) for size in sizes if size]
-        counts, failures = {}, []
-        for fault, number in tries:
-            full = {"largest": number} if fault == "disk_full" else {}
-            hub.restart_log()
-            if not full:
-                inject(hub, number, fault)
-            answer = client.ask("pull", wanted=wanted, fresh=True, **full)
-            if not full and not hub.injected:
-                continue
-            hub.restart_log()
-            wrong = wrong_files(home / "client/home/hub", right)
-            again = client.ask("pull", wanted=wanted, fresh=False)
-            left = missing_files(again.get("value", {}), right)
-            count = counts.setdefault(
-                fault,
-                dict.fromkeys(
-                    ("tried", "completed", "clear_error", "other_error", "wrong_content", "found_by_hlm",
-                     "reruns_completed"), 0
-                ),
-            )  # fmt: skip
-            count["tried"] += 1
-            count[outcome(answer)] += 1
-            count["wrong_content"] += bool(wrong)
-            count["reruns_completed"] += not left
-            if wrong and "value" in answer:
-                try:
-                    verify_student(answer["value"]["student"])
-                except HlmError:
-                    count["found_by_hlm"] += 1
-            if wrong or left or outcome(answer) == "other_error":
-                request = None if full else " ".join(requests[number - 1][1:3])
-                found = {"fault": fault, "number": number, "request": request, "wrong_content": wrong}
-                failures.append(found | {"answer": answer, "rerun": left})
-        client.close()
+        again = client.ask("publish", argv=argv, fresh=False)
+        half += not_whole(hub, old, new)
+        left = different(hub, new) if "value" in again else [again["text"]]
+        count = counts[fault]
+        count["tried"] += 1
+        count[outcome(answer)] += 1
+        count["half_published"] += bool(half)
+        count["reruns_completed"] += not left
+        if half or left or outcome(answer) == "other_error":
+            found = {"fault": fault, "number": number, "request": requests[number - 1][1:3]}
+            failures.append(found | {"answer": answer, "half_published": half, "rerun": left})
     return {"requests": len(requests), "faults": counts, "failures": failures}
+
+
+def pull_faults(hub: HubServer, client: Client, runs: list[list[str]], config: MeasurePublishConfig) -> dict[str, Any]:
+    """Every fault at every request of a pull of student and adapter, and disks that fill up; then the pull again."""
+    wanted = succeed(client.ask("publish", argv=runs[-1], fresh=True))
+    wanted = {part: wanted[part] for part in ("student", "teacher")}
+    right = contents(hub, wanted)
+    hub.restart_log()
+    succeed(client.ask("pull", wanted=wanted, fresh=True))
+    requests = list(hub.log)
+    sizes = sorted({len(content) for files in right.values() for content in files.values()})
+    full = [("disk_full", size - 1) for size in sizes[:: config.every] if size]
+    names = ("tried", "completed", "clear_error", "other_error", "wrong_content", "reruns_completed")
+    counts, failures = {fault: dict.fromkeys(names, 0) for fault in [*config.faults, "disk_full"]}, []
+    for fault, number in [*tries(requests, config), *full]:
+        hub.restart_log()
+        if fault != "disk_full":
+            inject(hub, number, fault)
+        answer = client.ask("pull", wanted=wanted, fresh=True, largest=number if fault == "disk_full" else None)
+        if fault != "disk_full" and not hub.injected:
+            continue
+        hub.restart_log()
+        wrong = wrong_files(client.cache, right)
+        again = client.ask("pull", wanted=wanted, fresh=False)
+        left = missing_files(again["value"], right) if "value" in again else [again["text"]]
+        count = counts[fault]
+        count["tried"] += 1
+        count[outcome(answer)] += 1
+        count["wrong_content"] += bool(wrong)
+        count["reruns_completed"] += not left
+        if wrong or left or outcome(answer) == "other_error":
+            found = {"fault": fault, "number": number, "wrong_content": wrong}
+            found |= {} if fault == "disk_full" else {"request": requests[number - 1][1:3]}
+            failures.append(found | {"answer": answer, "rerun": left})
+    return {"requests": len(requests), "faults": counts, "failures": failures}
+
+
+def tries(requests: Sequence[Any], config: MeasurePublishConfig) -> list[tuple[str, int]]:
+    return [(fault, n) for fault in config.faults for n in range(config.every, len(requests) + 1, config.every)]
+
+
+def contents(hub: HubServer, wanted: dict[str, list[str]]) -> dict[str, dict[str, bytes]]:
+    """Part -> path -> content, of the main branches."""
+    return {
+        part: {path: hub.content(entry) for path, entry in hub.branch(f"{kind}s", name)[1].items()}
+        for part, (name, kind) in wanted.items()
+    }
 
 
 def inject(hub: HubServer, number: int, fault: str) -> None:
@@ -241,44 +225,6 @@ def outcome(answer: dict[str, Any]) -> str:
     if "value" in answer:
         return "completed"
     return "clear_error" if answer["error"] == "HlmError" else "other_error"
-
-
-def trees(state: State, repository: tuple[str, str]) -> dict[str, dict[str, str]]:
-    """Commit -> path -> Git's hash."""
-    repo = state.repos.get(repository)
-    return {
-        commit: {path: entry.oid for path, entry in files.items()}
-        for commit, files in (repo.commits.items() if repo else ())
-    }
-
-
-def not_whole(hub: HubServer, old: State, new: State) -> list[str]:
-    """What stands on the Hub that is neither as before nor as it is to be, or whose content is lost."""
-    found = []
-    for repository, repo in hub.state.repos.items():
-        allowed = [*trees(old, repository).values(), *trees(new, repository).values()]
-        for commit, tree in trees(hub.state, repository).items():
-            if tree not in allowed:
-                found.append(f"{repository[1]}: commit {commit}")
-        last = trees(new, repository)[new.repos[repository].branches["main"]]
-        known = old.repos[repository].tags if repository in old.repos else {}
-        for tag, commit in repo.tags.items():
-            if known.get(tag) != commit and trees(hub.state, repository)[commit] != last:
-                found.append(f"{repository[1]}: tag {tag}")
-        for path, entry in repo.commits[repo.branches["main"]].items():
-            if entry.sha256 and hashlib.sha256(hub.content(entry)).hexdigest() != entry.sha256:
-                found.append(f"{repository[1]}: content of {path}")
-    return found
-
-
-def different(hub: HubServer, new: State) -> list[str]:
-    """What a completed publish has left otherwise than one without faults; a second commit of the same counts, too."""
-    found = [f"{kind}/{name}" for (kind, name), repo in new.repos.items() if hub.state.repos.get((kind, name)) != repo]
-    shelves = [
-        {slug: [(one["type"], one["id"]) for one in shelf["items"]] for slug, shelf in state.collections.items()}
-        for state in (hub.state, new)
-    ]
-    return found + ([] if shelves[0] == shelves[1] else ["the collection"])
 
 
 def wrong_files(cache: Path, right: dict[str, dict[str, bytes]]) -> list[str]:
@@ -302,35 +248,26 @@ def missing_files(folders: dict[str, str], right: dict[str, dict[str, bytes]]) -
     return found
 
 
-def round_trip(home: Path, mode: str, release: PublishConfig) -> dict[str, Any]:
-    """Publishes the run, pulls it with an empty cache, and compares what was pulled with what was published."""
-    given = asdict(release) | {"namespace": "acme", "private": True, "tag": "v1", "dry_run": False}
-    repositories = repositories_of(PublishConfig(**given))
-    with HubServer(home / "hub") as hub:
-        client = Client(hub, home / "client", xet=mode == "xet", timeout_s=1800)
-        succeed(client.ask("publish", argv=written(home, given), fresh=True))
-        sent = hub.log
-        hub.restart_log()
-        wanted = {part: [one.repo_id, one.repo_type] for part, one in repositories.items()}
-        folders = {part: Path(path) for part, path in succeed(client.ask("pull", wanted=wanted, fresh=True)).items()}
-        moved = {
-            way: sum(way in path and method == "GET" for _, method, path, _ in hub.log)
-            for way in ("/large/", "/xorbs/")
-        }
-        right = {
-            part: {path: hub.content(entry) for path, entry in hub.branch(f"{TYPES[part]}s", one.repo_id)[1].items()}
-            for part, one in repositories.items()
-        }
-        differ = missing_files({part: str(folder) for part, folder in folders.items()}, right)
-        found = {"requests": {"publish": len(sent), "pull": len(hub.log)}, "downloads": moved}
-        found["files"] = {part: len(files) for part, files in right.items()}
-        found["bytes"] = {part: sum(map(len, files.values())) for part, files in right.items()}
-        found["max_difference"] = differences(release, folders)
-        client.close()
-    return found | {"files_that_differ": differ}
+def round_trip(hub: HubServer, client: Client, argv: list[str], release: dict[str, Any]) -> dict[str, Any]:
+    """Publishes the release, pulls it with an empty cache, and compares what was pulled with what was published."""
+    wanted, sent = succeed(client.ask("publish", argv=argv, fresh=True)), hub.log
+    hub.restart_log()
+    folders = {part: Path(path) for part, path in succeed(client.ask("pull", wanted=wanted, fresh=True)).items()}
+    moved = {
+        way: sum(way in path and method == "GET" for _, method, path, _ in hub.log) for way in ("/large/", "/xorbs/")
+    }
+    right = contents(hub, wanted)
+    return {
+        "requests": {"publish": len(sent), "pull": len(hub.log)},
+        "downloads": moved,
+        "files": {part: len(files) for part, files in right.items()},
+        "bytes": {part: sum(map(len, files.values())) for part, files in right.items()},
+        "files_that_differ": missing_files({part: str(folder) for part, folder in folders.items()}, right),
+        "max_difference": differences(release, folders),
+    }
 
 
-def differences(release: PublishConfig, folders: dict[str, Path]) -> dict[str, float]:
+def differences(release: dict[str, Any], folders: dict[str, Path]) -> dict[str, float]:
     """The largest difference of vectors, pulled against published."""
     from safetensors.numpy import load_file
 
@@ -343,25 +280,25 @@ def differences(release: PublishConfig, folders: dict[str, Path]) -> dict[str, f
     def far(one: Any, other: Any) -> float:
         return float(np.abs(np.asarray(one, np.float64) - np.asarray(other, np.float64)).max())
 
-    texts, found = list(load(release.data, splits=()).queries["text"])[:200], {}
+    texts, found = list(load(release["data"], splits=()).queries["text"])[:200], {}
     for precision in ("fp32", "int8"):
         pair = [
-            QueryEncoder.from_pretrained(path, precision=precision) for path in (folders["student"], release.student)
+            QueryEncoder.from_pretrained(path, precision=precision) for path in (folders["student"], release["student"])
         ]
         found[f"student {precision}"] = far(*(one.encode(texts) for one in pair))
-    pair = [load_encoder(str(path), device="cpu") for path in (folders["student"], release.student)]
+    pair = [load_encoder(str(path), device="cpu") for path in (folders["student"], release["student"])]
     found["student torch"] = far(*(encode(one, texts) for one in pair))
-    if release.teacher:
+    if release.get("teacher"):
         name = "adapter_model.safetensors"
-        pulled, kept = load_file(folders["teacher"] / name), load_file(Path(release.teacher) / "adapter" / name)
+        pulled, kept = load_file(folders["teacher"] / name), load_file(Path(release["teacher"]) / "adapter" / name)
         found["adapter"] = max(far(pulled[key], kept[key]) for key in pulled.keys() | kept.keys())
     for part in ("corpus", "queries"):
         if (folders["dataset"] / "vectors" / part).is_dir():
-            pulled, kept = VectorStore.open(folders["dataset"] / "vectors" / part), Path(release.vectors) / part
+            pulled, kept = VectorStore.open(folders["dataset"] / "vectors" / part), Path(release["vectors"]) / part
             pulled.verify()
             found[f"vectors/{part}"] = far(*(one.gather(range(len(one))) for one in (pulled, VectorStore.open(kept))))
     index, vectors = AdIndex.load(folders["dataset"] / "index"), pair[0]
-    kept = Path(release.vectors) / "index"
+    kept = Path(release["vectors"]) / "index"
     other = (
         AdIndex.load(kept) if kept.is_dir() else AdIndex.build(VectorStore.open(kept.parent / "corpus"), dim=index.dim)
     )

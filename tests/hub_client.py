@@ -29,17 +29,31 @@ ROOT = Path(__file__).resolve().parent.parent
 class Client:
     """The process, started when it is first needed and again after it had to be killed.
 
+    It runs on a copy of the package, which is part of a published Space: an edit meanwhile changes nothing.
+
     Attributes:
         said: file of all that it wrote to its standard output and error.
+        cache: where it keeps what it pulls.
     """
 
-    def __init__(self, hub: HubServer, folder: Path, *, xet: bool, timeout_s: float = 180.0) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.said, self.timeout_s, self._process = folder / "said.txt", timeout_s, None
+    def __init__(self, hub: HubServer, folder: Path, *, xet: bool, timeout_s: float = 600.0) -> None:
+        for name in ("hlm", "recipes", "model_cards"):
+            shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
+        self.said, self.cache, self.timeout_s, self._process = folder / "said.txt", folder / "home/hub", timeout_s, None
         own = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         own |= hub.environment("acme", home=folder / "home", xet=xet)
-        own |= {"HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms", "HLM_CACHE": str(folder / "hlm"), "OMP_NUM_THREADS": "1"}
-        self._environment = own | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+        own |= {"PYTHONPATH": os.pathsep.join([str(folder / "source"), str(ROOT / "tests")])}
+        self._environment = own | {
+            "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms",
+            "HLM_CACHE": str(folder / "hlm"),
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def ask(self, action: str, **words: Any) -> dict[str, Any]:
         """{"value": ...}, or {"error": kind, "text": ...}; kind "hung" where no answer came in time."""
@@ -65,7 +79,7 @@ class Client:
     def _start(self) -> None:
         with open(self.said, "a") as said:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", "import hub_client; hub_client.serve()"], cwd=ROOT, env=self._environment,
+                [sys.executable, "-P", "-c", "import hub_client; hub_client.serve()"], cwd=ROOT, env=self._environment,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True,
             )  # fmt: skip
         self._answers: queue.Queue[str] = queue.Queue()
@@ -127,12 +141,13 @@ def forget() -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def publish(argv: list[str], fresh: bool) -> dict[str, str]:
+def publish(argv: list[str], fresh: bool) -> dict[str, tuple[str, str]]:
+    """(repository, type) of each part."""
     if fresh:
         forget()
     from recipes import publish as recipe
 
-    return {part: one.commit for part, one in recipe.main(argv).items()}
+    return {part: (one.repo_id, one.repo_type) for part, one in recipe.main(argv).items()}
 
 
 def pull(wanted: dict[str, list[str]], fresh: bool, largest: int | None = None) -> dict[str, str]:

@@ -1,13 +1,17 @@
-"""What the Hub on loopback keeps: repositories with commits, branches and tags, collections, and what has arrived."""
+"""What the Hub on loopback keeps: repositories with commits, branches and tags, collections, and what has arrived; and
+whether what stands there is whole."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hub_faults import Refused
 from hub_xet import XetStore
+
+if TYPE_CHECKING:
+    from hub_server import HubServer
 
 GITATTRIBUTES = "".join(
     f"*.{end} filter=lfs diff=lfs merge=lfs -text\n"
@@ -72,3 +76,41 @@ class State:
     collections: dict[str, dict[str, Any]] = field(default_factory=dict)
     stored: dict[str, int] = field(default_factory=dict)  # SHA-256 -> bytes
     xet: XetStore = field(default_factory=XetStore)
+
+
+def trees(state: State, repository: tuple[str, str]) -> dict[str, dict[str, str]]:
+    """Commit -> path -> Git's hash."""
+    repo = state.repos.get(repository)
+    return {
+        commit: {path: entry.oid for path, entry in files.items()}
+        for commit, files in (repo.commits.items() if repo else ())
+    }
+
+
+def not_whole(hub: HubServer, old: State, new: State) -> list[str]:
+    """What stands on the Hub that is neither as before nor as it is to be, or whose content is lost."""
+    found = []
+    for repository, repo in hub.state.repos.items():
+        allowed = [*trees(old, repository).values(), *trees(new, repository).values()]
+        for commit, tree in trees(hub.state, repository).items():
+            if tree not in allowed:
+                found.append(f"{repository[1]}: commit {commit}")
+        last = trees(new, repository)[new.repos[repository].branches["main"]]
+        known = old.repos[repository].tags if repository in old.repos else {}
+        for tag, commit in repo.tags.items():
+            if known.get(tag) != commit and trees(hub.state, repository)[commit] != last:
+                found.append(f"{repository[1]}: tag {tag}")
+        for path, entry in repo.commits[repo.branches["main"]].items():
+            if entry.sha256 and hashlib.sha256(hub.content(entry)).hexdigest() != entry.sha256:
+                found.append(f"{repository[1]}: content of {path}")
+    return found
+
+
+def different(hub: HubServer, new: State) -> list[str]:
+    """What a completed publish has left otherwise than one without faults; a second commit of the same counts, too."""
+    found = [f"{kind}/{name}" for (kind, name), repo in new.repos.items() if hub.state.repos.get((kind, name)) != repo]
+    shelves = [
+        {slug: [(one["type"], one["id"]) for one in shelf["items"]] for slug, shelf in state.collections.items()}
+        for state in (hub.state, new)
+    ]
+    return found + ([] if shelves[0] == shelves[1] else ["the collection"])

@@ -17,6 +17,7 @@ import fnmatch
 import hashlib
 import json
 import re
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from http.server import ThreadingHTTPServer
@@ -31,6 +32,14 @@ from hub_repositories import GITATTRIBUTES, Entry, Repo, State, git_hash, pointe
 DATE = "2026-01-01T00:00:00.000Z"
 REPO = r"(?P<kind>models|datasets|spaces)/(?P<name>[\w.-]+/[\w.-]+)"
 PAGE = r"(?P<prefix>datasets/|spaces/|)(?P<name>[\w.-]+/[\w.-]+)"
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *client: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # clients go when they like
+            super().handle_error(*client)
 
 
 class HubServer:
@@ -56,8 +65,7 @@ class HubServer:
         self.log: list[tuple[int, str, str, int | str]] = []
 
     def __enter__(self) -> HubServer:
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (FaultyHandler,), {"hub": self}))
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), type("Handler", (FaultyHandler,), {"hub": self}))
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         self.port = self._server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
