@@ -17,6 +17,9 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from hlm.artefacts import HlmError
@@ -61,6 +64,28 @@ def top_k_documents(
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         best_scores, best_rows = scores[:, :k].clone(), rows.gather(1, order[:, :k])
     return best_scores.numpy(), best_rows.numpy()
+
+
+def shared_rows(count: int) -> np.ndarray:
+    """Which of `count` queries this process searches for: int64 rows. Every process has whole parts of `_QUERIES`, so
+    that each product has the shape, and gives the bits, that it has where one process does all."""
+    state = PartialState()
+    starts = range(state.process_index * _QUERIES, count, state.num_processes * _QUERIES)
+    parts = [np.arange(start, min(start + _QUERIES, count)) for start in starts]
+    return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
+
+
+def gather_rows(rows: np.ndarray, found: np.ndarray, count: int) -> np.ndarray:
+    """What all processes found for their `shared_rows`, int64 (rows, k), as (count, k) on each of them."""
+    whole = np.full((count, found.shape[1]), -1, dtype=np.int64)
+    for part, values in gather_object([(rows, found)]):
+        whole[part] = values
+    return whole
+
+
+def search_device(model: SentenceTransformer) -> torch.device:
+    """Where `top_k_documents` is fastest: the model's GPU, else the CPU."""
+    return model.device if model.device.type == "cuda" else torch.device("cpu")
 
 
 def mine_hard_negatives(

@@ -14,7 +14,7 @@ from hlm.plan_settings import Assumptions
 # fp32 matrices that a loss holds at its peak for each of its similarities: measured, rounded up.
 CONTRASTIVE_MATRICES, REFINEMENT_MATRICES = 12, 8
 PADDING = 1.1  # padded tokens over real ones, in batches of similar length
-HOST_FLOPS = 1e12  # exact search of the whole store: on the CPU, which all processes share
+SEARCH_FLOPS = 2e13  # a second and GPU, in fp32: exact search of the whole store, which the GPUs share
 ID_BYTES = 12  # of a row id, compressed
 
 
@@ -29,7 +29,7 @@ class Phase:
     utilisation: float = 1.0
     disk: dict[str, int] = field(default_factory=dict)
     alone: bool = False  # every GPU does the same
-    search_flops: float = 0.0  # on the CPU, of each process
+    search_flops: float = 0.0  # in fp32, of all GPUs
     steps: int | None = None
     step_seconds: float = 0.0  # no step is faster
     training: Training | None = None
@@ -41,7 +41,7 @@ class Phase:
     def hours(self, count: int, gpu: Gpu) -> float:
         seconds = self.flops / (gpu.flops * self.utilisation * (1 if self.alone else count))
         seconds = max(seconds, (self.steps or 0) * self.step_seconds)
-        return (seconds + count * self.search_flops / HOST_FLOPS) / 3600
+        return (seconds + self.search_flops / (count * SEARCH_FLOPS)) / 3600
 
     def smallest(self) -> str:
         """The smallest hardware that holds this phase."""

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from hlm.hardware import CONTEXT_BYTES, FRAGMENTED, GIB, Gpu
-from hlm.plan_phases import HOST_FLOPS, ID_BYTES, PADDING, Phase
+from hlm.plan_phases import ID_BYTES, PADDING, SEARCH_FLOPS, Phase
 from hlm.planner import Plan
 
 
@@ -60,7 +60,7 @@ def as_dict(plan: Plan, count: int = 1, gpu: Gpu | None = None) -> dict[str, Any
                 "smallest_hardware": phase.smallest(),
                 "steps": phase.steps,
                 "flops": phase.flops,
-                "host_search_flops": phase.search_flops,
+                "search_flops": phase.search_flops,
                 "hours": phase.hours(count, gpu) if gpu else None,
                 "disk_bytes": phase.disk,
             }
@@ -149,8 +149,8 @@ def assumptions(plan: Plan) -> list[str]:
         f"fits: {FRAGMENTED:.0%} of a GPU lost between blocks and {size(CONTEXT_BYTES)} to CUDA; where 2 and more "
         "GPUs are the smallest hardware, they are under FSDP",
         f"disk: 2 bytes a value of a store and {ID_BYTES} a row's id; checkpoints hold weights and two moments in fp32",
-        f"mining and masking search the whole store in every process, on the CPU that all share, at "
-        f"{HOST_FLOPS / 1e12:g} TFLOP/s; a training step takes {sizes.step_seconds:g} s at least: time",
+        f"mining and masking search the whole store, the GPUs sharing the queries, in fp32 at "
+        f"{SEARCH_FLOPS / 1e12:g} TFLOP/s each; a training step takes {sizes.step_seconds:g} s at least: time",
     ]
 
 

@@ -8,7 +8,7 @@ Started from a student that was never aligned, it is the paper's naive baseline.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +24,15 @@ from hlm.encoders import encode, fingerprint, load_encoder, prompt_of, save_enco
 from hlm.gradcache import gather_with_gradient, loss_of_chunks
 from hlm.index import AdIndex
 from hlm.losses import id_mask, l2_alignment, matryoshka, refinement_contrastive
-from hlm.mining import padded_rows, positive_scores, select_hard_negatives, top_k_documents
+from hlm.mining import (
+    gather_rows,
+    padded_rows,
+    positive_scores,
+    search_device,
+    select_hard_negatives,
+    shared_rows,
+    top_k_documents,
+)
 from hlm.store import VectorStore
 from hlm.training import (
     DevRetrieval,
@@ -125,8 +133,7 @@ class Refinement:
         self.excluded = padded_rows(self.known)
         self.teacher_top = torch.full((len(number), 1), -1)
         if config.mask_top:
-            vectors = queries.gather(self.teacher_rows)
-            self.teacher_top = torch.from_numpy(top_k_documents(vectors, documents, config.mask_top)[1])
+            self.teacher_top = self.searched(self.teachers_best, config.mask_top)
         self.negatives = torch.full((len(number), config.hard_negatives), -1)
         self.whole = config.pool >= len(documents)
         if self.whole:
@@ -140,13 +147,27 @@ class Refinement:
     def refresh(self) -> None:
         """Mines hard negatives with the student as it is now."""
         vectors = encode(self.model, self.texts, prompt_name="query")
+        found = self.searched(lambda rows: self.negatives_of(rows, vectors[rows]), self.config.hard_negatives)
+        self.negatives.copy_(found)
+        logger.info("hard negatives: %.1f a query", float((found >= 0).sum(dim=1).float().mean()))
+
+    def searched(self, find: Callable[[np.ndarray], np.ndarray], width: int) -> torch.Tensor:
+        """What `find` gives for the queries' rows, int64 (queries, width); each process does its share."""
+        rows = shared_rows(len(self.known))
+        found = find(rows) if len(rows) else np.zeros((0, width), dtype=np.int64)
+        return torch.from_numpy(gather_rows(rows, found, len(self.known)))
+
+    def teachers_best(self, rows: np.ndarray) -> np.ndarray:
+        vectors = self.teacher_queries.gather(self.teacher_rows[rows])
+        return top_k_documents(vectors, self.documents, self.config.mask_top, device=search_device(self.model))[1]
+
+    def negatives_of(self, rows: np.ndarray, vectors: np.ndarray) -> np.ndarray:
         depth = min(len(self.documents), 100)
-        scores, rows = top_k_documents(vectors, self.documents, depth)
-        limits = positive_scores(vectors, self.known, self.documents)
-        never = [{*known, *top} for known, top in zip(self.known, self.teacher_top.tolist(), strict=True)]
-        found = select_hard_negatives(scores, rows, limits, never, self.config.hard_negatives)
-        self.negatives.copy_(torch.from_numpy(found))
-        logger.info("hard negatives: %.1f a query", float((found >= 0).sum(axis=1).mean()))
+        scores, found = top_k_documents(vectors, self.documents, depth, device=search_device(self.model))
+        known = [self.known[row] for row in rows]
+        limits = positive_scores(vectors, known, self.documents)
+        never = [{*one, *top} for one, top in zip(known, self.teacher_top[rows].tolist(), strict=True)]
+        return select_hard_negatives(scores, found, limits, never, self.config.hard_negatives)
 
     def collate(self, rows: list[int]) -> dict:
         query, positive = self.pairs[rows].T

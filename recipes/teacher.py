@@ -36,7 +36,7 @@ from hlm.encoders import (
 )
 from hlm.gradcache import gather_with_gradient, loss_of_chunks
 from hlm.losses import qwen3_contrastive
-from hlm.mining import mine_hard_negatives, padded_rows
+from hlm.mining import gather_rows, mine_hard_negatives, padded_rows, search_device, shared_rows
 from hlm.store import VectorStore, write_store
 from hlm.training import (
     DevRetrieval,
@@ -190,8 +190,14 @@ def mine(model, pairs: Pairs, config: TeacherConfig, folder: str, source: str) -
         num_processes=state.num_processes,
     )
     state.wait_for_everyone()
-    queries = encode(model, pairs.queries, prompt_name="query")
-    return mine_hard_negatives(queries, pairs.known, VectorStore.open(folder), config.hard_negatives)
+    rows = shared_rows(len(pairs.queries))
+    found = np.zeros((0, config.hard_negatives), dtype=np.int64)
+    if len(rows):
+        queries = encode(model, [pairs.queries[row] for row in rows], prompt_name="query")
+        known = [pairs.known[row] for row in rows]
+        store = VectorStore.open(folder)
+        found = mine_hard_negatives(queries, known, store, config.hard_negatives, device=search_device(model))
+    return gather_rows(rows, found, len(pairs.queries))
 
 
 class Batches:

@@ -1,10 +1,12 @@
 """Exact ranking and positive-aware hard negatives, on stores whose scores can be read off."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from hlm import mining
 from hlm.artefacts import HlmError
 from hlm.mining import mine_hard_negatives, positive_scores, select_hard_negatives, top_k_documents
 from hlm.store import VectorStore, write_store
@@ -152,3 +154,19 @@ def test_bad_input(make_store, change, message):
 def test_k_beyond_the_store(make_store):
     with pytest.raises(HlmError, match=r"1\.\.2.*found 3"):
         top_k_documents(QUERY, make_store(at(0.9, 0.1)), 3)
+
+
+def test_processes_share_the_queries_in_whole_parts(monkeypatch):
+    state = SimpleNamespace(process_index=0, num_processes=1)
+    monkeypatch.setattr(mining, "PartialState", lambda: state)
+    monkeypatch.setattr(mining, "_QUERIES", 4)
+    np.testing.assert_array_equal(mining.shared_rows(10), np.arange(10))
+    state.num_processes, shares = 3, []
+    for state.process_index in range(3):
+        shares.append(mining.shared_rows(10))
+    assert [share.tolist() for share in shares] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    state.process_index = 2
+    assert mining.shared_rows(8).tolist() == []
+    found = [(share, share[:, None] * [1, 10]) for share in shares]
+    monkeypatch.setattr(mining, "gather_object", lambda mine: found)
+    np.testing.assert_array_equal(mining.gather_rows(*found[0], 10), np.arange(10)[:, None] * [1, 10])
