@@ -14,7 +14,7 @@ from typing import Any
 
 from hlm import __version__
 from hlm.artefacts import MANIFEST, HlmError
-from hlm.hub import local_folder
+from hlm.hub_cache import local_folder
 from hlm.lineage import open_fitting, read_student
 from hlm.plan_settings import Assumptions, read_steps
 

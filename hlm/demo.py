@@ -18,7 +18,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from hlm.artefacts import MANIFEST, HlmError, read_manifest
-from hlm.hub import local_folder
+from hlm.hub_cache import local_folder
 from hlm.spelling import match_key, singular, words_of
 
 logger = logging.getLogger(__name__)

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from hlm import backends
 from hlm.artefacts import MANIFEST, HlmError, fingerprint_file
 from hlm.backends import Run
+from hlm.hub_cache import local_folder
 from hlm.machine import instructions
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ class QueryEncoder:
         if threads is not None and threads < 1:
             raise HlmError(f"threads: expected 1 or more, found {threads}")
         threads = threads or _cores()
-        folder = _local(str(id_or_folder), revision, weights=backend == "torch")
+        folder = _model_folder(str(id_or_folder), revision, backend, precision)
         manifest = _json(folder / MANIFEST)
         if backend == "torch":
             run, dim = backends.torch(folder, precision, device or "cpu")
@@ -215,19 +216,13 @@ def _onnx_file(folder: Path, precision: str, manifest: dict[str, Any]) -> Path:
     return path if path.is_file() else _exported(folder, precision)
 
 
-def _local(source: str, revision: str | None, *, weights: bool = False) -> Path:
-    folder = Path(source)
-    if not folder.is_dir():
-        if source.startswith((".", "/")) or source.count("/") > 1:
-            raise HlmError(f"expected a model folder at {source}, found none; run the step that writes it")
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(source, revision=revision, allow_patterns=["*.json", "*.txt", "onnx/*"]))
-            if weights or not list(folder.glob("onnx/*.onnx")):
-                folder = Path(snapshot_download(source, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
-        except (OSError, ValueError) as error:
-            raise HlmError(f"could not fetch {source}: {error}; expected a folder or a reachable Hub id") from error
+def _model_folder(source: str, revision: str | None, backend: str, precision: str) -> Path:
+    """The folder, or of a Hub repository what this backend reads: one ONNX file, or the weights where it has none."""
+    graph = FILES.get(precision) if backend != "torch" else None
+    patterns = ["*.json", "*.txt", *([graph, f"{graph}_data"] if graph else ["*.safetensors"])]
+    folder = local_folder(source, revision=revision, patterns=patterns)
+    if graph and not (folder / graph).is_file() and not Path(source).is_dir():
+        folder = local_folder(source, revision=revision, patterns=["*.json", "*.txt", "*.safetensors"])
     if not (folder / "modules.json").is_file() or not (folder / "tokenizer.json").is_file():
         raise HlmError(f"expected a sentence-transformers folder with modules.json and tokenizer.json, found {folder}")
     return folder

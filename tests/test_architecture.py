@@ -14,11 +14,12 @@ LAYERS = [
      "gradcache", "store_writer", "store"},
     {"layout"},
     {"encoders", "pruning", "footprint", "hardware", "plan_settings", "plan_phases", "planner", "plan_report"},
+    {"hub_repository", "hub_cache"},
     {"export", "backends", "runtime", "micro_batches", "mining", "index", "evaluation", "metric", "latency", "report",
      "latency_report", "budgets", "machine", "latency_floor", "latency_quality", "systems", "random_weights",
      "qwen_tokenizer", "canaries", "batches"},
     {"training"},
-    {"lineage", "card_facts", "cards", "hub", "hub_files", "hub_repository"},
+    {"lineage", "card_facts", "cards", "hub", "hub_files"},
     {"demo", "demo_page"},
     {"cli"},
 ]  # fmt: skip

@@ -119,7 +119,7 @@ def test_bad_input_is_refused(online, tmp_path):
     ):  # fmt: skip
         with pytest.raises(HlmError, match=next(iter(settings))):
             QueryEncoder.from_pretrained(online, **settings)
-    with pytest.raises(HlmError, match="expected a model folder"):
+    with pytest.raises(HlmError, match="expected a folder or a Hub id"):
         QueryEncoder.from_pretrained(tmp_path / "none")
     shutil.copytree(online, tmp_path / "changed")
     with open(tmp_path / "changed" / "onnx" / "model.onnx", "ab") as file:

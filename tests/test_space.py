@@ -4,9 +4,12 @@ import asyncio
 import dataclasses
 import importlib.util
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
+import tomllib
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -315,3 +318,31 @@ def test_the_demo_is_measured(opened, url):
     assert found["samples"] == 4 and 0 < found["p50"] <= found["p95"]
     found = measure.many_clients(url, queries, 2, 1.0)
     assert found["errors"] == 0 and found["samples"] >= 2
+
+
+def test_the_container_holds_what_the_demo_needs(config, tmp_path):
+    """Everything that the Dockerfile copies, laid out as it says, and no package beyond its requirements."""
+    lines = (ROOT / "spaces/query_to_ad/Dockerfile").read_text().splitlines()
+    for line in lines:
+        if line.startswith("COPY "):
+            *sources, target = line.split()[1:]
+            for source in sources:
+                place = tmp_path / target / Path(source).name if target.endswith("/") else tmp_path / target
+                copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copyfile
+                copy(ROOT / source, place)
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    pinned = re.findall(r"^([\w-]+)(?:\[\w+\])?==", (tmp_path / "requirements.txt").read_text(), re.M)
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    absent = {re.match(r"[\w-]+", name)[0] for name in needed} - set(pinned)
+    # With those that are pinned; accelerate is only used where its installation is on record, as it is here.
+    come_along = {"accelerate", "jinja2", "pyyaml", "safetensors", "tqdm"}
+    modules = {name.replace("-", "_") for name in absent - come_along} | {"pytrec_eval"}
+    assert "peft" in modules and lines[-1] == 'CMD ["python", "app.py"]'
+    code = (
+        f"import sys; sys.path[0] = ''; sys.modules.update(dict.fromkeys({sorted(modules)!r}))\n"
+        "import app, hlm\nfrom hlm.demo import DemoConfig, load_demo\n"
+        "print(hlm.__file__, load_demo(DemoConfig.read('config.json')).compare('red shoe')['overlap'])"
+    )
+    variables = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=variables, capture_output=True, text=True)
+    assert done.stdout.split() == [str(tmp_path / "hlm/__init__.py"), "10"], done.stderr[-2000:]
