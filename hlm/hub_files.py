@@ -33,7 +33,7 @@ ALLOWED = {
         rf"vectors/(corpus|queries)/{_STORE}", rf"index/{_INDEX}", r"reports/(report|latency)\.(json|png)",
     ],
     "space": [
-r"[\w-]+\.(py|json|txt|png|css|js)", "Dockerfile", r"Dockerfile", r"hlm/([\w-]+/)*[\w.-]+\.(py|json|jinja)",
+        r"[\w-]+\.(py|json|txt|png|css|js)", "Dockerfile", r"hlm/([\w-]+/)*[\w.-]+\.(py|json|jinja)",
     ],
 }  # fmt: skip
 ALWAYS = [re.escape(CARD), r"LICENSE(\.\w+)?", re.escape(RESULTS)]
