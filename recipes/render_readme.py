@@ -1,9 +1,9 @@
-"""Writes the results table of README.md from results/*.json, between its markers.
+"""Writes the tables of README.md (between its markers) and of results/README.md from results/*.json.
 
-    python recipes/render_readme.py runs/quickstart
+    python recipes/render_readme.py runs/quickstart runs/latency/alternatives
 
 Folders given are kept first: report.json and timings.json of runs/<name> become results/<name>.json, latency.json
-becomes results/latency-<name>.json.
+becomes results/latency-<name>.json, compare.json results/compare.json.
 """
 
 from __future__ import annotations
@@ -20,6 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 RECOVERED = ("precision@10", "ndcg@10", "condensed_ndcg@10")
 TITLES = {"quickstart": "Sample catalogue", "electronics": "Electronics, judged by people"}
+# results/latency-<name>.json -> what it is
+LATENCY = {
+    "quickstart": "The quickstart's student online, beside its teacher",
+    "alternatives": "The same student under everything that would serve it",
+    "cascade": "Every student of the quickstart's cascade",
+    "true-shapes": "The published shapes with random weights",
+}
 
 
 def table(report: dict[str, Any]) -> str:
@@ -61,6 +68,87 @@ def block() -> str:
     return "\n\n".join(parts) or "Not measured yet."
 
 
+def details() -> str:
+    """results/README.md: every measurement with its notes and the command that takes it."""
+    about = "Rendered by `recipes/render_readme.py` from the JSON beside it; machine, versions and load are in that."
+    parts = ["# Measured", about]
+    for name, title in LATENCY.items():
+        if (found := read(f"latency-{name}")) is not None:
+            notes = [f"- {note}" for note in latency_report.notes(found)]
+            parts += [f"## {title}", command(found), latency_table(found), "\n".join(notes)]
+    for name, title, rows in (
+        ("compare", "Training and embedding beside the sentence-transformers scripts they replace", compared),
+        ("memory", "Memory of alignment as the query log grows", remembered),
+        ("demo", "The demo as a visitor meets it", visited),
+        ("hub", "Publishing with a fault at every request", published),
+    ):
+        if (found := read(name)) is not None:
+            parts += [f"## {title}", command(found), rows(found)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def read(name: str) -> dict[str, Any] | None:
+    path = ROOT / "results" / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def command(found: dict[str, Any]) -> str:
+    line = found.get("command") or found.get("environment", {}).get("command")
+    return f"`python {line}`" if line else ""
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    ruler = "|---|" + "---:|" * (len(header) - 1)
+    return "\n".join(["| " + " | ".join(header) + " |", ruler, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def compared(found: dict[str, Any]) -> str:
+    rows, where = [], []
+    for name, one in found["comparisons"].items():
+        low, high = one["ratio_range"]
+        speeds = [f"{one[side]['rows_per_s']:,.0f}" for side in ("ours", "theirs")]
+        rows.append([name, *speeds, f"{one['ratio']:.2f}x", f"{low:.2f} to {high:.2f}"])
+        for side in ("ours", "theirs") if "parts_ms" in one["ours"] else ():
+            parts = ", ".join(f"{part} {ms:.0f}" for part, ms in one[side]["parts_ms"].items())
+            where.append(f"- {name}, {side}: {parts}")
+    memory = found["memory_a_row"]
+    text = markdown(["comparison", "ours rows/s", "theirs rows/s", "ratio, median", "of repeats"], rows)
+    text += f"\n\nAnonymous memory a row of alignment: {memory['ours']:,.0f} B here, {memory['theirs']:,.0f} B there. "
+    return text + "Where a step's milliseconds go:\n\n" + "\n".join(where)
+
+
+def remembered(found: dict[str, Any]) -> str:
+    columns = ("rows", "disk_mib", "anonymous_peak_mib", "file_backed_peak_mib", "seconds")
+    rows = [
+        [
+            *(f"{run[name]:,.0f}" for name in columns),
+            f"{run['limit_mib']:,} MiB, {'kept' if run['passed'] else 'broken'}",
+        ]
+        for run in found["runs"]
+    ]
+    header = [
+        "queries",
+        "on disk MiB",
+        "anonymous peak MiB",
+        "file-backed peak MiB",
+        "seconds",
+        found["runs"][0]["limit"],
+    ]
+    return markdown(header, rows) + f"\n\nA query more costs {found['bytes_a_row']:.0f} B of anonymous memory."
+
+
+def visited(found: dict[str, Any]) -> str:
+    starts = found["starts"]
+    rows = [
+        [what.replace("_s", "").replace("_", " ") + ", s", ", ".join(f"{start[what]:.1f}" for start in starts)]
+        for what in starts[0]
+    ]
+    for what, times in (("a search in the browser, ms", found["search_in_browser_ms"]), ("", found["clients"])):
+        what = what or f"a search of {times['clients']} clients at once, ms ({times['errors']} errors)"
+        rows.append([what, f"p50 {times['p50']:.0f}, p95 {times['p95']:.0f}, p99 {times['p99']:.0f}"])
+    return markdown(["what", "measured"], rows)
+
+
 def timing(results: dict[str, Any]) -> str:
     if not results.get("timings", {}).get("in_one_run"):
         return ""  # steps were run again since: their times do not add up to a run
@@ -72,7 +160,7 @@ def timing(results: dict[str, Any]) -> str:
 
 
 def latency_table(latency: dict[str, Any]) -> str:
-    """latency.json as Markdown: the rows and notes that recipes/benchmark.py prints."""
+    """latency.json as Markdown: the rows that recipes/benchmark.py prints."""
     header, *rows = latency_report.rows(latency)
     lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
     lines.insert(1, "|---|---|" + "---:|" * (len(header) - 2))
@@ -81,7 +169,32 @@ def latency_table(latency: dict[str, Any]) -> str:
         f"Tokenisation included, ratios to {latency['reference']}, over {latency['queries']} queries in one run on "
         f"{environment['cores']} cores of {environment['cpu']}."
     )
-    return "\n".join([*lines, "", where, "", *(f"- {note}" for note in latency_report.notes(latency))])
+    return "\n".join([*lines, "", where])
+
+
+def published(found: dict[str, Any]) -> str:
+    header = ["upload mode, scenario", "requests", "faults tried", "client completed", "clear error", "other error",
+              "half-published or wrong content", "reruns completed"]  # fmt: skip
+    rows, modes = [], found["settings"]["modes"]
+    for mode in modes:
+        for scenario in found["settings"]["scenarios"]:
+            one = found[mode][scenario]
+            total = {}
+            for count in one["faults"].values():
+                total = {name: total.get(name, 0) + value for name, value in count.items()}
+            half = total.get("half_published", 0) + total.get("wrong_content", 0)
+            names = ("tried", "completed", "clear_error", "other_error")
+            cells = [one["requests"], *(total[name] for name in names), half, total["reruns_completed"]]
+            rows.append([f"{mode}, {scenario}", *(f"{cell:,}" for cell in cells)])
+    largest = max(
+        value for mode in modes for value in found[mode].get("round_trip", {}).get("max_difference", {"": 0.0}).values()
+    )
+    limits = "\n".join(f"- {line}" for line in found["not_proven"])
+    text = (
+        f"Kinds of fault: {', '.join(found['settings']['faults'])}. Vectors pulled after a round trip of the release "
+    )
+    text += f"differ from those published by {largest} at most.\n\nWhat this does not prove:\n\n{limits}"
+    return f"{markdown(header, rows)}\n\n{text}"
 
 
 def rendered(readme: str) -> str:
@@ -91,6 +204,12 @@ def rendered(readme: str) -> str:
 
 def keep(run: Path) -> None:
     """results/<name>.json of a run: its report, and the times of its steps where they were taken."""
+    name = run.name.replace("_", "-")
+    for source, target in (("latency", f"latency-{name}"), ("compare", "compare")):
+        if (run / f"{source}.json").is_file():
+            write_json(ROOT / "results" / f"{target}.json", json.loads((run / f"{source}.json").read_text()))
+    if name in LATENCY and name not in TITLES:
+        return
     if run.name not in TITLES:
         sys.exit(f"error: expected a run named {' or '.join(TITLES)}, found {run.name!r}; name it in TITLES")
     if not (run / "report.json").is_file():
@@ -98,9 +217,6 @@ def keep(run: Path) -> None:
     files = {"report": run / "report.json", "timings": run / "timings.json"}
     results = {what: json.loads(path.read_text()) for what, path in files.items() if path.is_file()}
     write_json(ROOT / "results" / f"{run.name}.json", results)
-    if (run / "latency.json").is_file():
-        latency = json.loads((run / "latency.json").read_text())
-        write_json(ROOT / "results" / f"latency-{run.name}.json", latency)
 
 
 if __name__ == "__main__":
@@ -108,3 +224,4 @@ if __name__ == "__main__":
         keep(Path(given))
     path = ROOT / "README.md"
     path.write_text(rendered(path.read_text()))
+    (ROOT / "results/README.md").write_text(details())

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from hlm import cli
+from hlm.artefacts import HlmError
 from hlm.config import parse
 from hlm.training import TrainingArguments
 from recipes import render_readme
@@ -24,6 +25,7 @@ COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for
 
 def test_the_table_is_rendered_from_the_results():
     assert render_readme.rendered(README) == README, "run python recipes/render_readme.py"
+    assert render_readme.details() == (ROOT / "results/README.md").read_text(), "run python recipes/render_readme.py"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -33,6 +35,9 @@ def test_commands_name_what_exists(command):
         return
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
+        return
+    if words[0] == "npm":
+        assert (ROOT / words[words.index("--prefix") + 1] / "package-lock.json").is_file()
         return
     script = next(word for word in words if word.endswith(".py"))
     assert (ROOT / script).is_file()
@@ -60,7 +65,7 @@ def shrink(path: Path, backbone: str) -> None:
     """The same config at the size of a test."""
     known = {name for kind in config_types(SCRIPTS.get(path.stem, path.stem)) for name in kind.__dataclass_fields__}
     values = yaml.safe_load(path.read_text())
-    values |= {name: value for name, value in SMALL.items() if name in known}
+    values |= {name: value for name, value in SMALL.items() if name in known and values.get(name) is not True}
     for holder in (values, values.get("systems", {})):
         if "backbone" in holder:
             holder["backbone"] = backbone
@@ -72,6 +77,8 @@ def shrink(path: Path, backbone: str) -> None:
 
 def test_the_recipes_commands_run_in_their_order(tiny_bert, tmp_path, monkeypatch, capsys):
     shutil.copytree(ROOT / "recipes/configs", tmp_path / "recipes/configs")
+    shutil.copytree(ROOT / "spaces", tmp_path / "spaces")
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
     for path in (tmp_path / "recipes/configs/quickstart").glob("*.yaml"):
         shrink(path, tiny_bert)
     monkeypatch.chdir(tmp_path)
@@ -88,10 +95,14 @@ def test_the_recipes_commands_run_in_their_order(tiny_bert, tmp_path, monkeypatc
                 importlib.import_module(f"recipes.{Path(script).stem}").main(words[words.index(script) + 1 :])
             except SystemExit as stop:  # a budget that this machine does not keep just now
                 assert "--budget" in command and stop.code == 1, command
+            except HlmError as error:
+                untrained = "publish.py" in command and "canary queries" in str(error)
+                absent = "static_space.py" in command and "npm ci" in str(error)
+                assert untrained or absent, (command, error)
         else:
             continue  # make runs this test; the others read data that is not part of the repository
         ran += 1
-    assert ran >= 12
+    assert ran >= 14
     assert (tmp_path / "runs/quickstart/report.json").is_file()
 
 
