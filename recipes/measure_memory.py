@@ -4,8 +4,8 @@
 
 For each size it writes a log of random queries as Parquet shards and a store of random teacher vectors, and runs
 recipes/align.py on them, tokenising included, as a user would. Where the system lets it make a memory cgroup, the limit
-holds for everything, pages of memory-mapped files too: what does not fit is read again. Elsewhere it is RLIMIT_DATA,
-which holds for memory that no file backs.
+holds for everything it brings in, pages of memory-mapped files too (pages still cached since they were written count to
+the writer, so "file-backed" can be more). Elsewhere it is RLIMIT_DATA, which holds for memory that no file backs.
 """
 
 from __future__ import annotations
