@@ -80,7 +80,8 @@ def details() -> str:
         ("compare", "Training and embedding beside the sentence-transformers scripts they replace", compared),
         ("memory", "Memory of alignment as the query log grows", remembered),
         ("demo", "The demo as a visitor meets it", visited),
-        ("hub", "Publishing with a fault at every request", published),
+        ("hub-lfs", "Publishing and pulling with a fault at every request, over LFS", published),
+        ("hub-xet", "Publishing and pulling with a fault at every request, over Xet", published),
     ):
         if (found := read(name)) is not None:
             parts += [f"## {title}", command(found), rows(found)]
