@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     queries = DemoConfig.read(config.settings).examples
     if len(queries) < 2 or not Path(config.chromium).is_file():
         raise HlmError(f"expected two or more examples in {config.settings} and Chromium at {config.chromium}")
-    measured: dict[str, Any] = {"settings": asdict(config), "machine": facts(), "starts": []}
+    given = asdict(config) | {"settings": os.path.relpath(config.settings)}  # no path of this machine
+    measured: dict[str, Any] = {"settings": given, "machine": facts(), "starts": []}
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=config.chromium, args=[f"--{name}" for name in ARGS.split()]
