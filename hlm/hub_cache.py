@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hlm.artefacts import HlmError
-from hlm.hub_repository import AGAIN, Repository, hub_errors, same_content
+from hlm.hub_repository import AGAIN, hub_errors, same_content
 
 
 def local_folder(
@@ -21,7 +21,7 @@ def local_folder(
     """A folder as it is, or a Hub repository (`owner/name`) downloaded into the Hub's cache.
 
     A file takes its name in the cache once it is whole: after an error the next call fetches what is missing. What
-    was downloaded now is compared with the Hub's checksums.
+    is downloaded now is compared with the Hub's checksums.
 
     Args:
         id_or_folder: an existing folder wins over a repository of the same name.
@@ -44,38 +44,42 @@ def local_folder(
                 f"expected a folder or a Hub id (owner/name) at {name}, found neither; run the step that writes it, or "
                 "correct the path"
             )
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import constants, snapshot_download
+        from huggingface_hub.file_download import repo_folder_name
 
         wanted_files = [f"{subfolder}/*"] if subfolder else None if patterns is None else list(patterns)
         wanted = f"a folder or a Hub {repo_type} at {name}" + (f", revision {revision}" if revision else "")
         started = time.time()
-        with hub_errors(f"expected {wanted}, found neither"):
-            root = Path(snapshot_download(name, repo_type=repo_type, revision=revision, allow_patterns=wanted_files))
-            _refuse_damaged(root, Repository(name, repo_type), started)
+        try:
+            with hub_errors(f"expected {wanted}, found neither"):
+                root = Path(
+                    snapshot_download(name, repo_type=repo_type, revision=revision, allow_patterns=wanted_files)
+                )
+        finally:  # after an error too: the next call would take what is there as it is
+            cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=repo_type)
+            damaged = _remove_damaged(cache, started)
+        if damaged:
+            raise HlmError(
+                f"{repo_type} {name}: expected {damaged[0]} as the Hub has it, found it damaged on arrival and removed "
+                f"it{f', and {len(damaged) - 1} more' if damaged[1:] else ''}; {AGAIN}"
+            )
     folder = root / subfolder if subfolder else root
     if not folder.is_dir():
         raise HlmError(f"expected a folder '{subfolder}' in {name}, found none; name a repository that has it")
     return folder
 
 
-def _refuse_damaged(root: Path, repository: Repository, since: float) -> None:
-    """Compares the files of a snapshot that came since then with the Hub's checksums and removes those that differ;
-    huggingface_hub compares their sizes alone.
+def _remove_damaged(cache: Path, since: float) -> list[str]:
+    """Removes what came into a repository's cache since then and differs from the hash it is named by;
+    huggingface_hub compares sizes alone.
 
-    Raises:
-        HlmError: there was one.
+    Returns:
+        The files' names in the repository. Nothing on a system whose cache has no links: there names are all it has.
     """
-    paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.is_file()}
-    new = {name: path for name, path in paths.items() if path.stat().st_mtime >= since - 0.1}  # coarse clocks
-    damaged = sorted(new)  # until the opposite is shown
-    try:
-        hashes = repository.hashes(root.name) if new else {}  # a snapshot's folder is named by its commit
-        damaged = [name for name in damaged if not same_content(new[name], hashes.get(name))]
-    finally:
-        for path in {one for name in damaged for one in (new[name], new[name].resolve())}:
-            path.unlink(missing_ok=True)
-    if damaged:
-        raise HlmError(
-            f"{repository.name}: expected {damaged[0]} as the Hub has it, found it damaged on arrival and removed it"
-            f"{f', and {len(damaged) - 1} more' if damaged[1:] else ''}; {AGAIN}"
-        )
+    blobs = [path for path in cache.glob("blobs/*") if not path.name.endswith(".incomplete")]
+    new = [path for path in blobs if path.exists() and path.stat().st_mtime >= since - 0.1]  # coarse clocks
+    damaged = {path.resolve() for path in new if not same_content(path, path.name)}
+    links = [path for path in cache.glob("snapshots/*/**/*") if path.resolve() in damaged]
+    for path in (*links, *damaged):
+        path.unlink()
+    return sorted({"/".join(path.relative_to(cache).parts[2:]) for path in links})

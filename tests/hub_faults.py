@@ -1,7 +1,9 @@
-"""HTTP for the Hub on loopback, and what goes wrong with it on demand: faults by the number of the request.
+"""HTTP for the Hub on loopback, and what goes wrong with it on demand: faults by the number of the request, or
+by its method and the last part of its path.
 
-hub.faults = {7: "cut_answer"}      # the seventh request from now, once
-hub.faults = {7: "503", 8: "503"}   # and its first repetition
+hub.faults = {7: "cut_answer"}                 # the seventh request from now, once
+hub.faults = {7: "503", 8: "503"}              # and its first repetition
+hub.faults = {"GET config.json": "corrupt"}    # every one, whenever it comes: clients send several at a time
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ FAULTS = {
     "lost_request": "the connection ends while the request is sent; nothing done",
     "lost_answer": "what was asked is done, and the connection ends before the answer",
     "cut_answer": "what was asked is done, and the connection ends in the middle of the answer",
+    "404": "HTTP 404, nothing done",
     "500": "HTTP 500, nothing done",
     "503": "HTTP 503, nothing done",
     "429": "HTTP 429 with Retry-After, nothing done",
@@ -56,14 +59,14 @@ class Request:
         return json.loads(self.body or b"{}")
 
 
-class Always(Mapping[int, str]):
+class Always(Mapping[int | str, str]):
     """Faults for an outage: every request from `first` on fails in the same way."""
 
     def __init__(self, first: int, fault: str) -> None:
         self.first, self.fault = first, fault
 
-    def __getitem__(self, number: int) -> str:
-        if number < self.first:
+    def __getitem__(self, number: int | str) -> str:
+        if isinstance(number, str) or number < self.first:
             raise KeyError(number)
         return self.fault
 
@@ -83,7 +86,8 @@ class FaultyHandler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         with self.hub.lock:
             self.hub.log.append((number := len(self.hub.log) + 1, self.command, self.path, "pending"))
-            log, fault = self.hub.log, self.hub.faults.get(number)
+            log, faults = self.hub.log, self.hub.faults
+            fault = faults.get(number) or faults.get(f"{self.command} {urlsplit(self.path).path.rsplit('/', 1)[-1]}")
         self._note = lambda status: log.__setitem__(number - 1, (number, self.command, self.path, status))
         length = int(self.headers.get("Content-Length") or 0)
         if fault:
@@ -94,7 +98,7 @@ class FaultyHandler(BaseHTTPRequestHandler):
         body = self._chunks() if "chunked" in self.headers.get("Transfer-Encoding", "") else self.rfile.read(length)
         if len(body) < length:  # the client is gone: what it did not send whole was never asked
             return self._end("cut short")
-        if fault in ("500", "503", "429"):
+        if fault in ("404", "500", "503", "429"):
             headers = {"Retry-After": "1"} if fault == "429" else {}
             return self._send(Answer({"error": f"injected {fault}"}, int(fault), headers))
         upload = self.command == "PUT" or self.path.startswith(("/v1/xorbs/", "/v1/shards"))

@@ -48,7 +48,7 @@ class HubServer:
     Attributes:
         url: its address, for HF_ENDPOINT or `endpoint=`.
         tokens: user -> token. Users write to repositories under their own name only.
-        faults: request number -> fault, see hub_faults.
+        faults: request number, or method and file -> fault; see hub_faults.
         log: (number, method, path, status) of every request since `restart_log`.
         injected: (number, fault) of the faults that have happened since then.
         page_size: entries of a page of a tree.
@@ -60,7 +60,7 @@ class HubServer:
         (self.folder / "xorbs").mkdir(exist_ok=True)
         self.tokens = {user: f"hf_loopback{user}" for user in users}
         self.state, self.lock, self.page_size = State(), threading.RLock(), 1000
-        self.faults: Mapping[int, str] = {}
+        self.faults: Mapping[int | str, str] = {}
         self.injected: list[tuple[int, str]] = []
         self.log: list[tuple[int, str, str, int | str]] = []
 

@@ -295,25 +295,28 @@ def test_private_repositories_are_seen_with_a_token_alone(home, tmp_path):
     assert "HTTP 401" in refused and "hf auth login" in refused and TOKEN not in client.said
 
 
-TWICE = """
+PULL_ONE = """
 import json
 from hlm.artefacts import HlmError
 from hlm.hub import local_folder
-for _ in range(2):
-    try:
-        print("RESULT", json.dumps(str(local_folder("acme/tiny-teacher"))))
-    except HlmError as error:
-        print("RESULT", json.dumps(str(error)))
+try:
+    print("RESULT", json.dumps(str(local_folder("acme/tiny-teacher"))))
+except HlmError as error:
+    print("RESULT", json.dumps(str(error)))
 """
 
 
 @pytest.mark.parametrize("mode", ["lfs", "xet"])
-def test_what_arrives_damaged_is_found_and_the_next_pull_is_whole(hub, published, tmp_path, mode):
-    hub.restart_log()
-    hub.faults = dict.fromkeys(range(3, 9), "corrupt")  # after the commit and its tree are known
-    damaged, folder = Client(hub, tmp_path).run(TWICE, xet=mode == "xet")
-    hub.restart_log()
-    assert "damaged on arrival" in damaged and "run it again" in damaged
+@pytest.mark.parametrize("refused", [None, "README.md"])
+def test_what_arrives_damaged_is_removed_and_the_next_pull_is_whole(hub, published, tmp_path, mode, refused):
     _, right = hub.branch("models", "acme/tiny-teacher")
-    pulled = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-    assert pulled == {name: hub.content(entry) for name, entry in right.items()} and len(pulled) == 5
+    right = {name: hub.content(entry) for name, entry in right.items()}
+    client = Client(hub, tmp_path)
+    hub.restart_log()
+    hub.faults = {"GET adapter_config.json": "corrupt"} | ({f"GET {refused}": "404"} if refused else {})
+    (error,) = client.run(PULL_ONE, xet=mode == "xet")
+    assert ("HTTP 404" if refused else "adapter_config.json as the Hub has it, found it damaged on arrival") in error
+    assert "corrupt" in dict(hub.injected).values()
+    hub.restart_log()
+    (folder,) = client.run(PULL_ONE, xet=mode == "xet")
+    assert {path.name: path.read_bytes() for path in Path(folder).iterdir()} == right and len(right) == 5
