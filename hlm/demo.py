@@ -145,6 +145,14 @@ def clean(text: object) -> str:
     return " ".join("".join(kept).split())
 
 
+def ad_texts(row: dict[str, Any]) -> dict[str, str]:
+    """What is shown of an ad, cleaned: title, text, brand, price and url; "" for what its row lacks."""
+    price = row.get("price")
+    shown = {name: clean(row.get(name) or "") for name in ("title", "text", "brand")}
+    shown["price"] = f"{price:,.2f}" if isinstance(price, (int, float)) else clean(price or "")
+    return shown | {"url": clean(row.get("display_url") or row.get("url") or "")}
+
+
 def _unseen(character: str) -> bool:
     return unicodedata.category(character) in {"Cc", "Cf", "Cs", "Co", "Cn"}
 
@@ -251,15 +259,11 @@ class Demo:
         hits = []
         for place, (ad, score) in enumerate(found):
             row = {name: column[place] for name, column in rows.items()}
-            shown = {name: clean(row.get(name) or "") for name in ("title", "text", "brand")}
-            words = match_key(" ".join(shown.values())).split()
-            price, url = row.get("price"), clean(row.get("display_url") or row.get("url") or "")
+            shown = ad_texts(row)
+            words = match_key(" ".join(shown[name] for name in ("title", "text", "brand"))).split()
             matched = list(dict.fromkeys(word for word in words if word in wanted))
             hits.append(
-                Hit(
-                    id=ad, rank=place + 1, score=score, other_rank=ranks.get(ad), matched=matched, url=url, **shown,
-                    price=f"{price:,.2f}" if isinstance(price, (int, float)) else clean(price or ""),
-                )
+                Hit(id=ad, rank=place + 1, score=score, other_rank=ranks.get(ad), matched=matched, **shown)
             )  # fmt: skip
         return hits
 
@@ -270,7 +274,7 @@ def load_demo(config: DemoConfig) -> Demo:
     Raises:
         HlmError: something is missing, or the index is of another teacher than the student's.
     """
-    from hlm.data import iterate, load, query_text
+    from hlm.data import load
     from hlm.index import AdIndex
     from hlm.runtime import QueryEncoder
     from hlm.store import VectorStore
@@ -297,8 +301,7 @@ def load_demo(config: DemoConfig) -> Demo:
     else:
         queries = VectorStore.open(config.place("vectors", "queries"))
         queries.check(encoder=teacher_print)
-        texts = {row["_id"]: clean(query_text(row)) for row in iterate(data.queries)}
-        teach = _stored_teacher(queries, texts, student.dim)
+        teach = stored_teacher(queries, data.queries, student.dim)
         said = f"not run here: its stored vectors of {len(queries):,} queries are read"
     facts = [
         ("Student", f"{where}, {student.backend} {student.precision}, width {student.dim}"),
@@ -330,11 +333,16 @@ def _live_teacher(folder: Path, fingerprint: str, dim: int) -> Callable[[str], n
     return lambda text: encode(model, [text], prompt_name="query", dim=dim if dim < width else None)
 
 
-def _stored_teacher(store: Any, texts: dict[str, str], dim: int) -> Callable[[str], np.ndarray | None]:
-    rows = {texts[name].casefold(): row for row, name in enumerate(store.ids.to_pylist()) if name in texts}
+def stored_teacher(store: Any, queries: Any, dim: int) -> Callable[[str], np.ndarray | None]:
+    """A teacher that does not run: query -> its vector in `store`, float32 (1, dim), L2-normalised; None for a text
+    that none of `queries` has, letter case and control characters aside."""
+    from hlm.data import iterate, query_text
+
+    texts = {row["_id"]: clean(query_text(row)).casefold() for row in iterate(queries)}
+    rows = {texts[name]: row for row, name in enumerate(store.ids.to_pylist()) if name in texts}
 
     def teach(text: str) -> np.ndarray | None:
-        row = rows.get(text.casefold())
+        row = rows.get(clean(text).casefold())
         if row is None:
             return None
         vector = store.gather([row])[:, :dim]

@@ -66,7 +66,7 @@ def peak_memory_mib() -> float:
 
     From VmHWM where there is one: on Linux `ru_maxrss` starts at the size of the process that started this one.
     """
-    held = _status_mib("VmHWM")
+    held = status_mib("VmHWM")
     if held is not None:
         return held
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -76,27 +76,26 @@ def peak_memory_mib() -> float:
 def anonymous_mib() -> float:
     """Memory (MiB) that this process holds and no file backs: what a memory map does not count in. NaN where the system
     does not tell."""
-    held = _status_mib("RssAnon")
+    held = status_mib("RssAnon")
     return float("nan") if held is None else held
 
 
-def _status_mib(field: str) -> float | None:
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith(f"{field}:"):
-                return int(line.split()[1]) / 2**10
-    return None
+def status_mib(field: str, pid: int | str = "self") -> float | None:
+    """A line of a process's /proc/<pid>/status in MiB, such as "RssFile"; None where there is none, or it is gone."""
+    return _line_mib(Path(f"/proc/{pid}/status"), field)
 
 
 def memory_mib(field: str) -> float | None:
     """A line of /proc/meminfo in MiB, "MemTotal" or "MemAvailable"; None where there is none."""
-    path = Path("/proc/meminfo")
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            if line.startswith(f"{field}:"):
-                return int(line.split()[1]) / 2**10
-    return None
+    return _line_mib(Path("/proc/meminfo"), field)
+
+
+def _line_mib(path: Path, field: str) -> float | None:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) / 2**10 for line in lines if line.startswith(f"{field}:")), None)
 
 
 def facts() -> dict[str, Any]:

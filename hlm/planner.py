@@ -197,17 +197,17 @@ def check_step(
         HlmError: with the numbers and the nearest setting that works.
     """
     config = backbone_config(settings["backbone" if step == "teacher" else "student"])
-    if not any(set(stage) & {"layers", "ffn"} for stage in settings.get("cascade") or []):
-        try:
-            Shape.of(config)
-        except HlmError as error:
-            logger.info("%s: what it takes is not known beforehand (%s)", step, error)
-            return
+    try:
+        shape = Shape.of(config)
+    except HlmError as error:
+        if any(set(stage) & {"layers", "ffn"} for stage in settings.get("cascade") or []):
+            raise
+        logger.info("%s: what it takes is not known beforehand (%s)", step, error)
+        return
     limit = min(settings.get("max_seq_length") or 128, 128)
     settings = {**settings, "max_seq_length": limit}
     sizes = Assumptions(documents=settings.get("pool") or 1, queries=1, longest_query=min(16, limit))
     if step == "teacher":
-        shape = Shape.of(config)
         found = [("teacher", lambda: teacher_training(shape, settings, sizes, gpus))]
     elif step == "align":
         stages = cascade(config, settings["cascade"] or [{}])
@@ -216,7 +216,6 @@ def check_step(
             for number, (_, shape, _) in enumerate(stages, 1)
         ]
     else:
-        shape = Shape.of(config)
         found = [("refine", lambda: refine_training(shape, settings, sizes, gpus))]
     if gpu is None and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())

@@ -218,7 +218,7 @@ def _onnx_file(folder: Path, precision: str, manifest: dict[str, Any]) -> Path:
 
 def _model_folder(source: str, revision: str | None, backend: str, precision: str) -> Path:
     """The folder, or of a Hub repository what this backend reads: one ONNX file, or the weights where it has none."""
-    graph = FILES.get(precision) if backend != "torch" else None
+    graph = FILES[precision] if backend != "torch" else None
     patterns = ["*.json", "*.txt", *([graph, f"{graph}_data"] if graph else ["*.safetensors"])]
     folder = local_folder(source, revision=revision, patterns=patterns)
     if graph and not (folder / graph).is_file() and not Path(source).is_dir():

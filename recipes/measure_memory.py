@@ -32,7 +32,7 @@ from hlm.artefacts import HlmError, write_json
 from hlm.config import parse, run_recipe
 from hlm.data import load
 from hlm.encoders import fingerprint, load_encoder
-from hlm.machine import facts
+from hlm.machine import facts, status_mib
 from hlm.report import align, command_line, environment
 from hlm.sample_catalogue import write_catalogue
 from hlm.store import write_store
@@ -150,8 +150,9 @@ def run_limited(folder: Path, config: MeasureMemoryConfig) -> dict[str, Any]:
         process = subprocess.Popen(command, env=variables, stdout=log, stderr=log, preexec_fn=enter)
         samples = []
         while process.poll() is None:
-            if (sample := status(process.pid)) is not None:
-                samples.append(sample | {"s": time.perf_counter() - started})
+            sample = [status_mib(field, process.pid) for field in ("RssAnon", "RssFile")]
+            if None not in sample:
+                samples.append(sample)
             time.sleep(SAMPLED_S)
         log.seek(0)
         told = log.read().strip().splitlines()
@@ -159,24 +160,12 @@ def run_limited(folder: Path, config: MeasureMemoryConfig) -> dict[str, Any]:
     found = {
         "passed": process.returncode == 0, "limit": kind, "limit_mib": config.limit_mib,
         "seconds": time.perf_counter() - started,
-        "anonymous_peak_mib": max((sample["RssAnon"] for sample in samples), default=0.0),
-        "anonymous_end_mib": samples[-1]["RssAnon"] if samples else 0.0,
-        "file_backed_peak_mib": max((sample["RssFile"] for sample in samples), default=0.0),
+        "anonymous_peak_mib": max((anonymous for anonymous, _ in samples), default=0.0),
+        "anonymous_end_mib": samples[-1][0] if samples else 0.0,
+        "file_backed_peak_mib": max((backed for _, backed in samples), default=0.0),
     }  # fmt: skip
     shutil.rmtree(tokenised, ignore_errors=True)
     return found if found["passed"] else found | {"status": process.returncode, "last_words": told[-3:]}
-
-
-def status(pid: int) -> dict[str, float] | None:
-    """RssAnon and RssFile in MiB; None once the process is gone."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return None
-    found = {
-        line.split(":")[0]: int(line.split()[1]) / 2**10 for line in lines if line.startswith(("RssAnon", "RssFile"))
-    }
-    return found or None
 
 
 @contextlib.contextmanager

@@ -21,8 +21,8 @@ import numpy as np
 
 from hlm.artefacts import HlmError, atomic_folder
 from hlm.config import parse, run_recipe
-from hlm.data import iterate, load, query_text
-from hlm.demo import clean
+from hlm.data import iterate, load
+from hlm.demo import ad_texts, stored_teacher
 from hlm.index import AdIndex
 from hlm.lineage import open_fitting, read_student
 from hlm.runtime import QueryEncoder
@@ -40,7 +40,7 @@ LIBRARY = {
 }
 DTYPES = {"int8": ("q8", "model_quantized.onnx"), "fp32": ("fp32", "model.onnx")}
 TAUGHT = 50  # ads of the teacher kept for each example: as many as the page shows at most
-MAX_TEXT = 300  # characters of an ad's text that are sent; the page shows 240
+MAX_TEXT = 300  # characters of an ad's texts that are sent; the page shows 240
 
 
 @dataclass
@@ -100,7 +100,8 @@ def write_ads(data: Any, store: VectorStore, dim: int, most: int, folder: Path) 
     count = min(most, len(store))
     names = store.ids[:count].to_pylist()
     rows = {row["_id"]: row for row in iterate(data.corpus)}
-    ads = [ad(name, rows[name]) for name in names]
+    shown = {name: ad_texts(rows[name]) for name in names}
+    ads = [{"id": name} | {key: text[:MAX_TEXT] for key, text in shown[name].items() if text} for name in names]
     vectors = store.gather(np.arange(count))[:, :dim].astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     scales = np.abs(vectors).max(axis=1) / 127
@@ -108,19 +109,6 @@ def write_ads(data: Any, store: VectorStore, dim: int, most: int, folder: Path) 
     (folder / "ads.json").write_text(json.dumps(ads, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
     (folder / "vectors.bin").write_bytes(scales.astype("<f4").tobytes() + codes.tobytes())
     return count
-
-
-def ad(name: str, row: dict[str, Any]) -> dict[str, str]:
-    price = row.get("price")
-    found = {
-        "id": name,
-        "title": clean(row.get("title") or ""),
-        "text": clean(row.get("text") or "")[:MAX_TEXT],
-        "brand": clean(row.get("brand") or ""),
-        "price": f"{price:,.2f}" if isinstance(price, (int, float)) else clean(price or ""),
-        "url": clean(row.get("display_url") or row.get("url") or ""),
-    }
-    return {key: value for key, value in found.items() if value}
 
 
 def settings(config: StaticSpaceConfig, data: Any, store: VectorStore, student: QueryEncoder, count: int) -> dict:
@@ -148,16 +136,14 @@ def examples(config: StaticSpaceConfig, data: Any, store: VectorStore, dim: int,
         return [{"text": text, "teacher": []} for text in config.examples]
     queries = VectorStore.open(folder)
     queries.check(encoder=store.encoder)
-    names = {clean(query_text(row)).casefold(): row["_id"] for row in iterate(data.queries)}
+    teach = stored_teacher(queries, data.queries, dim)
     index = AdIndex.build(store, dim=dim)
     shown = set(store.ids[:count].to_pylist())
     found = []
     for text in config.examples:
-        name = names.get(clean(text).casefold())
         ads: list[str] = []
-        if name is not None:
-            vector = queries.gather(queries.rows_of([name]))[:, :dim]
-            _, (ads,) = index.search(vector / np.linalg.norm(vector), len(store) if count < len(store) else TAUGHT)
+        if (vector := teach(text)) is not None:
+            _, (ads,) = index.search(vector, len(store) if count < len(store) else TAUGHT)
         found.append({"text": text, "teacher": [one for one in ads if one in shown][:TAUGHT]})
     return found
 
