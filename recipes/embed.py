@@ -71,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     process = processes()
     with process.local_main_process_first():  # the others find the checked tables in the cache
         data = load(config.data, revision=config.data_revision, splits=())
-    width = check_dim(config.dim, encoder_width(config.model, revision=config.model_revision))
-    check_dim(config.index_dim, width, "index_dim")
+    dim = check_dim(config.dim, encoder_width(config.model, revision=config.model_revision))
+    check_dim(config.index_dim, dim, "index_dim")
     tables = {part: getattr(data, part) for part in config.parts}
     sources = {part: data.fingerprint(part) for part in config.parts}  # refuses a part that the dataset lacks
     if config.oracle and not any("oracle" in table.column_names for table in tables.values()):
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "dtype": config.dtype,
         }
         plan = {
-            "dim": config.dim or model.get_embedding_dimension(),
+            "dim": dim,
             "encoder": encoder,
             "source": sources[part],
             "n_rows": len(table),

@@ -152,12 +152,7 @@ def publish_faults(
         again = client.ask("publish", argv=argv, fresh=False)
         half += not_whole(hub, old, new)
         left = different(hub, new) if "value" in again else [again["text"]]
-        count = counts[fault]
-        count["tried"] += 1
-        count[outcome(answer)] += 1
-        count["half_published"] += bool(half)
-        count["reruns_completed"] += not left
-        if half or left or outcome(answer) == "other_error":
+        if note(counts[fault], answer, "half_published", half, left):
             found = {"fault": fault, "number": number, "request": requests[number - 1][1:3]}
             failures.append(found | {"answer": answer, "half_published": half, "rerun": left})
     return {"requests": len(requests), "faults": counts, "failures": failures}
@@ -186,16 +181,20 @@ def pull_faults(hub: HubServer, client: Client, runs: list[list[str]], config: M
         wrong = wrong_files(client.cache, right)
         again = client.ask("pull", wanted=wanted, fresh=False)
         left = missing_files(again["value"], right) if "value" in again else [again["text"]]
-        count = counts[fault]
-        count["tried"] += 1
-        count[outcome(answer)] += 1
-        count["wrong_content"] += bool(wrong)
-        count["reruns_completed"] += not left
-        if wrong or left or outcome(answer) == "other_error":
+        if note(counts[fault], answer, "wrong_content", wrong, left):
             found = {"fault": fault, "number": number, "wrong_content": wrong}
             found |= {} if fault == "disk_full" else {"request": requests[number - 1][1:3]}
             failures.append(found | {"answer": answer, "rerun": left})
     return {"requests": len(requests), "faults": counts, "failures": failures}
+
+
+def note(count: dict[str, int], answer: dict[str, Any], harm: str, harmed: Any, left: Any) -> bool:
+    """Counts one fault and the rerun after it; whether something went wrong that no fault excuses."""
+    count["tried"] += 1
+    count[outcome(answer)] += 1
+    count[harm] += bool(harmed)
+    count["reruns_completed"] += not left
+    return bool(harmed or left) or outcome(answer) == "other_error"
 
 
 def tries(requests: Sequence[Any], config: MeasurePublishConfig) -> list[tuple[str, int]]:

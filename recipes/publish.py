@@ -189,6 +189,11 @@ def stage_tables(data: Path, home: Path, unlabelled: bool) -> None:
     texts = ["corpus", "queries", *(["unlabelled"] if unlabelled else [])]
     found = {part: find_table(data, part) for part in (*texts, *(f"qrels/{split}" for split in SPLITS))}
     found = {part: path for part, path in found.items() if path}
+    if unlabelled and "unlabelled" not in found:
+        raise HlmError(
+            f"unlabelled: expected one table of them in {data}, found none; join shards into unlabelled.parquet, or "
+            "leave unlabelled out"
+        )
     (home / "qrels").mkdir(parents=True)
     if (data / MANIFEST).is_file():
         (home / MANIFEST).symlink_to((data / MANIFEST).resolve())

@@ -1,9 +1,17 @@
-"""Chromium for the tests of the two demo pages, and ads that try to be more than text."""
+"""For the tests of the two demo pages: Chromium, and a run whose catalogue has ads that try to be more than text."""
 
 import contextlib
+import json
+import shutil
 from pathlib import Path
 
 import pytest
+
+from hlm.artefacts import write_manifest
+from hlm.data import document_text, iterate, load
+from hlm.encoders import encode, load_encoder
+from hlm.export import export
+from hlm.store import write_store
 
 CHROMIUM = Path("/usr/bin/chromium")
 AXE = Path(__file__).parent / "space/node_modules/axe-core/axe.min.js"
@@ -14,6 +22,31 @@ HOSTILE = {
     "bidi": {"title": "red shoe \u202egnp.exe\u2066", "text": "حذاء أحمر \u200fred", "brand": "\u202d\u0000x"},
     "huge": {"title": "red " + "W" * 100_000, "text": "shoe " * 50_000, "brand": "B" * 5_000},
 }
+
+
+def hostile_run(root: Path, encoder: str, catalogue: Path) -> dict[str, str]:
+    """The catalogue with `HOSTILE` added, a teacher, an exported student with the same weights, and the stores."""
+    shutil.copytree(catalogue, root / "data")
+    with open(root / "data/corpus.jsonl", "a", encoding="utf-8") as file:
+        for name, ad in HOSTILE.items():
+            file.write(json.dumps({"_id": name, "price": 1234.5, **ad}) + "\n")
+    for name in ("teacher", "student"):
+        shutil.copytree(encoder, root / name)
+    write_manifest(root / "teacher", "teacher", inputs={}, config={}, encoder="t" * 16, dim=32)
+    facts = export(str(root / "student"), root / "student")
+    made = {"inputs": {"teacher": "t" * 16}, "config": {}, "encoder": "e" * 16, "dim": 32, "onnx": facts}
+    write_manifest(root / "student", "student", **made)
+    data, model = load(str(root / "data")), load_encoder(encoder, device="cpu")
+    parts = {
+        "corpus": [(row["_id"], document_text(row)) for row in iterate(data.corpus)],
+        "queries": [(row["_id"], row["text"]) for row in iterate(data.queries)],
+    }
+    for part, records in parts.items():
+        write_store(
+            root / "vectors" / part, records, lambda texts: encode(model, texts, prompt_name="query"), dim=32,
+            encoder="t" * 16, source=data.fingerprint(part), n_rows=len(records),
+        )  # fmt: skip
+    return {name: str(root / name) for name in ("teacher", "student", "data", "vectors")}
 
 
 @contextlib.contextmanager

@@ -6,11 +6,13 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums of two threads end in other bits than those of one
 
 from pathlib import Path
 
 import pytest
 import torch
+from browser import chromium
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -98,3 +100,10 @@ def catalogue_200(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("catalogue") / "data"
     write_catalogue(folder, ads=200, unlabelled=400, train_queries=150, dev_queries=20, test_queries=80, seed=0)
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium."""
+    with chromium() as started:
+        yield started

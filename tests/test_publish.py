@@ -106,6 +106,11 @@ def test_the_demos_settings_and_front_matter_name_what_was_published(home, tmp_p
 def test_what_does_not_fit_stops_before_anything_is_sent(home, tmp_path, tiny_bert):
     with pytest.raises(HlmError, match="expected namespace or teacher_repo"):
         publish.main([word for word in arguments(home, "--dry-run") if word not in ("--namespace", "acme")])
+    shutil.copytree(home / "data", tmp_path / "data")
+    (tmp_path / "data/unlabelled").mkdir()
+    (tmp_path / "data/unlabelled.jsonl").rename(tmp_path / "data/unlabelled/0.jsonl")
+    with pytest.raises(HlmError, match="unlabelled: expected one table of them"):
+        publish.main(arguments(home, "--dry-run", "--unlabelled", "--data", str(tmp_path / "data")))
     other = tmp_path / "other"
     save_encoder(load_encoder(tiny_bert, device="cpu"), other, "teacher", inputs={}, config={})
     with pytest.raises(HlmError, match="expected the student's teacher .* name that teacher"):

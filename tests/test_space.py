@@ -15,16 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import HOSTILE, SCRIPT, chromium, opening, serious
+from browser import HOSTILE, SCRIPT, hostile_run, opening, serious
 
-from hlm.artefacts import HlmError, write_manifest
-from hlm.data import document_text, iterate, load
+from hlm.artefacts import HlmError
+from hlm.data import iterate, load
 from hlm.demo import Demo, DemoConfig, clean, load_demo
 from hlm.demo_page import failure, results, shown, table
-from hlm.encoders import encode, load_encoder
-from hlm.export import export
 from hlm.index import AdIndex
-from hlm.store import VectorStore, write_store
+from hlm.store import VectorStore
 
 gradio = pytest.importorskip("gradio", reason="the demo needs the extra 'space'")
 
@@ -35,30 +33,10 @@ ROOT = Path(__file__).resolve().parent.parent
 def config(tiny_bert, catalogue_200, tmp_path_factory) -> DemoConfig:
     """A teacher, a student with the same weights, and a catalogue with hostile ads among others."""
     root = tmp_path_factory.mktemp("demo")
-    shutil.copytree(catalogue_200, root / "data")
-    with open(root / "data/corpus.jsonl", "a", encoding="utf-8") as file:
-        for name, ad in HOSTILE.items():
-            file.write(json.dumps({"_id": name, "price": 1234.5, **ad}) + "\n")
-    for name in ("teacher", "student"):
-        shutil.copytree(tiny_bert, root / name)
-    write_manifest(root / "teacher", "teacher", inputs={}, config={}, encoder="t" * 16, dim=32)
-    facts = export(str(root / "student"), root / "student")
-    made = {"inputs": {"teacher": "t" * 16}, "config": {}, "encoder": "e" * 16, "dim": 32, "onnx": facts}
-    write_manifest(root / "student", "student", **made)
-    data, model = load(str(root / "data")), load_encoder(tiny_bert, device="cpu")
-    for part, records in (
-        ("corpus", [(row["_id"], document_text(row)) for row in iterate(data.corpus)]),
-        ("queries", [(row["_id"], row["text"]) for row in iterate(data.queries)]),
-    ):
-        write_store(
-            root / "vectors" / part, records, lambda texts: encode(model, texts, prompt_name="query"), dim=32,
-            encoder="t" * 16, source="s" * 16, n_rows=len(records),
-        )  # fmt: skip
+    run = hostile_run(root, tiny_bert, catalogue_200)
     AdIndex.build(VectorStore.open(root / "vectors/corpus")).save(root / "index")
-    return DemoConfig(
-        student=[str(root / "absent"), str(root / "student")], teacher=str(root / "teacher"), data=str(root / "data"),
-        vectors=str(root / "vectors"), factories=["Flat", "HNSW8"], examples=["red shoe", "steel bottle"],
-    )  # fmt: skip
+    student = [str(root / "absent"), run["student"]]
+    return DemoConfig(**run | {"student": student}, factories=["Flat", "HNSW8"], examples=["red shoe", "steel bottle"])
 
 
 @pytest.fixture(scope="module")
@@ -234,12 +212,6 @@ def test_the_mcp_tool(url):
         tools, answer = thread.submit(asyncio.run, ask()).result(120)
     assert [tool.name for tool in tools] == ["search"] and "shopper" in tools[0].description
     assert not answer.isError and "red shoe" in answer.content[0].text and "overlap" in answer.content[0].text
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as started:
-        yield started
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import functools
 import importlib.util
 import json
-import shutil
 import sys
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -11,15 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import HOSTILE, SCRIPT, chromium, opening, serious
+from browser import SCRIPT, hostile_run, opening, serious
 
-from hlm.artefacts import HlmError, write_manifest
-from hlm.data import document_text, iterate, load
-from hlm.encoders import encode, load_encoder
-from hlm.export import export
+from hlm.artefacts import HlmError
+from hlm.data import iterate, load
 from hlm.index import AdIndex
 from hlm.runtime import QueryEncoder
-from hlm.store import VectorStore, write_store
+from hlm.store import VectorStore
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "tests/node/node_modules/@huggingface/transformers/dist/transformers.min.js"
@@ -30,26 +27,8 @@ spec.loader.exec_module(recipe)
 
 @pytest.fixture(scope="module")
 def given(tiny_bert, catalogue_200, tmp_path_factory) -> dict[str, str]:
-    root = tmp_path_factory.mktemp("static")
-    shutil.copytree(catalogue_200, root / "data")
-    with open(root / "data/corpus.jsonl", "a", encoding="utf-8") as file:
-        for name, ad in HOSTILE.items():
-            file.write(json.dumps({"_id": name, "price": 1234.5, **ad}) + "\n")
-    shutil.copytree(tiny_bert, root / "student")
-    facts = export(str(root / "student"), root / "student")
-    made = {"inputs": {"teacher": "t" * 16}, "config": {}, "encoder": "e" * 16, "dim": 32, "onnx": facts}
-    write_manifest(root / "student", "student", **made)
-    data, model = load(str(root / "data")), load_encoder(tiny_bert, device="cpu")
-    parts = {
-        "corpus": [(row["_id"], document_text(row)) for row in iterate(data.corpus)],
-        "queries": [(row["_id"], row["text"]) for row in iterate(data.queries)],
-    }
-    for part, records in parts.items():
-        write_store(
-            root / "vectors" / part, records, lambda texts: encode(model, texts, prompt_name="query"), dim=32,
-            encoder="t" * 16, source=data.fingerprint(part), n_rows=len(records),
-        )  # fmt: skip
-    return {"student": str(root / "student"), "data": str(root / "data"), "vectors": str(root / "vectors")}
+    run = hostile_run(tmp_path_factory.mktemp("static"), tiny_bert, catalogue_200)
+    return {name: run[name] for name in ("student", "data", "vectors")}
 
 
 def build(given, output, *more: str) -> Path:
@@ -82,12 +61,6 @@ def url(folder):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as started:
-        yield started
 
 
 @pytest.fixture
