@@ -9,14 +9,17 @@ Inputs `input_ids` and `attention_mask`, int64 (batch, length), both dimensions 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
 from hlm.artefacts import HlmError, atomic_file, fingerprint_file
 from hlm.encoders import load_encoder, pad, prompt_of, tokenise
@@ -31,26 +34,53 @@ PROBES = ("red shoe", "a", "", "laptop 15.6 inch " * 100, "größe 42 ½ 靴 �
 
 
 class _Graph(torch.nn.Module):
-    """The encoder with its masks made in the fewest steps: the backbone's own take as many nodes as a layer does."""
+    """The encoder in fewer steps than its modules take: of a short query they cost what the arithmetic costs."""
 
     def __init__(self, model: SentenceTransformer) -> None:
         super().__init__()
-        self.model = model
+        self.model = copy.deepcopy(model)
+        _fold_biases(self.model)
         self.causal = any(getattr(module, "is_causal", False) for module in model[0].model.modules())
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         lowest = torch.finfo(torch.float32).min / 2  # two of them add up to a number still
-        hidden = (1 - attention_mask[:, None, None, :].float()) * lowest
+        present = attention_mask.float()
+        hidden = ((1 - present) * lowest)[:, None, None, :]
         if self.causal:
             length = input_ids.shape[1]
             hidden = hidden + torch.full((length, length), lowest).triu(1)
         features: dict[str, Any] = {"input_ids": input_ids, "attention_mask": hidden}
         if "token_type_ids" in inspect.signature(self.model[0].model.forward).parameters:
-            features["token_type_ids"] = torch.zeros_like(input_ids)
-        for module in self.model:
-            features = module(features)
-            features["attention_mask"] = attention_mask
+            features["token_type_ids"] = torch.zeros(1, 1, dtype=torch.int64)  # one row for all: a constant
+        features = self.model[0](features)
+        features["attention_mask"] = attention_mask
+        modules = list(self.model)[1:]
+        for module, then in zip(modules, [*modules[1:], None], strict=True):
+            mean = isinstance(module, Pooling) and module.pooling_mode == "mean"
+            if mean and isinstance(then, Normalize):  # a sum has the same direction
+                features["sentence_embedding"] = (present[:, None, :] @ features["token_embeddings"])[:, 0]
+            elif isinstance(module, Normalize):
+                vectors = features["sentence_embedding"]
+                features["sentence_embedding"] = vectors / vectors.norm(dim=-1, keepdim=True)
+            else:
+                features = module(features)
         return features["token_embeddings"], features["sentence_embedding"]
+
+
+@torch.no_grad()
+def _fold_biases(model: torch.nn.Module) -> None:
+    """Takes the biases of keys and values out of BERT's attention, which has no use for them.
+
+    A key's adds the same to all scores of a query, so the softmax takes it away; a value's comes out whole, for a
+    query's weights sum to 1, and goes into the bias of what follows.
+    """
+    for attention in model.modules():
+        inner, output = getattr(attention, "self", None), getattr(attention, "output", None)
+        if all(isinstance(getattr(inner, name, None), torch.nn.Linear) for name in ("query", "key", "value")):
+            dense = getattr(output, "dense", None)
+            if isinstance(dense, torch.nn.Linear) and dense.bias is not None and inner.value.bias is not None:
+                dense.bias += dense.weight @ inner.value.bias
+                inner.key.bias = inner.value.bias = None
 
 
 def export(name_or_path: str, folder: str | Path, *, int8: bool = True) -> dict[str, dict[str, Any]]:
@@ -88,6 +118,7 @@ def export_model(model: SentenceTransformer, folder: str | Path, *, int8: bool =
             input_names=["input_ids", "attention_mask"], output_names=["last_hidden_state", "sentence_embedding"],
             opset_version=20, external_data=False, verbose=False,  # 20 has Gelu
         )  # fmt: skip
+    _simplify(program.model)
     with atomic_file(folder / FP32_FILE) as aside:
         program.save(str(aside))
         facts = {"fp32": {"file": FP32_FILE} | _differences(model, aside)}
@@ -105,6 +136,20 @@ def export_model(model: SentenceTransformer, folder: str | Path, *, int8: bool =
             facts["int8"] = {"file": INT8_FILE} | _differences(model, aside)
         facts["int8"]["fingerprint"] = fingerprint_file(folder / INT8_FILE)
     return facts
+
+
+def _simplify(model: ir.Model) -> None:
+    """Shapes that keep (batch, length) in front say so by zeros, instead of being put together at every call."""
+    for node in model.graph:
+        if node.op_type == "Reshape":
+            old, new = node.inputs[0].shape, node.outputs[0].shape
+            if old[:2] == new[:2] and all(isinstance(size, int) for size in new[2:]):
+                shape = ir.tensor([0, 0, *new[2:]], dtype=ir.DataType.INT64, name=f"{node.outputs[0].name}_shape")
+                value = ir.Value(name=shape.name, const_value=shape, type=ir.TensorType(shape.dtype), shape=shape.shape)
+                model.graph.register_initializer(value)
+                node.replace_input_with(1, value)
+                node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
+    ir.passes.common.RemoveUnusedNodesPass()(model)
 
 
 def quantise(source: Path, target: Path) -> None:

@@ -1,6 +1,7 @@
 """The exported graph gives the model's vectors."""
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -44,6 +45,36 @@ def test_a_head_and_cls_pooling_are_in_the_graph(tiny_bert, tmp_path):
     assert found.shape == (2, 48)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert not (tmp_path / INT8_FILE).exists()
+
+
+def test_biases_that_attention_has_no_use_for_leave_the_graph_and_not_the_model(tiny_bert, tmp_path):
+    model = load_encoder(tiny_bert, device="cpu")
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():  # where training starts, they are nothing
+        if name.endswith("bias"):
+            torch.nn.init.normal_(weight)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    export_model(model, tmp_path, int8=False)
+    found, expected = vectors(tmp_path / FP32_FILE, model, ["red shoe", "kettle without cable"])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+    graph = onnx.load(str(tmp_path / FP32_FILE)).graph
+    names = " ".join(value.name for value in graph.initializer)
+    assert names.count("query.bias") == 6 and "key.bias" not in names and "value.bias" not in names
+    assert not [node for node in graph.node if node.op_type == "Concat"]  # shapes are known, not put together
+
+
+def test_padding_on_the_left_gives_the_same_vectors(tiny_qwen3, tmp_path):
+    model = load_encoder(tiny_qwen3, device="cpu")
+    export_model(model, tmp_path, int8=False)
+    session = onnxruntime.InferenceSession(str(tmp_path / FP32_FILE))
+    short, long = (np.array(ids) for ids in tokenise(model, ["red shoe", "used laptop with a black cable"]))
+    ids = np.stack([np.concatenate([np.zeros(len(long) - len(short), dtype=np.int64), short]), long])
+    mask = np.stack([np.arange(len(long)) >= len(long) - len(short), np.ones(len(long))]).astype(np.int64)
+    (found,) = session.run(["sentence_embedding"], {"input_ids": ids, "attention_mask": mask})
+    with torch.no_grad():
+        expected = model(pad(model, [short.tolist(), long.tolist()]))["sentence_embedding"].numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_a_graph_beyond_the_tolerance_is_refused_and_leaves_no_file(tiny_bert, tmp_path, monkeypatch):
