@@ -40,6 +40,9 @@ class _Graph(torch.nn.Module):
         super().__init__()
         self.model = copy.deepcopy(model)
         _fold_biases(self.model)
+        for name, module in list(self.model.named_modules()):
+            if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+                self.model.set_submodule(name, _RMSNorm(module.weight, module.variance_epsilon))
         self.causal = any(getattr(module, "is_causal", False) for module in model[0].model.modules())
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,6 +68,17 @@ class _Graph(torch.nn.Module):
             else:
                 features = module(features)
         return features["token_embeddings"], features["sentence_embedding"]
+
+
+class _RMSNorm(torch.nn.Module):
+    """With a division, by which ONNX Runtime knows it and computes it in one step instead of seven."""
+
+    def __init__(self, weight: torch.nn.Parameter, epsilon: float) -> None:
+        super().__init__()
+        self.weight, self.epsilon = weight, epsilon
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden / torch.sqrt(hidden.pow(2).mean(-1, keepdim=True) + self.epsilon) * self.weight
 
 
 @torch.no_grad()

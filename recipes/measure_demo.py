@@ -25,6 +25,7 @@ from hlm.artefacts import HlmError, write_json
 from hlm.config import parse, run_recipe
 from hlm.demo import DemoConfig
 from hlm.machine import facts
+from hlm.report import command_line, environment
 
 APP = Path(__file__).resolve().parent.parent / "spaces/query_to_ad"
 ARGS = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update"
@@ -58,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(queries) < 2 or not Path(config.chromium).is_file():
         raise HlmError(f"expected two or more examples in {config.settings} and Chromium at {config.chromium}")
     given = asdict(config) | {"settings": os.path.relpath(config.settings)}  # no path of this machine
-    measured: dict[str, Any] = {"settings": given, "machine": facts(), "starts": []}
+    here = environment(command_line("recipes/measure_demo.py", argv)) | facts()
+    measured: dict[str, Any] = {"settings": given, "environment": here, "starts": []}
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=config.chromium, args=[f"--{name}" for name in ARGS.split()]

@@ -67,7 +67,11 @@ def test_biases_that_attention_has_no_use_for_leave_the_graph_and_not_the_model(
 def test_padding_on_the_left_gives_the_same_vectors(tiny_qwen3, tmp_path):
     model = load_encoder(tiny_qwen3, device="cpu")
     export_model(model, tmp_path, int8=False)
-    session = onnxruntime.InferenceSession(str(tmp_path / FP32_FILE))
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / FP32_FILE), options)
+    kinds = [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
+    assert kinds.count("SimplifiedLayerNormalization") == 6 * 4 + 1  # each norm in one step
     short, long = (np.array(ids) for ids in tokenise(model, ["red shoe", "used laptop with a black cable"]))
     ids = np.stack([np.concatenate([np.zeros(len(long) - len(short), dtype=np.int64), short]), long])
     mask = np.stack([np.arange(len(long)) >= len(long) - len(short), np.ones(len(long))]).astype(np.int64)
