@@ -262,9 +262,7 @@ class Demo:
             shown = ad_texts(row)
             words = match_key(" ".join(shown[name] for name in ("title", "text", "brand"))).split()
             matched = list(dict.fromkeys(word for word in words if word in wanted))
-            hits.append(
-                Hit(id=ad, rank=place + 1, score=score, other_rank=ranks.get(ad), matched=matched, **shown)
-            )  # fmt: skip
+            hits.append(Hit(id=ad, rank=place + 1, score=score, other_rank=ranks.get(ad), matched=matched, **shown))
         return hits
 
 

@@ -157,7 +157,7 @@ def _simplify(model: ir.Model) -> None:
     for node in model.graph:
         if node.op_type == "Reshape":
             old, new = node.inputs[0].shape, node.outputs[0].shape
-            if old[:2] == new[:2] and all(isinstance(size, int) for size in new[2:]):
+            if None not in (old, new) and old[:2] == new[:2] and all(isinstance(size, int) for size in new[2:]):
                 shape = ir.tensor([0, 0, *new[2:]], dtype=ir.DataType.INT64, name=f"{node.outputs[0].name}_shape")
                 value = ir.Value(name=shape.name, const_value=shape, type=ir.TensorType(shape.dtype), shape=shape.shape)
                 model.graph.register_initializer(value)

@@ -79,6 +79,8 @@ def _remove_damaged(cache: Path, since: float) -> list[str]:
     blobs = [path for path in cache.glob("blobs/*") if not path.name.endswith(".incomplete")]
     new = [path for path in blobs if path.exists() and path.stat().st_mtime >= since - 0.1]  # coarse clocks
     damaged = {path.resolve() for path in new if not same_content(path, path.name)}
+    if not damaged:
+        return []
     links = [path for path in cache.glob("snapshots/*/**/*") if path.resolve() in damaged]
     for path in (*links, *damaged):
         path.unlink()

@@ -40,7 +40,7 @@ LIBRARY = {
 }
 DTYPES = {"int8": ("q8", "model_quantized.onnx"), "fp32": ("fp32", "model.onnx")}
 TAUGHT = 50  # ads of the teacher kept for each example: as many as the page shows at most
-MAX_TEXT = 300  # characters of an ad's texts that are sent; the page shows 240
+MAX_TEXT = 300  # characters of an ad's text that are sent; the page shows 240
 
 
 @dataclass
@@ -100,8 +100,11 @@ def write_ads(data: Any, store: VectorStore, dim: int, most: int, folder: Path) 
     count = min(most, len(store))
     names = store.ids[:count].to_pylist()
     rows = {row["_id"]: row for row in iterate(data.corpus)}
-    shown = {name: ad_texts(rows[name]) for name in names}
-    ads = [{"id": name} | {key: text[:MAX_TEXT] for key, text in shown[name].items() if text} for name in names]
+    ads = []
+    for name in names:
+        shown = ad_texts(rows[name])
+        shown["text"] = shown["text"][:MAX_TEXT]
+        ads.append({"id": name} | {key: text for key, text in shown.items() if text})
     vectors = store.gather(np.arange(count))[:, :dim].astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     scales = np.abs(vectors).max(axis=1) / 127

@@ -321,6 +321,7 @@ def test_what_arrives_damaged_is_removed_and_the_next_pull_is_whole(hub, publish
     hub.faults = {"GET adapter_config.json": "corrupt"} | ({f"GET {refused}": "404"} if refused else {})
     (error,) = client.run(PULL_ONE, xet=mode == "xet")
     assert ("HTTP 404" if refused else "adapter_config.json as the Hub has it, found it damaged on arrival") in error
+    assert refused or "run it again" in error
     assert "corrupt" in dict(hub.injected).values()
     hub.restart_log()
     (folder,) = client.run(PULL_ONE, xet=mode == "xet")
