@@ -11,7 +11,7 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from hlm import backends
 from hlm.artefacts import MANIFEST, HlmError, fingerprint_file
 from hlm.backends import Run
+from hlm.bulk import SideBySide, batches
 from hlm.hub_cache import local_folder
 from hlm.machine import instructions
 
@@ -34,9 +35,10 @@ BACKENDS = {
 }
 FILES = {"fp32": "onnx/model.onnx", "bf16": "onnx/model.onnx", "int8": "onnx/model_quantized.onnx"}
 BF16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16"}
-# Tokens of a batch, padding counted: on a CPU what its caches hold, on a GPU what keeps it busy.
-CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 32768
-ENOUGH = 16  # a batch of a sixteenth of that computes as fast a token as a full one
+BF16_WEIGHTS = 10_000_000  # a smaller body is encoded sooner by ONNX Runtime in fp32, where queries come one by one
+# Tokens of a batch, padding counted: what a core's cache holds, and what keeps a GPU busy.
+CORE_BATCH_TOKENS, GPU_BATCH_TOKENS = 512, 32768
+SIDE_BY_SIDE_TOKENS = 256  # fewer in a call are computed sooner by all cores together
 
 
 class QueryEncoder:
@@ -59,11 +61,13 @@ class QueryEncoder:
         prompt: str = "",
         backend: str = "onnxruntime",
         precision: str = "fp32",
-        batch_tokens: int = CPU_BATCH_TOKENS,
+        batch_tokens: int = CORE_BATCH_TOKENS,
+        side_by_side: SideBySide | None = None,
         fingerprint: str | None = None,
         teacher: str | None = None,
     ) -> None:
-        self._tokenizer, self._run, self._batch_tokens = tokenizer, run, batch_tokens
+        self._tokenizer, self._run = tokenizer, run
+        self._batch_tokens, self._side_by_side = batch_tokens, side_by_side
         self.dim, self.backend, self.precision, self.prompt = dim, backend, precision, prompt
         self.max_tokens: int | None = (tokenizer.truncation or {}).get("max_length")
         self.fingerprint, self.teacher = fingerprint, teacher
@@ -87,28 +91,36 @@ class QueryEncoder:
             backend: "onnxruntime", "openvino" (where it is installed) or "torch" (what runs on a GPU). "auto" takes
                 torch for a GPU, OpenVINO for bf16 and else ONNX Runtime.
             precision: "fp32" (vectors within 1e-4 of sentence-transformers'), "bf16", "fp16" (torch alone) or "int8"
-                (hlm.json says what it costs). "auto": bf16 on a GPU, and on a processor with bf16 instructions where
-                OpenVINO is installed; else fp32.
+                (hlm.json says what it costs). "auto": bf16 on a GPU, and for ten million weights or more on a processor
+                with bf16 instructions where OpenVINO is installed; else fp32.
             revision: branch, tag or commit of a Hub repository.
             device: "cpu" or a GPU such as "cuda:0"; None is the CPU.
-            threads: that one call computes with on the CPU; None: all cores this process may use.
+            threads: that one call computes with on the CPU; None: all cores this process may use. Under ONNX Runtime
+                many texts in one call are computed a core each, which loads the graph a second time.
 
         Raises:
             HlmError: nothing to load there, a missing or changed file, an unknown backend or precision, or one that
                 does not go with the other or with the device.
         """
+        auto = backend == precision == "auto"
         backend, precision = _choose(backend, precision, device)
         if threads is not None and threads < 1:
             raise HlmError(f"threads: expected 1 or more, found {threads}")
         threads = threads or _cores()
         folder = _model_folder(str(id_or_folder), revision, backend, precision)
         manifest = _json(folder / MANIFEST)
+        if auto and backend == "onnxruntime" and _has_bf16() and _body_weights(folder) >= BF16_WEIGHTS:
+            backend, precision = "openvino", "bf16"  # of the same file
+        side_by_side = None
         if backend == "torch":
             run, dim = backends.torch(folder, precision, device or "cpu")
         elif backend == "openvino":
             run, dim = backends.openvino(_onnx_file(folder, precision, manifest), precision, threads)
         else:
-            run, dim = backends.onnxruntime(_onnx_file(folder, precision, manifest), threads)
+            path = _onnx_file(folder, precision, manifest)
+            run, dim = backends.onnxruntime(path, threads)
+            if threads > 1:
+                side_by_side = SideBySide(_one_core(path, run), threads)
         return cls(
             _tokenizer(folder),
             run,
@@ -116,7 +128,8 @@ class QueryEncoder:
             prompt=_json(folder / "config_sentence_transformers.json").get("prompts", {}).get("query") or "",
             backend=backend,
             precision=precision,
-            batch_tokens=GPU_BATCH_TOKENS if _on_gpu(device) else CPU_BATCH_TOKENS,
+            batch_tokens=GPU_BATCH_TOKENS if _on_gpu(device) else CORE_BATCH_TOKENS * threads,
+            side_by_side=side_by_side,
             fingerprint=manifest.get("encoder"),
             teacher=manifest.get("inputs", {}).get("teacher"),
         )
@@ -150,20 +163,13 @@ class QueryEncoder:
             row = np.array(ids, dtype=np.int64)
             return self._run(row, np.ones_like(row))
         out = np.empty((len(ids), self.dim), dtype=np.float32)
-        order = sorted(range(len(ids)), key=lambda row: len(ids[row]), reverse=True)
-        while order:
-            longest = max(1, len(ids[order[0]]))
-            count = max(1, self._batch_tokens // longest)
-            # A text that would be padded opens the next batch, once this one is large enough.
-            enough = -(-self._batch_tokens // ENOUGH // longest)
-            count = next((n for n in range(enough, min(count, len(order))) if len(ids[order[n]]) < longest), count)
-            rows, order = order[:count], order[count:]
-            inputs = np.zeros((len(rows), len(ids[rows[0]])), dtype=np.int64)
-            mask = np.zeros_like(inputs)
-            for place, row in enumerate(rows):
-                inputs[place, : len(ids[row])] = ids[row]
-                mask[place, : len(ids[row])] = 1
-            out[rows] = self._run(inputs, mask)
+        tokens = sum(map(len, ids))
+        if self._side_by_side and tokens >= SIDE_BY_SIDE_TOKENS:
+            share = min(CORE_BATCH_TOKENS, -(-tokens // self._side_by_side.threads))
+            self._side_by_side(batches(ids, share), out)
+        else:
+            for batch in batches(ids, self._batch_tokens):
+                out[batch.rows] = self._run(batch.ids, batch.mask)
         return out
 
 
@@ -174,8 +180,6 @@ def _choose(backend: str, precision: str, device: str | None) -> tuple[str, str]
     for name, value, values in (("backend", backend, BACKENDS), ("precision", precision, known)):
         if value not in ("auto", *values):
             raise HlmError(f"{name}: expected one of auto, {', '.join(values)}, found {value!r}")
-    if backend == precision == "auto" and not on_gpu and _has_bf16() and importlib.util.find_spec("openvino"):
-        return "openvino", "bf16"
     if backend == "auto":
         backend = "torch" if on_gpu or precision == "fp16" else "openvino" if precision == "bf16" else "onnxruntime"
     if on_gpu and backend != "torch":
@@ -194,7 +198,15 @@ def _on_gpu(device: str | None) -> bool:
 
 
 def _has_bf16() -> bool:
-    return bool(BF16_INSTRUCTIONS & set(instructions() or ()))
+    """Whether the processor has the instructions, and what uses them is installed."""
+    return bool(BF16_INSTRUCTIONS & set(instructions() or ())) and importlib.util.find_spec("openvino") is not None
+
+
+def _body_weights(folder: Path) -> int:
+    """About how many weights lie outside the embedding tables; 0 where the configuration does not tell."""
+    config = _json(folder / "config.json")
+    hidden, ffn, layers = (config.get(name, 0) for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    return layers * hidden * (4 * hidden + 2 * ffn)
 
 
 def _cores() -> int:
@@ -214,6 +226,26 @@ def _onnx_file(folder: Path, precision: str, manifest: dict[str, Any]) -> Path:
             )
         return path
     return path if path.is_file() else _exported(folder, precision)
+
+
+def _one_core(path: Path, run: Run) -> Callable[[], Run]:
+    """Loads the graph once more, for one core; gives `run` where the file is no longer what it is now."""
+
+    def state() -> tuple[int, int, int] | None:
+        if not path.exists():
+            return None
+        found = path.stat()
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
+    loaded = state()
+
+    def load() -> Run:
+        if state() == loaded:
+            return backends.onnxruntime(path, 1)[0]
+        logger.warning("%s was replaced since it was loaded: texts are encoded by what was, and slower", path)
+        return run
+
+    return load
 
 
 def _model_folder(source: str, revision: str | None, backend: str, precision: str) -> Path:

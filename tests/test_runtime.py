@@ -53,20 +53,36 @@ def test_the_vectors_are_those_of_sentence_transformers(online):
 
 
 @pytest.mark.parametrize(
-    ("given", "instructions", "chosen"),
+    ("given", "chosen"),
     [
-        (("auto", "auto", None), ["avx2"], ("onnxruntime", "fp32")),
-        (("auto", "auto", None), ["avx2", "amx_bf16"], ("openvino", "bf16")),
-        (("auto", "fp32", None), ["avx2", "amx_bf16"], ("onnxruntime", "fp32")),
-        (("auto", "auto", "cuda:0"), ["avx2"], ("torch", "bf16")),
-        (("auto", "int8", "cpu"), ["avx2"], ("onnxruntime", "int8")),
-        (("auto", "bf16", None), None, ("openvino", "bf16")),
-        (("auto", "fp16", None), None, ("torch", "fp16")),
+        (("auto", "auto", None), ("onnxruntime", "fp32")),
+        (("auto", "auto", "cuda:0"), ("torch", "bf16")),
+        (("auto", "int8", "cpu"), ("onnxruntime", "int8")),
+        (("auto", "bf16", None), ("openvino", "bf16")),
+        (("auto", "fp16", None), ("torch", "fp16")),
     ],
 )
-def test_what_auto_stands_for(given, instructions, chosen, monkeypatch):
-    monkeypatch.setattr(runtime, "instructions", lambda: instructions)
+def test_what_auto_stands_for(given, chosen):
     assert runtime._choose(*given) == chosen
+
+
+@pytest.mark.parametrize(
+    ("instructions", "weights", "precision", "chosen"),
+    [
+        (["avx2", "avx512_bf16"], 1_000, "auto", ("openvino", "bf16")),
+        (["avx2", "amx_bf16"], 10_000_000, "auto", ("onnxruntime", "fp32")),  # of this body: some 60,000
+        (["avx2"], 1_000, "auto", ("onnxruntime", "fp32")),
+        (["avx2", "amx_bf16"], 1_000, "fp32", ("onnxruntime", "fp32")),
+        (None, 1_000, "auto", ("onnxruntime", "fp32")),
+    ],
+)
+def test_bf16_is_chosen_for_a_large_body_where_the_processor_has_it(
+    online, instructions, weights, precision, chosen, monkeypatch
+):
+    monkeypatch.setattr(runtime, "instructions", lambda: instructions)
+    monkeypatch.setattr(runtime, "BF16_WEIGHTS", weights)
+    encoder = QueryEncoder.from_pretrained(online, precision=precision, threads=1)
+    assert (encoder.backend, encoder.precision) == chosen
 
 
 def test_threads_and_asyncio_get_their_own_vectors(online):
@@ -90,6 +106,28 @@ def test_threads_and_asyncio_get_their_own_vectors(online):
         np.testing.assert_allclose(vector, expected[place % len(TEXTS)], atol=1e-5)
     with pytest.raises(HlmError, match="closed"):
         asyncio.run(queue.encode("red shoe"))
+
+
+def test_many_texts_on_a_core_each_get_the_same_vectors(online):
+    encoder = QueryEncoder.from_pretrained(online, threads=2)
+    expected = np.concatenate([encoder.encode(text) for text in TEXTS])
+    calls, run = [], encoder._run
+    encoder._run = lambda ids, mask: (calls.append(ids.shape), run(ids, mask))[1]
+    np.testing.assert_allclose(encoder.encode(TEXTS * 40), np.tile(expected, (40, 1)), atol=1e-5)
+    assert not calls  # that session computes a product on all cores
+    np.testing.assert_allclose(encoder.encode(TEXTS[:2]), expected[:2], atol=1e-5)
+    assert calls  # too few tokens to share out
+    alone = QueryEncoder.from_pretrained(online, threads=1)
+    np.testing.assert_allclose(alone.encode(TEXTS * 40), np.tile(expected, (40, 1)), atol=1e-5)
+
+
+def test_a_file_that_was_replaced_since_loading_is_not_mixed_in(online, tmp_path, caplog):
+    folder = shutil.copytree(online, tmp_path / "student")
+    encoder = QueryEncoder.from_pretrained(folder, threads=2)
+    expected = np.concatenate([encoder.encode(text) for text in TEXTS])
+    (folder / "onnx" / "model.onnx").write_bytes(b"another")
+    np.testing.assert_allclose(encoder.encode(TEXTS * 40), np.tile(expected, (40, 1)), atol=1e-5)
+    assert "was replaced" in caplog.text
 
 
 def test_torch_is_not_imported(online):
