@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 FP32_FILE, INT8_FILE = "onnx/model.onnx", "onnx/model_quantized.onnx"
 # fp32 sums in another order: components of unit vectors differ by some 1e-7 to 1e-6.
 FP32_TOLERANCE = 1e-4
+# Of LayerNorm's outputs, which are of the order of 1: a larger one costs digits.
+LARGEST_SHIFT = 10.0
 # Short, long, cut off, not ASCII, and nothing but special tokens.
 PROBES = ("red shoe", "a", "", "laptop 15.6 inch " * 100, "größe 42 ½ 靴 🎒", "used printer with cable, black")
 
@@ -39,7 +41,10 @@ class _Graph(torch.nn.Module):
     def __init__(self, model: SentenceTransformer) -> None:
         super().__init__()
         self.model = copy.deepcopy(model)
-        _fold_biases(self.model)
+        backbone = self.model[0].model
+        if type(backbone).__name__ == "BertModel":
+            _fold_biases(backbone)
+            backbone.embeddings = _BertEmbeddings(backbone.embeddings)
         for name, module in list(self.model.named_modules()):
             if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
                 self.model.set_submodule(name, _RMSNorm(module.weight, module.variance_epsilon))
@@ -61,7 +66,7 @@ class _Graph(torch.nn.Module):
         for module, then in zip(modules, [*modules[1:], None], strict=True):
             mean = isinstance(module, Pooling) and module.pooling_mode == "mean"
             if mean and isinstance(then, Normalize):  # a sum has the same direction
-                features["sentence_embedding"] = (present[:, None, :] @ features["token_embeddings"])[:, 0]
+                features["sentence_embedding"] = (present[:, None, :] @ features["token_embeddings"]).squeeze(1)
             elif isinstance(module, Normalize):
                 vectors = features["sentence_embedding"]
                 features["sentence_embedding"] = vectors / vectors.norm(dim=-1, keepdim=True)
@@ -81,20 +86,46 @@ class _RMSNorm(torch.nn.Module):
         return hidden / torch.sqrt(hidden.pow(2).mean(-1, keepdim=True) + self.epsilon) * self.weight
 
 
-@torch.no_grad()
-def _fold_biases(model: torch.nn.Module) -> None:
-    """Takes the biases of keys and values out of BERT's attention, which has no use for them.
+class _BertEmbeddings(torch.nn.Module):
+    """One table of positions and of the one token type there is, and no look-up in it: positions are its first rows."""
 
-    A key's adds the same to all scores of a query, so the softmax takes it away; a value's comes out whole, for a
-    query's weights sum to 1, and goes into the bias of what follows.
+    def __init__(self, embeddings: torch.nn.Module) -> None:
+        super().__init__()
+        self.word_embeddings, self.LayerNorm = embeddings.word_embeddings, embeddings.LayerNorm
+        table = embeddings.position_embeddings.weight + embeddings.token_type_embeddings.weight[0]
+        self.positions = torch.nn.Parameter(table)
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        return self.LayerNorm(self.word_embeddings(input_ids) + self.positions[: input_ids.shape[1]])
+
+
+@torch.no_grad()
+def _fold_biases(backbone: torch.nn.Module) -> None:
+    """Takes those biases out of BERT's layers that another parameter can stand for.
+
+    A key's adds the same to all scores of a query, so the softmax takes it away. A value's comes out whole, for a
+    query's weights sum to 1, and goes into the bias of what follows. What is added to both sides of a sum's residual
+    path can be added before it: FFN(x) + b + x is FFN'(x + b) + (x + b) with b taken out of FFN' at its entry, and
+    x + b is x of a LayerNorm with another bias. So it is with attention, where of a shift s of x the values carry
+    W_o W_v s into the sum: s + W_o W_v s = b.
     """
-    for attention in model.modules():
-        inner, output = getattr(attention, "self", None), getattr(attention, "output", None)
-        if all(isinstance(getattr(inner, name, None), torch.nn.Linear) for name in ("query", "key", "value")):
-            dense = getattr(output, "dense", None)
-            if isinstance(dense, torch.nn.Linear) and dense.bias is not None and inner.value.bias is not None:
-                dense.bias += dense.weight @ inner.value.bias
-                inner.key.bias = inner.value.bias = None
+    norm = backbone.embeddings.LayerNorm
+    for layer in backbone.encoder.layer:
+        heads, out, within = layer.attention.self, layer.attention.output.dense, layer.attention.output.LayerNorm
+        bias = out.bias + out.weight @ heads.value.bias
+        heads.key.bias = heads.value.bias = None
+        passed = torch.eye(len(bias), dtype=torch.float64) + out.weight.double() @ heads.value.weight.double()
+        shift = torch.linalg.lstsq(passed, bias.double()[:, None]).solution[:, 0].float()
+        if shift.abs().max() < LARGEST_SHIFT:
+            norm.bias += shift
+            heads.query.bias -= heads.query.weight @ shift
+            out.bias = None
+        else:
+            out.bias.copy_(bias)
+        within.bias += layer.output.dense.bias
+        layer.intermediate.dense.bias -= layer.intermediate.dense.weight @ layer.output.dense.bias
+        layer.output.dense.bias = None
+        norm = layer.output.LayerNorm
 
 
 def export(name_or_path: str, folder: str | Path, *, int8: bool = True) -> dict[str, dict[str, Any]]:

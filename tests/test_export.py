@@ -7,6 +7,7 @@ import pytest
 import torch
 from sentence_transformers.sentence_transformer.modules import Pooling
 
+import hlm.export
 from hlm.artefacts import HlmError
 from hlm.encoders import add_head, load_encoder, pad, tokenise
 from hlm.export import FP32_FILE, FP32_TOLERANCE, INT8_FILE, export, export_model
@@ -47,12 +48,16 @@ def test_a_head_and_cls_pooling_are_in_the_graph(tiny_bert, tmp_path):
     assert not (tmp_path / INT8_FILE).exists()
 
 
-def test_biases_that_attention_has_no_use_for_leave_the_graph_and_not_the_model(tiny_bert, tmp_path):
+@pytest.mark.parametrize("largest_shift", [hlm.export.LARGEST_SHIFT, 0.0])
+def test_biases_that_others_can_stand_for_leave_the_graph_and_not_the_model(
+    largest_shift, tiny_bert, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("hlm.export.LARGEST_SHIFT", largest_shift)
     model = load_encoder(tiny_bert, device="cpu")
     torch.manual_seed(0)
     for name, weight in model.named_parameters():  # where training starts, they are nothing
         if name.endswith("bias"):
-            torch.nn.init.normal_(weight)
+            torch.nn.init.normal_(weight, std=0.1)
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     export_model(model, tmp_path, int8=False)
     found, expected = vectors(tmp_path / FP32_FILE, model, ["red shoe", "kettle without cable"])
@@ -60,7 +65,9 @@ def test_biases_that_attention_has_no_use_for_leave_the_graph_and_not_the_model(
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
     graph = onnx.load(str(tmp_path / FP32_FILE)).graph
     names = " ".join(value.name for value in graph.initializer)
-    assert names.count("query.bias") == 6 and "key.bias" not in names and "value.bias" not in names
+    assert names.count("query.bias") == names.count("intermediate.dense.bias") == 6
+    assert not any(f"{name}.bias" in names for name in ("key", "value")) and "token_type" not in names
+    assert names.count("output.dense.bias") == (0 if largest_shift else 6)  # of attention, where a shift costs digits
     assert not [node for node in graph.node if node.op_type == "Concat"]  # shapes are known, not put together
 
 
