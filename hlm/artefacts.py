@@ -130,3 +130,24 @@ def read_manifest(folder: str | Path, kind: str) -> dict[str, Any]:
             f"{SCHEMA_VERSION}; write the artefact again with this version"
         )
     return manifest
+
+
+def check_graph(folder: str | Path, record: dict[str, Any]) -> None:
+    """Compares an exported graph, and the weights beside it, with what a manifest says of them.
+
+    Args:
+        record: "file" and "fingerprint" of the graph, and "data", the same of its weights where they lie beside it.
+
+    Raises:
+        HlmError: a file is missing, cut short or changed.
+    """
+    for part in (record, record.get("data")):
+        if not isinstance(part, dict) or not {"file", "fingerprint"} <= set(part):
+            continue
+        path = Path(folder) / part["file"]
+        found = fingerprint_file(path) if path.is_file() else "no file"
+        if found != part["fingerprint"]:
+            raise HlmError(
+                f"{path}: expected content {part['fingerprint']} as {MANIFEST} says, found {found}; it was changed or "
+                "cut short: copy or pull the folder again, or export it again"
+            )

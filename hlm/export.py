@@ -3,6 +3,8 @@
     onnx/model.onnx             fp32
     onnx/model_quantized.onnx   int8 in blocks of 32; activations are quantised as they come
 
+Beside a graph of more than 256 MiB lies <name>_data with its weights.
+
 Inputs `input_ids` and `attention_mask`, int64 (batch, length), both dimensions free, right padding. Outputs
 `last_hidden_state` (batch, length, width) and `sentence_embedding` (batch, dim), L2-normalised.
 """
@@ -12,6 +14,8 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +25,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
-from hlm.artefacts import HlmError, atomic_file, fingerprint_file
+from hlm.artefacts import HlmError, fingerprint_file
 from hlm.encoders import load_encoder, pad, prompt_of, tokenise
 
 logger = logging.getLogger(__name__)
@@ -29,6 +33,9 @@ logger = logging.getLogger(__name__)
 FP32_FILE, INT8_FILE = "onnx/model.onnx", "onnx/model_quantized.onnx"
 # fp32 sums in another order: components of unit vectors differ by some 1e-7 to 1e-6.
 FP32_TOLERANCE = 1e-4
+# Of weights. More lie in a file of their own, which sessions map and share instead of holding each a copy; and
+# protobuf ends at 2 GiB.
+EXTERNAL_BYTES = 2**28
 # Of LayerNorm's outputs, which are of the order of 1: a larger one costs digits.
 LARGEST_SHIFT = 10.0
 # Short, long, cut off, not ASCII, and nothing but special tokens.
@@ -140,8 +147,9 @@ def export_model(model: SentenceTransformer, folder: str | Path, *, int8: bool =
         model: fp32, on the CPU, ending in Normalize. It is left in eval mode with eager attention.
 
     Returns:
-        {"fp32": {"file", "fingerprint", "max_abs_difference", "min_cosine", "tolerance"}, "int8": the same without a
-        tolerance}: differences to the model's own vectors of `PROBES`, one by one and as one padded batch.
+        {"fp32": {"file", "fingerprint", "data": the same two of its weights, where these lie beside it,
+        "max_abs_difference", "min_cosine", "tolerance"}, "int8": the same without a tolerance}: differences to the
+        model's own vectors of `PROBES`, one by one and as one padded batch.
 
     Raises:
         HlmError: weights that are not fp32, or an fp32 graph whose vectors differ by more than `FP32_TOLERANCE`.
@@ -164,23 +172,43 @@ def export_model(model: SentenceTransformer, folder: str | Path, *, int8: bool =
             opset_version=20, external_data=False, verbose=False,  # 20 has Gelu
         )  # fmt: skip
     _simplify(program.model)
-    with atomic_file(folder / FP32_FILE) as aside:
-        program.save(str(aside))
-        facts = {"fp32": {"file": FP32_FILE} | _differences(model, aside)}
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".onnx.") as aside:
+        fp32, quantised = Path(aside) / Path(FP32_FILE).name, Path(aside) / Path(INT8_FILE).name
+        _save(program.model, fp32)
+        facts = {"fp32": _differences(model, fp32) | {"tolerance": FP32_TOLERANCE}}
         found = facts["fp32"]["max_abs_difference"]
         if not found <= FP32_TOLERANCE:
-            aside.unlink()
             raise HlmError(
                 f"expected the exported graph to give the model's vectors within {FP32_TOLERANCE}, found a difference "
                 f"of {found:.2g}; this architecture does not export truly with this torch ({torch.__version__})"
             )
-    facts["fp32"] |= {"fingerprint": fingerprint_file(folder / FP32_FILE), "tolerance": FP32_TOLERANCE}
-    if int8:
-        with atomic_file(folder / INT8_FILE) as aside:
-            quantise(folder / FP32_FILE, aside)
-            facts["int8"] = {"file": INT8_FILE} | _differences(model, aside)
-        facts["int8"]["fingerprint"] = fingerprint_file(folder / INT8_FILE)
+        if int8:
+            quantise(fp32, quantised)
+            facts["int8"] = _differences(model, quantised)
+        for precision in facts:
+            facts[precision] |= _moved(fp32 if precision == "fp32" else quantised, folder)
     return facts
+
+
+def _save(model: ir.Model, path: Path) -> None:
+    """Weights of many bytes go into `<name>_data` beside the graph, where the Hub's tools look for them."""
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    ir.save(model, path, external_data=f"{path.name}_data" if size > EXTERNAL_BYTES else None)
+
+
+def _moved(graph: Path, folder: Path) -> dict[str, Any]:
+    """Moves a graph and its weights to `folder`/onnx, the graph last; returns their names and fingerprints."""
+    (folder / "onnx").mkdir(exist_ok=True)
+    records = []
+    for path in (graph.with_name(f"{graph.name}_data"), graph):
+        target = folder / "onnx" / path.name
+        if path.is_file():
+            os.replace(path, target)
+            records.append({"file": f"onnx/{path.name}", "fingerprint": fingerprint_file(target)})
+        else:
+            target.unlink(missing_ok=True)  # of an earlier, larger student
+    return records[-1] | ({"data": records[0]} if len(records) == 2 else {})
 
 
 def _simplify(model: ir.Model) -> None:
@@ -210,7 +238,7 @@ def quantise(source: Path, target: Path) -> None:
     settings = DefaultWeightOnlyQuantConfig(block_size=32, is_symmetric=True, accuracy_level=4, bits=8)
     quantizer = MatMulNBitsQuantizer(onnx.load(str(source)), algo_config=settings)
     quantizer.process()
-    quantizer.model.save_model_to_file(str(target))
+    _save(ir.serde.deserialize_model(quantizer.model.model), target)
 
 
 def _differences(model: SentenceTransformer, path: Path) -> dict[str, float]:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hlm.artefacts import MANIFEST, HlmError, fingerprint_file, read_manifest
+from hlm.artefacts import MANIFEST, HlmError, check_graph, read_manifest
 
 # torch and faiss are imported where they are used: a refusal by manifest alone comes at once.
 if TYPE_CHECKING:
@@ -111,7 +111,9 @@ def verify_student(folder: str | Path) -> SentenceTransformer:
     from hlm.encoders import fingerprint, load_encoder
 
     manifest = read_student(folder)
-    check_files(folder, manifest)
+    for record in (manifest.get("onnx") or {}).values():
+        if isinstance(record, dict):
+            check_graph(folder, record)
     try:
         model = load_encoder(str(folder), dtype=_dtype_of(folder))
     except SafetensorError as error:
@@ -125,24 +127,6 @@ def verify_student(folder: str | Path) -> SentenceTransformer:
             "tokenizer or settings were changed after it was written: copy or pull it again, or write it again"
         )
     return model
-
-
-def check_files(folder: str | Path, manifest: dict[str, Any]) -> None:
-    """Compares the exported graphs that the manifest names with their fingerprints.
-
-    Raises:
-        HlmError: one is missing, cut short or changed.
-    """
-    for name, entry in (manifest.get("onnx") or {}).items():
-        if not isinstance(entry, dict) or not {"file", "fingerprint"} <= set(entry):
-            continue
-        path = Path(folder) / entry["file"]
-        found = fingerprint_file(path) if path.is_file() else "no file"
-        if found != entry["fingerprint"]:
-            raise HlmError(
-                f"{path}: expected content {entry['fingerprint']} ({name}) as {MANIFEST} says, found {found}; it was "
-                "changed or cut short: copy or pull the folder again, or export it again"
-            )
 
 
 def _dtype_of(folder: str | Path) -> str:

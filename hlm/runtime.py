@@ -19,7 +19,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from hlm import backends
-from hlm.artefacts import MANIFEST, HlmError, fingerprint_file
+from hlm.artefacts import MANIFEST, HlmError, check_graph, fingerprint_file
 from hlm.backends import Run
 from hlm.bulk import SideBySide, batches
 from hlm.hub_cache import local_folder
@@ -218,12 +218,7 @@ def _onnx_file(folder: Path, precision: str, manifest: dict[str, Any]) -> Path:
     path = folder / FILES[precision]
     record = manifest.get("onnx", {}).get("fp32" if precision == "bf16" else precision)
     if record is not None:
-        found = fingerprint_file(path) if path.is_file() else "no file"
-        if found != record["fingerprint"]:
-            raise HlmError(
-                f"{path}: expected content {record['fingerprint']} as hlm.json says, found {found}; the file was "
-                "changed or cut short: fetch or export it again"
-            )
+        check_graph(folder, record)
         return path
     return path if path.is_file() else _exported(folder, precision)
 

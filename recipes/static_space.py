@@ -88,8 +88,15 @@ def write_student(config: StaticSpaceConfig, folder: Path) -> None:
     (folder / "onnx").mkdir(parents=True)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(Path(config.student) / name, folder / name)
-    graph = f"onnx/{DTYPES[config.precision][1]}"
-    shutil.copyfile(Path(config.student) / graph, folder / graph)
+    graph, weights = graph_files(config)
+    for path in (graph, weights) if weights.is_file() else (graph,):
+        shutil.copyfile(path, folder / "onnx" / path.name)
+
+
+def graph_files(config: StaticSpaceConfig) -> tuple[Path, Path]:
+    """The student's graph, and where its weights lie if they are many."""
+    graph = Path(config.student) / "onnx" / DTYPES[config.precision][1]
+    return graph, graph.with_name(f"{graph.name}_data")
 
 
 def write_ads(data: Any, store: VectorStore, dim: int, most: int, folder: Path) -> int:
@@ -119,8 +126,9 @@ def settings(config: StaticSpaceConfig, data: Any, store: VectorStore, student: 
     folder = Path(config.student)
     shown = f"{count:,} of {len(store):,} ads" if count < len(store) else f"{count:,} ads"
     return {
-        "ads": count, "dim": student.dim, "dtype": DTYPES[config.precision][0], "max_tokens": student.max_tokens,
-        "prompt": student.prompt, "examples": examples(config, data, store, student.dim, count),
+        "ads": count, "dim": student.dim, "max_tokens": student.max_tokens, "prompt": student.prompt,
+        "dtype": DTYPES[config.precision][0], "weights_beside": graph_files(config)[1].is_file(),
+        "examples": examples(config, data, store, student.dim, count),
         "facts": [
             ["Student", f"{folder.name}, {config.precision}, width {student.dim}"],
             ["Student's fingerprint", student.fingerprint or "none"],

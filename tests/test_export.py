@@ -8,7 +8,7 @@ import torch
 from sentence_transformers.sentence_transformer.modules import Pooling
 
 import hlm.export
-from hlm.artefacts import HlmError
+from hlm.artefacts import HlmError, check_graph
 from hlm.encoders import add_head, load_encoder, pad, tokenise
 from hlm.export import FP32_FILE, FP32_TOLERANCE, INT8_FILE, export, export_model
 
@@ -34,6 +34,27 @@ def test_both_files_give_the_models_vectors(name, request, tmp_path):
     found, expected = vectors(tmp_path / INT8_FILE, model, texts)
     assert (found * expected).sum(axis=1).min() > 0.97 and np.abs(found - expected).max() > 1e-5
     assert sorted(path.name for path in (tmp_path / "onnx").iterdir()) == ["model.onnx", "model_quantized.onnx"]
+
+
+def test_many_weights_lie_beside_the_graph_and_go_when_they_are_few_again(tiny_bert, tmp_path, monkeypatch):
+    model = load_encoder(tiny_bert, device="cpu")
+    monkeypatch.setattr("hlm.export.EXTERNAL_BYTES", 1000)
+    facts = export_model(model, tmp_path)
+    names = ["model.onnx", "model.onnx_data", "model_quantized.onnx", "model_quantized.onnx_data"]
+    assert sorted(path.name for path in (tmp_path / "onnx").iterdir()) == names
+    for file, record in ((FP32_FILE, facts["fp32"]), (INT8_FILE, facts["int8"])):
+        assert record["file"] == file and record["data"]["file"] == f"{file}_data"
+        check_graph(tmp_path, record)
+        found, expected = vectors(tmp_path / file, model, ["red shoe", "kettle without cable"])
+        assert (found * expected).sum(axis=1).min() > 0.97
+        with open(tmp_path / f"{file}_data", "r+b") as weights:
+            weights.write(b"changed")
+        with pytest.raises(HlmError, match="onnx_data: expected content"):
+            check_graph(tmp_path, record)
+    monkeypatch.undo()
+    assert "data" not in export_model(model, tmp_path)["fp32"]
+    assert sorted(path.name for path in (tmp_path / "onnx").iterdir()) == names[::2]
+    assert [path.name for path in tmp_path.iterdir()] == ["onnx"]
 
 
 def test_a_head_and_cls_pooling_are_in_the_graph(tiny_bert, tmp_path):
@@ -92,7 +113,7 @@ def test_a_graph_beyond_the_tolerance_is_refused_and_leaves_no_file(tiny_bert, t
     monkeypatch.setattr("hlm.export.FP32_TOLERANCE", 1e-12)
     with pytest.raises(HlmError, match="within 1e-12, found a difference"):
         export(tiny_bert, tmp_path)
-    assert not list((tmp_path / "onnx").iterdir())
+    assert not list(tmp_path.iterdir())
 
 
 def test_only_fp32_weights_are_exported(tiny_bert, tmp_path):

@@ -139,6 +139,22 @@ def test_torch_is_not_imported(online):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_weights_beside_the_graph(tiny_bert, tmp_path, monkeypatch):
+    monkeypatch.setattr("hlm.export.EXTERNAL_BYTES", 1000)
+    folder = shutil.copytree(tiny_bert, tmp_path / "student")
+    facts = export(str(folder), folder)
+    write_manifest(folder, "student", inputs={}, config={}, encoder="e" * 16, dim=32, onnx=facts)
+    expected = encode(load_encoder(tiny_bert, device="cpu"), TEXTS, prompt_name="query")
+    for settings, atol in (
+        ({"threads": 2}, 1e-5), ({"threads": 2, "precision": "int8"}, 0.03), ({"backend": "openvino"}, 1e-4),
+    ):  # fmt: skip
+        found = QueryEncoder.from_pretrained(folder, **settings).encode(TEXTS * 40)
+        np.testing.assert_allclose(found, np.tile(expected, (40, 1)), atol=atol)
+    (folder / "onnx" / "model.onnx_data").unlink()
+    with pytest.raises(HlmError, match="model.onnx_data: expected content .* found no file"):
+        QueryEncoder.from_pretrained(folder)
+
+
 def test_a_folder_without_onnx_is_exported_once(tiny_bert, tmp_path, monkeypatch):
     monkeypatch.setenv("HLM_CACHE", str(tmp_path))
     first = hlm.QueryEncoder.from_pretrained(tiny_bert).encode("red shoe")

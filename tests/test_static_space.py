@@ -1,8 +1,10 @@
 """The demo that runs in the browser alone: the same ads as in Python, strangers' text, keyboard, phone, axe."""
 
+import contextlib
 import functools
 import importlib.util
 import json
+import shutil
 import sys
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +16,7 @@ from browser import SCRIPT, hostile_run, opening, serious
 
 from hlm.artefacts import HlmError
 from hlm.data import iterate, load
+from hlm.export import export
 from hlm.index import AdIndex
 from hlm.runtime import QueryEncoder
 from hlm.store import VectorStore
@@ -55,12 +58,18 @@ class Quiet(SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(scope="module")
-def url(folder):
+@contextlib.contextmanager
+def serving(folder):
     with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def url(folder):
+    with serving(folder) as address:
+        yield address
 
 
 @pytest.fixture
@@ -105,6 +114,18 @@ def test_the_page_finds_what_python_finds(opened, given, known):
     assert "The teacher finds" in page.inner_text("#status") and "ms" in page.inner_text("#status")
     page.get_by_label("Ads", exact=True).fill("3")
     assert len(ask(page, "red shoe")) == 3
+
+
+def test_a_student_whose_weights_lie_beside_its_graph(browser, folder, given, known, opened, tmp_path, monkeypatch):
+    expected = ask(opened(), known)
+    large = Path(shutil.copytree(given["student"], tmp_path / "student"))
+    monkeypatch.setattr("hlm.export.EXTERNAL_BYTES", 1000)
+    manifest = json.loads((large / "hlm.json").read_text())
+    (large / "hlm.json").write_text(json.dumps(manifest | {"onnx": export(str(large), large)}))
+    page_folder = build(given | {"student": str(large)}, tmp_path / "static", "--examples", known)
+    assert (page_folder / "student/onnx/model_quantized.onnx_data").is_file()
+    with serving(page_folder) as url, opening(browser, url, "#results li") as open_page:
+        assert ask(open_page(), known) == expected
 
 
 def test_odd_queries(opened):

@@ -37,7 +37,9 @@ async function load() {
   }
   const [tokenizer, model] = await Promise.all([
     AutoTokenizer.from_pretrained("student"),
-    AutoModel.from_pretrained("student", { dtype: about.dtype, device: "wasm" }),
+    AutoModel.from_pretrained("student", {
+      dtype: about.dtype, device: "wasm", use_external_data_format: about.weights_beside,
+    }),
   ]);
   const scales = new Float32Array(buffer, 0, about.ads);
   const codes = new Int8Array(buffer, 4 * about.ads);
