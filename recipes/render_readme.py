@@ -26,6 +26,7 @@ LATENCY = {
     "alternatives": "The same student under everything that would serve it",
     "cascade": "Every student of the quickstart's cascade",
     "true-shapes": "The published shapes with random weights",
+    "true-shapes-bf16": "The published shapes with random weights in bf16",
 }
 
 
