@@ -50,8 +50,8 @@ def batches(ids: Sequence[Sequence[int]], tokens: int) -> Iterator[Batch]:
 
 
 class SideBySide:
-    """Batches on several cores at once: twice as many products of matrices half as large waste less time at their
-    edges, and no core waits for another between two of them. Safe to call from several threads.
+    """Batches on several cores at once, each on one: no core waits for the others after every step of the graph. Safe
+    to call from several threads.
 
     Args:
         load: gives a `Run` that computes on one core; called before the first batch.

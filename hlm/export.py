@@ -187,7 +187,7 @@ def export_model(model: SentenceTransformer, folder: str | Path, *, int8: bool =
             quantise(fp32, quantised)
             facts["int8"] = _differences(model, quantised)
         for precision in facts:
-            facts[precision] |= _moved(fp32 if precision == "fp32" else quantised, folder)
+            facts[precision] = _moved(fp32 if precision == "fp32" else quantised, folder) | facts[precision]
     return facts
 
 
@@ -199,16 +199,17 @@ def _save(model: ir.Model, path: Path) -> None:
 
 def _moved(graph: Path, folder: Path) -> dict[str, Any]:
     """Moves a graph and its weights to `folder`/onnx, the graph last; returns their names and fingerprints."""
-    (folder / "onnx").mkdir(exist_ok=True)
-    records = []
-    for path in (graph.with_name(f"{graph.name}_data"), graph):
-        target = folder / "onnx" / path.name
-        if path.is_file():
-            os.replace(path, target)
-            records.append({"file": f"onnx/{path.name}", "fingerprint": fingerprint_file(target)})
-        else:
-            target.unlink(missing_ok=True)  # of an earlier, larger student
-    return records[-1] | ({"data": records[0]} if len(records) == 2 else {})
+    weights, target = graph.with_name(f"{graph.name}_data"), folder / "onnx"
+    target.mkdir(exist_ok=True)
+    moved = [path for path in (weights, graph) if path.is_file()]
+    for path in moved:
+        os.replace(path, target / path.name)
+    if weights not in moved:
+        (target / weights.name).unlink(missing_ok=True)  # of an earlier, larger student
+    record, *data = (
+        {"file": f"onnx/{path.name}", "fingerprint": fingerprint_file(target / path.name)} for path in reversed(moved)
+    )
+    return record | ({"data": data[0]} if data else {})
 
 
 def _simplify(model: ir.Model) -> None:

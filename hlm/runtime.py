@@ -90,9 +90,9 @@ class QueryEncoder:
                 `~/.cache/hlm` (or $HLM_CACHE).
             backend: "onnxruntime", "openvino" (where it is installed) or "torch" (what runs on a GPU). "auto" takes
                 torch for a GPU, OpenVINO for bf16 and else ONNX Runtime.
-            precision: "fp32" (vectors within 1e-4 of sentence-transformers'), "bf16", "fp16" (torch alone) or "int8"
-                (hlm.json says what it costs). "auto": bf16 on a GPU, and for ten million weights or more on a processor
-                with bf16 instructions where OpenVINO is installed; else fp32.
+            precision: "fp32" (components within 1e-4 of sentence-transformers'), "bf16" or, under torch, "fp16" (within
+                0.03), or "int8" (hlm.json says what it costs). "auto": bf16 on a GPU, and for ten million weights or
+                more on a processor with bf16 instructions where OpenVINO is installed; else fp32.
             revision: branch, tag or commit of a Hub repository.
             device: "cpu" or a GPU such as "cuda:0"; None is the CPU.
             threads: that one call computes with on the CPU; None: all cores this process may use. Under ONNX Runtime

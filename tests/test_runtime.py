@@ -46,8 +46,8 @@ def test_the_vectors_are_those_of_sentence_transformers(online):
     np.testing.assert_allclose(other.encode(TEXTS), expected, atol=1e-4)
     np.testing.assert_allclose(other.encode("red shoe"), expected[:1], atol=1e-4)
     assert (other.backend, other.precision, other.dim) == ("openvino", "fp32", encoder.dim)
-    for precision, tolerance in (("fp32", 1e-5), ("bf16", 0.03)):
-        slow = QueryEncoder.from_pretrained(online, backend="torch", precision=precision)
+    for backend, precision, tolerance in (("torch", "fp32", 1e-5), ("torch", "bf16", 0.03), ("openvino", "bf16", 0.03)):
+        slow = QueryEncoder.from_pretrained(online, backend=backend, precision=precision)
         np.testing.assert_allclose(slow.encode(TEXTS), expected, atol=tolerance)
         np.testing.assert_allclose(np.linalg.norm(slow.encode(TEXTS), axis=1), 1, atol=1e-5)
 
