@@ -25,7 +25,7 @@ class Batch:
     mask: np.ndarray  # int64 (n, tokens), 1 where there is a token
 
 
-def batches(ids: Sequence[Sequence[int]], tokens: int) -> Iterator[Batch]:
+def cut_by_length(ids: Sequence[Sequence[int]], tokens: int) -> Iterator[Batch]:
     """Every text once, the longest first, in batches of at most `tokens`, padding counted (a longer text is alone).
 
     A text that would be padded opens the next batch, once this one holds an `ENOUGH`-th of `tokens`.

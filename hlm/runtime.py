@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from hlm import backends
 from hlm.artefacts import MANIFEST, HlmError, check_graph, fingerprint_file
 from hlm.backends import Run
-from hlm.bulk import SideBySide, batches
+from hlm.bulk import SideBySide, cut_by_length
 from hlm.hub_cache import local_folder
 from hlm.machine import instructions
 
@@ -166,9 +166,9 @@ class QueryEncoder:
         tokens = sum(map(len, ids))
         if self._side_by_side and tokens >= SIDE_BY_SIDE_TOKENS:
             share = min(CORE_BATCH_TOKENS, -(-tokens // self._side_by_side.threads))
-            self._side_by_side(batches(ids, share), out)
+            self._side_by_side(cut_by_length(ids, share), out)
         else:
-            for batch in batches(ids, self._batch_tokens):
+            for batch in cut_by_length(ids, self._batch_tokens):
                 out[batch.rows] = self._run(batch.ids, batch.mask)
         return out
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from hlm.bulk import ENOUGH, SideBySide, batches
+from hlm.bulk import ENOUGH, SideBySide, cut_by_length
 
 
 def token_ids(lengths):
@@ -18,7 +18,7 @@ def token_ids(lengths):
 def test_every_text_is_in_one_batch_with_its_own_tokens(tokens):
     lengths = np.random.default_rng(tokens).integers(0, 40, 300).tolist()
     ids = token_ids(lengths)
-    found = list(batches(ids, tokens))
+    found = list(cut_by_length(ids, tokens))
     assert sorted(np.concatenate([batch.rows for batch in found])) == list(range(300))
     for batch in found:
         assert batch.ids.dtype == batch.mask.dtype == np.int64
@@ -31,14 +31,14 @@ def test_every_text_is_in_one_batch_with_its_own_tokens(tokens):
 def test_a_text_that_would_be_padded_opens_the_next_batch_once_this_one_is_large_enough():
     enough, few = 512 // ENOUGH, 3
     lengths = [8] * (enough // 8 + few) + [7] * 2 + [6] * 200
-    found = [batch.ids.shape for batch in batches(token_ids(lengths), 512)]
+    found = [batch.ids.shape for batch in cut_by_length(token_ids(lengths), 512)]
     assert found[0] == (enough // 8 + few, 8)  # enough without padding
     assert found[1][1] == 7 and 7 * found[1][0] >= enough  # two texts are not: padded ones join them
     assert all(shape[1] == 6 for shape in found[2:]) and max(rows * length for rows, length in found) <= 512
 
 
 def test_nothing_makes_no_batch():
-    assert list(batches([], 512)) == []
+    assert list(cut_by_length([], 512)) == []
 
 
 def double(ids, mask):
@@ -59,7 +59,7 @@ def test_calls_from_many_threads_get_their_own_vectors_from_one_run(threads):
     def call(seed):
         lengths = np.random.default_rng(seed).integers(1, 40, 200)
         out = np.full((200, 1), np.nan, np.float32)
-        compute(batches(token_ids(lengths), 64), out)
+        compute(cut_by_length(token_ids(lengths), 64), out)
         np.testing.assert_array_equal(out[:, 0], lengths * (lengths + 1) / 2)
 
     with ThreadPoolExecutor(8) as pool:
@@ -75,7 +75,7 @@ def test_batches_are_computed_at_the_same_time():
         return double(ids, mask)
 
     out = np.empty((4, 1), np.float32)
-    SideBySide(lambda: run, 2)(batches(token_ids([4, 4, 4, 4]), 4), out)
+    SideBySide(lambda: run, 2)(cut_by_length(token_ids([4, 4, 4, 4]), 4), out)
     assert (out == 10).all()
 
 
@@ -92,6 +92,6 @@ def test_an_error_of_any_batch_is_raised_and_no_other_is_begun(threads):
 
     compute = SideBySide(lambda: run, threads)
     with pytest.raises(MemoryError, match="no room"):
-        compute(batches(token_ids([4] * 100), 4), np.empty((100, 1), np.float32))
+        compute(cut_by_length(token_ids([4] * 100), 4), np.empty((100, 1), np.float32))
     time.sleep(0.1)
     assert len(begun) < 3 + threads
