@@ -1,9 +1,10 @@
 """ONNX export of a query encoder: pooling, head and normalisation in the graph, checked against the model itself.
 
     onnx/model.onnx             fp32
+    onnx/model_lookup.onnx      fp32 for `hlm.QueryEncoder`: what the first layer projects is looked up, where that pays
     onnx/model_quantized.onnx   int8 in blocks of 32; activations are quantised as they come
 
-Beside a graph of more than 256 MiB lies <name>_data with its weights.
+Beside a graph of more than 256 MiB, and beside that with look-ups, lies <name>_data with its weights.
 
 Inputs `input_ids` and `attention_mask`, int64 (batch, length), both dimensions free, right padding. Outputs
 `last_hidden_state` (batch, length, width) and `sentence_embedding` (batch, dim), L2-normalised.
@@ -17,6 +18,7 @@ import logging
 import os
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,12 +32,15 @@ from hlm.encoders import load_encoder, pad, prompt_of, tokenise
 
 logger = logging.getLogger(__name__)
 
-FP32_FILE, INT8_FILE = "onnx/model.onnx", "onnx/model_quantized.onnx"
+FP32_FILE, LOOKUP_FILE, INT8_FILE = "onnx/model.onnx", "onnx/model_lookup.onnx", "onnx/model_quantized.onnx"
 # fp32 sums in another order: components of unit vectors differ by some 1e-7 to 1e-6.
 FP32_TOLERANCE = 1e-4
 # Of weights. More lie in a file of their own, which sessions map and share instead of holding each a copy; and
 # protobuf ends at 2 GiB.
 EXTERNAL_BYTES = 2**28
+# Look-ups are worth their tables where these have at most so many bytes, and stand for this share of the weights that
+# a token is multiplied by.
+LOOKUP_BYTES, LOOKUP_SHARE = 2**28, 0.1
 # Of LayerNorm's outputs, which are of the order of 1: a larger one costs digits.
 LARGEST_SHIFT = 10.0
 # Short, long, cut off, not ASCII, and nothing but special tokens.
@@ -43,15 +48,21 @@ PROBES = ("red shoe", "a", "", "laptop 15.6 inch " * 100, "größe 42 ½ 靴 �
 
 
 class _Graph(torch.nn.Module):
-    """The encoder in fewer steps than its modules take: of a short query they cost what the arithmetic costs."""
+    """The encoder in fewer steps than its modules take: of a short query they cost what the arithmetic costs.
 
-    def __init__(self, model: SentenceTransformer) -> None:
+    Args:
+        lookup: the first layer's queries, keys and values come from tables; for a model that `lookup_pays` for.
+    """
+
+    def __init__(self, model: SentenceTransformer, *, lookup: bool = False) -> None:
         super().__init__()
         self.model = copy.deepcopy(model)
         backbone = self.model[0].model
         if type(backbone).__name__ == "BertModel":
             _fold_biases(backbone)
             backbone.embeddings = _BertEmbeddings(backbone.embeddings)
+            if lookup:
+                backbone.embeddings = _LookedUp(backbone.embeddings, backbone.encoder.layer[0].attention)
         for name, module in list(self.model.named_modules()):
             if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
                 self.model.set_submodule(name, _RMSNorm(module.weight, module.variance_epsilon))
@@ -106,6 +117,59 @@ class _BertEmbeddings(torch.nn.Module):
         return self.LayerNorm(self.word_embeddings(input_ids) + self.positions[: input_ids.shape[1]])
 
 
+class _LookedUp(torch.nn.Module):
+    """BERT's embeddings, and what the first layer makes of them before its tokens meet: queries, keys and values.
+
+    LayerNorm(w + p) is g (w + p - mean) / deviation + b, of which the deviation alone joins token and position. So
+    W LayerNorm(w + p) is (W g (w - mean(w)) + W g (p - mean(p))) / deviation + W b, and the two products are rows of
+    tables made here.
+    """
+
+    @torch.no_grad()
+    def __init__(self, embeddings: _BertEmbeddings, attention: torch.nn.Module) -> None:
+        super().__init__()
+        heads, out = attention.self, attention.output.dense
+        self.word_embeddings, self.positions = embeddings.word_embeddings, embeddings.positions
+        self.norm = norm = embeddings.LayerNorm
+        projections = torch.cat([heads.query.weight, heads.key.weight, heads.value.weight]).double() * norm.weight
+        tables = []
+        for table in (self.word_embeddings.weight, self.positions):
+            centred = table.double() - table.double().mean(1, keepdim=True)
+            tables.append(torch.nn.Parameter((centred @ projections.T).float()))
+        self.of_tokens, self.of_positions = tables
+        self.query_bias = torch.nn.Parameter(heads.query.bias + heads.query.weight @ norm.bias)
+        # A key's constant changes no score beside another. A value's comes out whole, and nothing but the residual path
+        # reads the norm any more.
+        norm.bias += out.weight @ (heads.value.weight @ norm.bias)
+        if out.bias is not None:
+            norm.bias += out.bias
+            out.bias = None
+        self.found = SimpleNamespace()
+        heads.query, heads.key, heads.value = (_Found(self.found, part) for part in ("query", "key", "value"))
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        length, width = input_ids.shape[1], self.positions.shape[1]
+        hidden, _mean, scale = torch.native_layer_norm(
+            self.word_embeddings(input_ids) + self.positions[:length],
+            [width], self.norm.weight, self.norm.bias, self.norm.eps,
+        )  # fmt: skip
+        rows = torch.nn.functional.embedding(input_ids, self.of_tokens) + self.of_positions[:length]
+        query, self.found.key, self.found.value = (rows * scale).chunk(3, dim=-1)
+        self.found.query = query + self.query_bias
+        return hidden
+
+
+class _Found(torch.nn.Module):
+    """In place of a projection: what the embeddings have looked up."""
+
+    def __init__(self, found: SimpleNamespace, part: str) -> None:
+        super().__init__()
+        self.found, self.part = found, part
+
+    def forward(self, _: torch.Tensor) -> torch.Tensor:
+        return getattr(self.found, self.part)
+
+
 @torch.no_grad()
 def _fold_biases(backbone: torch.nn.Module) -> None:
     """Takes those biases out of BERT's layers that another parameter can stand for.
@@ -135,21 +199,41 @@ def _fold_biases(backbone: torch.nn.Module) -> None:
         norm = layer.output.LayerNorm
 
 
+def lookup_share(config: Any) -> float:
+    """Share of the multiply-adds of a token, attention's scores aside, that the first layer's look-ups stand for."""
+    layers, hidden, ffn = config.num_hidden_layers, config.hidden_size, config.intermediate_size
+    return 3 * hidden / (layers * (4 * hidden + 2 * ffn))
+
+
+def lookup_pays(model: SentenceTransformer) -> bool:
+    """Whether the tables are of a BERT, small enough, and save a tenth of the multiply-adds."""
+    config = model[0].model.config
+    if type(model[0].model).__name__ != "BertModel" or lookup_share(config) < LOOKUP_SHARE:
+        return False
+    rows = config.vocab_size + config.max_position_embeddings
+    return rows * 3 * config.hidden_size * 4 <= LOOKUP_BYTES
+
+
 def export(name_or_path: str, folder: str | Path, *, int8: bool = True) -> dict[str, dict[str, Any]]:
     """`export_model` of an encoder by folder, Hub id or `package:...`."""
     return export_model(load_encoder(name_or_path, device="cpu"), folder, int8=int8)
 
 
-def export_model(model: SentenceTransformer, folder: str | Path, *, int8: bool = True) -> dict[str, dict[str, Any]]:
-    """Writes `onnx/model.onnx` and, with `int8`, `onnx/model_quantized.onnx` under `folder`.
+def export_model(
+    model: SentenceTransformer, folder: str | Path, *, int8: bool = True, lookup: bool = True
+) -> dict[str, dict[str, Any]]:
+    """Writes `onnx/model.onnx` and the other files of a student under `folder`; those it does not write it removes.
 
     Args:
         model: fp32, on the CPU, ending in Normalize. It is left in eval mode with eager attention.
+        int8: writes `onnx/model_quantized.onnx`.
+        lookup: writes `onnx/model_lookup.onnx` of a BERT for which it saves a tenth of the multiply-adds at least, by
+            tables of 256 MiB at most.
 
     Returns:
         {"fp32": {"file", "fingerprint", "data": the same two of its weights, where these lie beside it,
-        "max_abs_difference", "min_cosine", "tolerance"}, "int8": the same without a tolerance}: differences to the
-        model's own vectors of `PROBES`, one by one and as one padded batch.
+        "max_abs_difference", "min_cosine", "tolerance"}, "lookup": the same, "int8": the same without a tolerance}:
+        differences to the model's own vectors of `PROBES`, one by one and as one padded batch.
 
     Raises:
         HlmError: weights that are not fp32, or an fp32 graph whose vectors differ by more than `FP32_TOLERANCE`.
@@ -159,42 +243,53 @@ def export_model(model: SentenceTransformer, folder: str | Path, *, int8: bool =
     folder = Path(folder)
     model.eval()
     model[0].model.set_attn_implementation("eager")  # sdpa becomes the same arithmetic in 24 nodes more
-    ids = torch.ones(2, 9, dtype=torch.int64)  # sizes that nothing in a model is equal to by accident
-    mask = torch.ones_like(ids)
-    mask[1, 6:] = 0
-    batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
     logger.info("exporting to %s", folder / FP32_FILE)
-    with torch.no_grad():
-        program = torch.onnx.export(
-            _Graph(model).eval(), (ids, mask), dynamo=True,
-            dynamic_shapes=({0: batch, 1: length}, {0: batch, 1: length}),
-            input_names=["input_ids", "attention_mask"], output_names=["last_hidden_state", "sentence_embedding"],
-            opset_version=20, external_data=False, verbose=False,  # 20 has Gelu
-        )  # fmt: skip
-    _simplify(program.model)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".onnx.") as aside:
-        fp32, quantised = Path(aside) / Path(FP32_FILE).name, Path(aside) / Path(INT8_FILE).name
-        _save(program.model, fp32)
-        facts = {"fp32": _differences(model, fp32) | {"tolerance": FP32_TOLERANCE}}
-        found = facts["fp32"]["max_abs_difference"]
+        paths = {"fp32": Path(aside) / Path(FP32_FILE).name}
+        _save(_traced(model), paths["fp32"])
+        if lookup and lookup_pays(model):
+            paths["lookup"] = Path(aside) / Path(LOOKUP_FILE).name
+            _save(_traced(model, lookup=True), paths["lookup"], external=True)
+        facts = {name: _differences(model, path) | {"tolerance": FP32_TOLERANCE} for name, path in paths.items()}
+        found = max(fact["max_abs_difference"] for fact in facts.values())
         if not found <= FP32_TOLERANCE:
             raise HlmError(
                 f"expected the exported graph to give the model's vectors within {FP32_TOLERANCE}, found a difference "
                 f"of {found:.2g}; this architecture does not export truly with this torch ({torch.__version__})"
             )
         if int8:
-            quantise(fp32, quantised)
-            facts["int8"] = _differences(model, quantised)
-        for precision in facts:
-            facts[precision] = _moved(fp32 if precision == "fp32" else quantised, folder) | facts[precision]
+            paths["int8"] = Path(aside) / Path(INT8_FILE).name
+            quantise(paths["fp32"], paths["int8"])
+            facts["int8"] = _differences(model, paths["int8"])
+        for file in {LOOKUP_FILE, INT8_FILE} - {f"onnx/{path.name}" for path in paths.values()}:
+            for leftover in (folder / file, folder / f"{file}_data"):  # of an earlier student
+                leftover.unlink(missing_ok=True)
+        for name in reversed(facts):  # fp32 last: where it is, all are
+            facts[name] = _moved(paths[name], folder) | facts[name]
     return facts
 
 
-def _save(model: ir.Model, path: Path) -> None:
+@torch.no_grad()
+def _traced(model: SentenceTransformer, *, lookup: bool = False) -> ir.Model:
+    ids = torch.ones(2, 9, dtype=torch.int64)  # sizes that nothing in a model is equal to by accident
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
+    program = torch.onnx.export(
+        _Graph(model, lookup=lookup).eval(), (ids, mask), dynamo=True,
+        dynamic_shapes=({0: batch, 1: length}, {0: batch, 1: length}),
+        input_names=["input_ids", "attention_mask"], output_names=["last_hidden_state", "sentence_embedding"],
+        opset_version=20, external_data=False, verbose=False,  # 20 has Gelu
+    )  # fmt: skip
+    _simplify(program.model)
+    return program.model
+
+
+def _save(model: ir.Model, path: Path, *, external: bool = False) -> None:
     """Weights of many bytes go into `<name>_data` beside the graph, where the Hub's tools look for them."""
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    ir.save(model, path, external_data=f"{path.name}_data" if size > EXTERNAL_BYTES else None)
+    ir.save(model, path, external_data=f"{path.name}_data" if external or size > EXTERNAL_BYTES else None)
 
 
 def _moved(graph: Path, folder: Path) -> dict[str, Any]:
@@ -213,8 +308,10 @@ def _moved(graph: Path, folder: Path) -> dict[str, Any]:
 
 
 def _simplify(model: ir.Model) -> None:
-    """Shapes that keep (batch, length) in front say so by zeros, instead of being put together at every call."""
+    """Shapes that keep (batch, length) in front say so by zeros, instead of being put together at every call. Where in
+    which file a node came from leaves the graph: it is nobody's business."""
     for node in model.graph:
+        node.metadata_props.clear()
         if node.op_type == "Reshape":
             old, new = node.inputs[0].shape, node.outputs[0].shape
             if None not in (old, new) and old[:2] == new[:2] and all(isinstance(size, int) for size in new[2:]):

@@ -39,26 +39,37 @@ class Work:
         precision: of the weights, a key of `WEIGHT_BYTES`.
         tokens: of each query, special ones and the prompt counted, padding not.
         flops: of each query.
+        left: of all that, what an encoder still multiplies that looks up what its first layer projects.
     """
 
     weights: int
     precision: str
     tokens: list[int]
     flops: list[float]
+    left: Work | None = None
 
     @property
     def weight_bytes(self) -> int:
         return self.weights * WEIGHT_BYTES[self.precision]
 
 
-def work_of(config: PretrainedConfig, tokens: Sequence[int], precision: str) -> Work | None:
-    """The work of a backbone, see `hlm.footprint.forward_flops`; None for a precision of weights of unknown size."""
+def work_of(config: PretrainedConfig, tokens: Sequence[int], precision: str, *, lookup: bool = False) -> Work | None:
+    """The work of a backbone, see `hlm.footprint.forward_flops`; None for a precision of weights of unknown size.
+
+    Args:
+        lookup: the encoder has tables for its first layer's queries, keys and values (`hlm.export`).
+    """
     precision = PRECISIONS.get(precision, precision)
     if precision not in WEIGHT_BYTES:
         return None
     shape = Shape.of(config)
     weights = shape.parameters - shape.embeddings
-    return Work(weights, precision, list(tokens), [forward_flops(shape, 1, count) for count in tokens])
+    flops, left = [forward_flops(shape, 1, count) for count in tokens], None
+    if lookup:
+        tables = 3 * shape.hidden**2
+        less = [of_query - 2 * tables * count for of_query, count in zip(flops, tokens, strict=True)]
+        left = Work(weights - tables, precision, list(tokens), less)
+    return Work(weights, precision, list(tokens), flops, left)
 
 
 def measure_rates(works: Sequence[Work], *, device: str = "cpu", seconds: float = 0.5) -> dict[str, Any]:
@@ -74,6 +85,7 @@ def measure_rates(works: Sequence[Work], *, device: str = "cpu", seconds: float 
         instructions for; "int8" is of 8-bit integers with 32-bit sums.
     """
     before = read_counters()
+    works = [*works, *(work.left for work in works if work.left)]
     bandwidth = {}
     for size in sorted({_mib(work) for work in works}):
         bandwidth[str(size)] = stream_rate(size * MIB, device=device, seconds=seconds) / 1e9
@@ -167,13 +179,14 @@ def floor_of(work: Work, rates: Mapping[str, Any], summary: Mapping[str, Any]) -
     Returns:
         {"weight_mib", "tokens", "gflop": means over the queries, "memory_ms", "arithmetic_ms": medians of the two
         bounds, "floor_ms": the median of the higher one, "over": p50 at batch 1 / floor_ms, "gemm_share": FLOP/s at
-        the best batch size / GEMM rate}.
+        the best batch size / GEMM rate; "left": the same of `work.left`, where there is such}.
     """
     memory_ms = 1e3 * work.weight_bytes / (1e9 * rates["bandwidth_gb_per_s"][str(_mib(work))])
     gemm = rates["gemm_gflop_per_s"]
     rate = 1e9 * max(gemm.get(work.precision, 0), gemm["float32"])
     arithmetic_ms = 1e3 * np.array(work.flops) / rate
     floor_ms = float(np.median(np.maximum(memory_ms, arithmetic_ms)))
+    left = {"left": floor_of(work.left, rates, summary)} if work.left else {}
     return {
         "weight_mib": work.weight_bytes / MIB,
         "tokens": float(np.mean(work.tokens)),
@@ -183,4 +196,4 @@ def floor_of(work: Work, rates: Mapping[str, Any], summary: Mapping[str, Any]) -
         "floor_ms": floor_ms,
         "over": summary["latency_ms"]["all"]["p50"] / floor_ms,
         "gemm_share": float(np.mean(work.flops)) * summary["best_queries_per_s"] / rate,
-    }
+    } | left

@@ -80,6 +80,12 @@ def notes(report: Mapping[str, Any]) -> list[str]:
     if report.get("rates"):
         found.append(_floor_note(report["rates"], limit))
     for name, system in report["systems"].items():
+        if left := (system.get("floor") or {}).get("left"):
+            share = 1 - left["gflop"] / system["floor"]["gflop"]
+            found.append(
+                f"{name}: looks up {share:.0%} of the multiply-adds that these two count; of those that are left, "
+                f"{left['over']:.1f}x and {left['gemm_share']:.0%}"
+            )
         latency = system["latency_ms"]["all"]
         usable = latency["samples"] - (latency["contaminated"] if latency["over"] == "clean" else 0)
         if "derived" in system:

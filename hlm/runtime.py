@@ -24,6 +24,7 @@ from hlm.backends import Run
 from hlm.bulk import SideBySide, cut_by_length
 from hlm.hub_cache import local_folder
 from hlm.machine import instructions
+from hlm.word_cache import WordCache
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,9 @@ BACKENDS = {
     "openvino": ("fp32", "bf16", "int8"),
     "torch": ("fp32", "bf16", "fp16"),
 }
-FILES = {"fp32": "onnx/model.onnx", "bf16": "onnx/model.onnx", "int8": "onnx/model_quantized.onnx"}
+# As hlm.json names them. "lookup", of small students: fp32 with fewer multiply-adds.
+GRAPHS = {"fp32": "onnx/model.onnx", "lookup": "onnx/model_lookup.onnx", "int8": "onnx/model_quantized.onnx"}
+CONFIGURATION = ("*.json", "*.txt")
 BF16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16"}
 BF16_WEIGHTS = 10_000_000  # a smaller body is encoded sooner by ONNX Runtime in fp32, where queries come one by one
 # Tokens of a batch, padding counted: what a core's cache holds, and what keeps a GPU busy.
@@ -49,6 +52,7 @@ class QueryEncoder:
         backend, precision: what runs.
         prompt: what is put before every query.
         max_tokens: where queries are cut, the prompt and special tokens counted; None: nowhere.
+        lookup: whether it looks up what the first layer projects of a token, instead of multiplying.
         fingerprint, teacher: of the student and of the teacher it was aligned to, from hlm.json; None without one.
     """
 
@@ -63,14 +67,15 @@ class QueryEncoder:
         precision: str = "fp32",
         batch_tokens: int = CORE_BATCH_TOKENS,
         side_by_side: SideBySide | None = None,
+        lookup: bool = False,
         fingerprint: str | None = None,
         teacher: str | None = None,
     ) -> None:
-        self._tokenizer, self._run = tokenizer, run
+        self._tokenizer, self._words, self._run = tokenizer, WordCache.of(tokenizer, prompt), run
         self._batch_tokens, self._side_by_side = batch_tokens, side_by_side
         self.dim, self.backend, self.precision, self.prompt = dim, backend, precision, prompt
         self.max_tokens: int | None = (tokenizer.truncation or {}).get("max_length")
-        self.fingerprint, self.teacher = fingerprint, teacher
+        self.lookup, self.fingerprint, self.teacher = lookup, fingerprint, teacher
 
     @classmethod
     def from_pretrained(
@@ -107,20 +112,26 @@ class QueryEncoder:
         if threads is not None and threads < 1:
             raise HlmError(f"threads: expected 1 or more, found {threads}")
         threads = threads or _cores()
-        folder = _model_folder(str(id_or_folder), revision, backend, precision)
+        folder = local_folder(id_or_folder, revision=revision, patterns=CONFIGURATION)
+        if not (folder / "modules.json").is_file() or not (folder / "tokenizer.json").is_file():
+            raise HlmError(
+                f"expected a sentence-transformers folder with modules.json and tokenizer.json, found {folder}"
+            )
         manifest = _json(folder / MANIFEST)
         if auto and backend == "onnxruntime" and _has_bf16() and _body_weights(folder) >= BF16_WEIGHTS:
-            backend, precision = "openvino", "bf16"  # of the same file
-        side_by_side = None
+            backend, precision = "openvino", "bf16"
+        side_by_side, path = None, None
         if backend == "torch":
-            run, dim = backends.torch(folder, precision, device or "cpu")
-        elif backend == "openvino":
-            run, dim = backends.openvino(_onnx_file(folder, precision, manifest), precision, threads)
+            weights = local_folder(id_or_folder, revision=revision, patterns=[*CONFIGURATION, "*.safetensors"])
+            run, dim = backends.torch(weights, precision, device or "cpu")
         else:
-            path = _onnx_file(folder, precision, manifest)
-            run, dim = backends.onnxruntime(path, threads)
-            if threads > 1:
-                side_by_side = SideBySide(_one_core(path, run), threads)
+            path = _graph(id_or_folder, revision, backend, precision, manifest.get("onnx", {}))
+            if backend == "openvino":
+                run, dim = backends.openvino(path, precision, threads)
+            else:
+                run, dim = backends.onnxruntime(path, threads)
+                if threads > 1:
+                    side_by_side = SideBySide(_one_core(path, run), threads)
         return cls(
             _tokenizer(folder),
             run,
@@ -130,6 +141,7 @@ class QueryEncoder:
             precision=precision,
             batch_tokens=GPU_BATCH_TOKENS if _on_gpu(device) else CORE_BATCH_TOKENS * threads,
             side_by_side=side_by_side,
+            lookup=path is not None and path.name == Path(GRAPHS["lookup"]).name,
             fingerprint=manifest.get("encoder"),
             teacher=manifest.get("inputs", {}).get("teacher"),
         )
@@ -155,6 +167,8 @@ class QueryEncoder:
         for text in texts:
             if not isinstance(text, str):
                 raise HlmError(f"expected texts to encode, found {type(text).__name__}; pass a str or a list of str")
+        if self._words:
+            return self._words(texts)
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast([self.prompt + text for text in texts])]
 
     def encode_ids(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
@@ -213,14 +227,20 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _onnx_file(folder: Path, precision: str, manifest: dict[str, Any]) -> Path:
-    """The folder's ONNX file, as hlm.json describes it; or one from the cache, where the folder has none."""
-    path = folder / FILES[precision]
-    record = manifest.get("onnx", {}).get("fp32" if precision == "bf16" else precision)
-    if record is not None:
-        check_graph(folder, record)
-        return path
-    return path if path.is_file() else _exported(folder, precision)
+def _graph(source: str | Path, revision: str | None, backend: str, precision: str, records: dict[str, Any]) -> Path:
+    """The ONNX file, as `records` of hlm.json describe it; or one from the cache, where `source` has none."""
+    names = ["fp32" if precision == "bf16" else precision]
+    if (backend, precision) == ("onnxruntime", "fp32"):
+        names.insert(0, "lookup")
+    name = next((name for name in names if name in records), names[-1])
+    file = GRAPHS[name]
+    folder = local_folder(source, revision=revision, patterns=[*CONFIGURATION, file, f"{file}_data"])
+    if name in records:
+        check_graph(folder, records[name])
+    elif not (folder / file).is_file():
+        folder = local_folder(source, revision=revision, patterns=[*CONFIGURATION, "*.safetensors"])
+        return _exported(folder, names)
+    return folder / file
 
 
 def _one_core(path: Path, run: Run) -> Callable[[], Run]:
@@ -243,18 +263,6 @@ def _one_core(path: Path, run: Run) -> Callable[[], Run]:
     return load
 
 
-def _model_folder(source: str, revision: str | None, backend: str, precision: str) -> Path:
-    """The folder, or of a Hub repository what this backend reads: one ONNX file, or the weights where it has none."""
-    graph = FILES[precision] if backend != "torch" else None
-    patterns = ["*.json", "*.txt", *([graph, f"{graph}_data"] if graph else ["*.safetensors"])]
-    folder = local_folder(source, revision=revision, patterns=patterns)
-    if graph and not (folder / graph).is_file() and not Path(source).is_dir():
-        folder = local_folder(source, revision=revision, patterns=["*.json", "*.txt", "*.safetensors"])
-    if not (folder / "modules.json").is_file() or not (folder / "tokenizer.json").is_file():
-        raise HlmError(f"expected a sentence-transformers folder with modules.json and tokenizer.json, found {folder}")
-    return folder
-
-
 def _json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
@@ -274,15 +282,15 @@ def _tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def _exported(folder: Path, precision: str) -> Path:
-    """The ONNX file of a folder that has none, from the cache or made now."""
+def _exported(folder: Path, names: Sequence[str]) -> Path:
+    """The first of these files that there is of a folder that has none, from the cache or made now."""
     digest = hashlib.sha256()
     for path in sorted([*folder.rglob("*.json"), *folder.rglob("*.safetensors")]):
         digest.update(f"{path.relative_to(folder)} {fingerprint_file(path)}".encode())
     cache = Path(os.environ.get("HLM_CACHE") or Path.home() / ".cache" / "hlm") / digest.hexdigest()[:16]
-    if not (cache / FILES[precision]).is_file():
+    if not (cache / GRAPHS["fp32"]).is_file():  # which takes its place last
         from hlm.export import export
 
-        logger.info("%s has no %s: exporting it to %s, once", folder, FILES[precision], cache)
+        logger.info("%s has no %s: exporting it to %s, once", folder, GRAPHS[names[-1]], cache)
         export(str(folder), cache)
-    return cache / FILES[precision]
+    return next(path for name in names if (path := cache / GRAPHS[name]).is_file())

@@ -237,7 +237,8 @@ def query_encoder_system(encoder: Any) -> System:
     """Anything with `.encode(list[str]) -> float32 (n, dim)`, an `hlm.runtime.QueryEncoder` above all."""
     chosen = {name: getattr(encoder, name, None) for name in ("backend", "precision")}
     facts = {"backend": HLM, "engine": chosen["backend"], "precision": chosen["precision"]}
-    return System(encoder.encode, {name: value for name, value in facts.items() if isinstance(value, str)})
+    facts = {name: value for name, value in facts.items() if isinstance(value, str)}
+    return System(encoder.encode, facts | ({"lookup": True} if getattr(encoder, "lookup", False) is True else {}))
 
 
 def cold_start(settings: dict[str, Any], query: str) -> dict[str, Any]:

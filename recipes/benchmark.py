@@ -318,7 +318,8 @@ def find_works(
         if system.count_tokens is None or precision is None:
             continue
         shape = shape_config(entry.shape, layers=entry.layers, ffn=entry.ffn) if entry.shape else None
-        work = work_of(shape or backbone_config(entry.model), system.count_tokens(queries), precision)
+        lookup = bool(system.facts.get("lookup"))
+        work = work_of(shape or backbone_config(entry.model), system.count_tokens(queries), precision, lookup=lookup)
         if work is not None:
             works[name] = work
     return works

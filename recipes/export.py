@@ -1,4 +1,4 @@
-"""The online folder: the student with its ONNX files, fp32 and int8, and what int8 costs on this data's queries.
+"""The online folder: the student with its ONNX files, and what int8 costs on this data's queries.
 
     python recipes/export.py --config recipes/configs/quickstart/export.yaml
 
@@ -34,6 +34,7 @@ class ExportConfig:
     vectors: str | None = field(default=None, metadata={"help": "the teacher's stores, searched for that"})
     split: str = "test"
     k: int = field(default=10, metadata={"help": "documents whose overlap with fp32's is counted"})
+    lookup: bool = field(default=True, metadata={"help": "write onnx/model_lookup.onnx where it pays: faster, larger"})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     facts: dict[str, dict] = {}
 
     def beside(folder: Path) -> None:
-        facts.update(export_model(model, folder))
+        facts.update(export_model(model, folder, lookup=config.lookup))
         if config.vectors is not None:
             facts["int8"][f"overlap@{config.k}"] = int8_overlap(config, model, folder)
 

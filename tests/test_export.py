@@ -6,11 +6,21 @@ import onnxruntime
 import pytest
 import torch
 from sentence_transformers.sentence_transformer.modules import Pooling
+from transformers import BertConfig
 
 import hlm.export
 from hlm.artefacts import HlmError, check_graph
 from hlm.encoders import add_head, load_encoder, pad, tokenise
-from hlm.export import FP32_FILE, FP32_TOLERANCE, INT8_FILE, export, export_model
+from hlm.export import (
+    FP32_FILE,
+    FP32_TOLERANCE,
+    INT8_FILE,
+    LOOKUP_FILE,
+    export,
+    export_model,
+    lookup_pays,
+    lookup_share,
+)
 
 
 def vectors(path, model, texts):
@@ -20,6 +30,18 @@ def vectors(path, model, texts):
     assert hidden.shape[:2] == tuple(features["input_ids"].shape)
     with torch.no_grad():
         return found, model(features)["sentence_embedding"].numpy()
+
+
+def shallow(folder, layers):
+    """A BERT with that many layers, whose norms and biases have been trained."""
+    model = load_encoder(folder, device="cpu")
+    backbone = model[0].model
+    backbone.encoder.layer, backbone.config.num_hidden_layers = backbone.encoder.layer[:layers], layers
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if name.endswith("bias") or "LayerNorm" in name:
+            torch.nn.init.normal_(weight, mean=float(name.endswith("weight")), std=0.1)
+    return model
 
 
 @pytest.mark.parametrize("name", ["tiny_bert", "tiny_qwen3"])
@@ -90,6 +112,39 @@ def test_biases_that_others_can_stand_for_leave_the_graph_and_not_the_model(
     assert not any(f"{name}.bias" in names for name in ("key", "value")) and "token_type" not in names
     assert names.count("output.dense.bias") == (0 if largest_shift else 6)  # of attention, where a shift costs digits
     assert not [node for node in graph.node if node.op_type == "Concat"]  # shapes are known, not put together
+
+
+@pytest.mark.parametrize(("layers", "largest_shift"), [(1, hlm.export.LARGEST_SHIFT), (2, 0.0)])
+def test_look_ups_in_place_of_the_first_projections(layers, largest_shift, tiny_bert, tmp_path, monkeypatch):
+    monkeypatch.setattr("hlm.export.LARGEST_SHIFT", largest_shift)
+    model = shallow(tiny_bert, layers)
+    facts = export_model(model, tmp_path)
+    assert list(facts) == ["fp32", "lookup", "int8"] and facts["lookup"]["file"] == LOOKUP_FILE
+    assert facts["lookup"]["max_abs_difference"] <= facts["lookup"]["tolerance"] == FP32_TOLERANCE
+    check_graph(tmp_path, facts["lookup"])
+    found, expected = vectors(tmp_path / LOOKUP_FILE, model, ["red shoe", "", "kettle without cable " * 9, "ü 靴"])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    graphs = [onnx.load(str(tmp_path / file)).graph for file in (FP32_FILE, LOOKUP_FILE)]
+    products = [sum(node.op_type == "MatMul" for node in graph.node) for graph in graphs]
+    assert products == [8 * layers + 1, 8 * layers + 1 - 3]
+    names = {path.name for path in (tmp_path / "onnx").iterdir()}
+    assert names == {"model.onnx", "model_quantized.onnx", "model_lookup.onnx", "model_lookup.onnx_data"}
+    assert set(export_model(model, tmp_path, lookup=False, int8=False)) == {"fp32"}
+    assert [path.name for path in (tmp_path / "onnx").iterdir()] == ["model.onnx"]  # none of an earlier student
+
+
+def test_look_ups_are_made_where_they_pay(tiny_bert, tiny_qwen3, monkeypatch):
+    assert lookup_share(BertConfig(num_hidden_layers=1, hidden_size=384, intermediate_size=192)) == 3 / 5
+    assert not lookup_pays(load_encoder(tiny_bert, device="cpu"))  # one of six layers: 1/16
+    qwen3 = load_encoder(tiny_qwen3, device="cpu")
+    qwen3[0].model.config.num_hidden_layers = 1
+    assert not lookup_pays(qwen3)
+    model = shallow(tiny_bert, 1)
+    config = model[0].model.config
+    size = (config.vocab_size + config.max_position_embeddings) * 3 * config.hidden_size * 4
+    for limit, pays in ((size, True), (size - 1, False)):
+        monkeypatch.setattr("hlm.export.LOOKUP_BYTES", limit)
+        assert lookup_pays(model) == pays
 
 
 def test_padding_on_the_left_gives_the_same_vectors(tiny_qwen3, tmp_path):

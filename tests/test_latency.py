@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, BertConfig
 
 from hlm import latency, latency_floor, latency_report, machine, systems
 from hlm.artefacts import HlmError
@@ -521,6 +521,18 @@ def test_a_floor_is_the_higher_of_two_bounds():
     # Without instructions for a precision its weights are widened: fewer bytes, the rate of float32.
     wide = floor_of(Work(2**19, "bfloat16", [1, 2, 3], [1e6, 4e6, 10e6]), rates, summary)
     assert wide["memory_ms"] == pytest.approx(1.048576) and wide["arithmetic_ms"] == pytest.approx(2)
+    less = Work(2**18, "float32", [1, 2, 3], [1e6, 4e6, 10e6], Work(2**18, "float32", [1, 2, 3], [4e5, 3e6, 8e6]))
+    found, alone = floor_of(less, rates, summary), floor_of(less.left, rates, summary)
+    assert found == floor_of(work, rates, summary) | {"left": alone} and alone["over"] == pytest.approx(4)
+
+
+def test_look_ups_leave_less_to_multiply():
+    config = BertConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=4, intermediate_size=64)
+    whole, work = work_of(config, [4, 6], "fp32"), work_of(config, [4, 6], "fp32", lookup=True)
+    assert whole.left is None and (work.weights, work.flops) == (whole.weights, whole.flops)
+    assert work.left.weights == whole.weights - 3 * 32 * 32 and work.left.left is None
+    saved = [before - after for before, after in zip(work.flops, work.left.flops, strict=True)]
+    assert saved == [2 * 3 * 32 * 32 * count for count in (4, 6)]
 
 
 def test_rates_are_of_what_the_works_need(monkeypatch):
@@ -562,7 +574,12 @@ def test_table_and_notes(house):
         "teacher": {
             "quality": {"system": "teacher", "ndcg": 0.5},
             "cold_start": {"total_s": 6.54, "peak_memory_mib": 700.4},
-            "floor": {"over": 12.34, "gemm_share": 0.456},
+            "floor": {
+                "over": 12.34,
+                "gemm_share": 0.456,
+                "gflop": 4.0,
+                "left": {"over": 20.06, "gemm_share": 0.25, "gflop": 1.0},
+            },
         },
         "student": {
             "quality": {"system": "other", "ndcg": 0.49, "recovery": 0.98},
@@ -591,6 +608,9 @@ def test_table_and_notes(house):
     )
     assert "20 GB/s over 41 MiB" in said and "123 GFLOP/s in float32" in said and "others took 50%" in said
     assert "student: nDCG and recovery are those of 'other'" in said
+    assert (
+        "teacher: looks up 75% of the multiply-adds that these two count; of those that are left, 20.1x and 25%" in said
+    )
 
 
 def test_pareto_front():

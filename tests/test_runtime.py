@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import hlm
 from hlm import backends, runtime
 from hlm.artefacts import HlmError, write_manifest
 from hlm.encoders import encode, load_encoder
-from hlm.export import export
+from hlm.export import export, export_model
 from hlm.micro_batches import AsyncQueryEncoder
 from hlm.runtime import QueryEncoder
 
@@ -153,6 +154,39 @@ def test_weights_beside_the_graph(tiny_bert, tmp_path, monkeypatch):
     (folder / "onnx" / "model.onnx_data").unlink()
     with pytest.raises(HlmError, match="model.onnx_data: expected content .* found no file"):
         QueryEncoder.from_pretrained(folder)
+
+
+def test_look_ups_are_taken_where_they_are(tiny_bert, tmp_path, monkeypatch):
+    monkeypatch.setenv("HLM_CACHE", str(tmp_path / "cache"))
+    model = load_encoder(tiny_bert, device="cpu")
+    backbone = model[0].model
+    backbone.encoder.layer, backbone.config.num_hidden_layers = backbone.encoder.layer[:1], 1
+    model.save(str(tmp_path / "student"))
+    opened, load = [], backends.onnxruntime
+    monkeypatch.setattr(backends, "onnxruntime", lambda path, threads: (opened.append(path), load(path, threads))[1])
+    expected = encode(model, TEXTS)
+
+    def check(folder, **settings):
+        found = QueryEncoder.from_pretrained(folder, threads=2, **settings).encode(TEXTS * 40)
+        np.testing.assert_allclose(found, np.tile(expected, (40, 1)), atol=1e-5)
+        return [str(path.relative_to(tmp_path)) for path in opened]
+
+    cached = check(tmp_path / "student")  # exported there
+    assert len(cached) == 2 and {Path(name).name for name in cached} == {"model_lookup.onnx"}
+    opened.clear()
+    folder = shutil.copytree(tmp_path / "student", tmp_path / "online")
+    facts = export_model(model, folder)
+    write_manifest(folder, "student", inputs={}, config={}, encoder="e" * 16, dim=32, onnx=facts)
+    assert check(folder) == ["online/onnx/model_lookup.onnx"] * 2
+    opened.clear()
+    assert not check(folder, backend="openvino")  # the other one
+    with open(folder / "onnx" / "model_lookup.onnx_data", "r+b") as tables:
+        tables.write(b"changed")
+    with pytest.raises(HlmError, match="lookup.onnx_data: expected content"):
+        check(folder)
+    facts = export_model(model, folder, lookup=False)
+    write_manifest(folder, "student", inputs={}, config={}, encoder="e" * 16, dim=32, onnx=facts)
+    assert check(folder) == ["online/onnx/model.onnx"] * 2
 
 
 def test_a_folder_without_onnx_is_exported_once(tiny_bert, tmp_path, monkeypatch):

@@ -1,0 +1,105 @@
+"""Ids that are put together from known words are those of the tokenizer."""
+
+import string
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, processors
+
+from hlm import word_cache
+from hlm.runtime import QueryEncoder
+from hlm.word_cache import WordCache
+
+PRINTABLE = string.ascii_letters * 2 + string.digits + " " * 20 + string.punctuation
+CHARACTERS = [*PRINTABLE, *"\t\n\r\x0b\x0c\x00\x7f\u00a0é靴"]
+TEXTS = ["red shoe", "", " ", "Red  SHOE", "red-shoe, 42.5%", "[MASK] red", "a [SEP]b", "[red]", "MASK]", "<s>",
+         "x" * 200, "red " * 99, "größe 靴 🎒", "don't", "red\x00shoe", "red\u00a0shoe"]  # fmt: skip
+
+
+@pytest.fixture
+def tokenizer(tiny_bert):
+    return Tokenizer.from_file(str(Path(tiny_bert) / "tokenizer.json"))
+
+
+def random_texts(count, seed):
+    generator = np.random.default_rng(seed)
+    return ["".join(generator.choice(CHARACTERS, generator.integers(0, 30))) for _ in range(count)]
+
+
+def check(tokenizer, texts, prompt=""):
+    cache = WordCache.of(tokenizer, prompt)
+    expected = [encoding.ids for encoding in tokenizer.encode_batch([prompt + text for text in texts])]
+    for _ in range(2):  # when nothing is known, and when everything is
+        assert cache(texts) == expected
+        assert [cache([text])[0] for text in texts] == expected
+    return cache
+
+
+@pytest.mark.parametrize("limit", [None, 3, 12])
+@pytest.mark.parametrize("prompt", ["", "query: ", "find (red) shoe for größe:", "[", "x " * 20])
+def test_ids_are_the_tokenizers(tokenizer, prompt, limit):
+    tokenizer.no_truncation()
+    if limit:
+        tokenizer.enable_truncation(limit)
+    check(tokenizer, TEXTS + random_texts(500, seed=0), prompt)
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_other_special_tokens_and_none_around_a_text(tokenizer, lowercase):
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.add_special_tokens(["<s>", "</s>", "{mask}"])
+    tokenizer.add_tokens([AddedToken("red-", normalized=True), AddedToken("shoe!", single_word=True)])
+    texts = [*TEXTS, "red- shoe!", "RED-SHOE!", "{mask}", "<s>red</s>", *random_texts(300, seed=1)]
+    check(tokenizer, texts)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] [CLS] $A", special_tokens=[("[CLS]", tokenizer.token_to_id("[CLS]"))]
+    )
+    check(tokenizer, texts)
+
+
+def test_words_that_were_seen_are_not_asked_for_again(tokenizer):
+    cache = check(tokenizer, ["red shoe", "steel kettle"])
+    cache._tokenizer = None
+    assert cache(["kettle shoe", "steel steel"]) == [
+        encoding.ids for encoding in tokenizer.encode_batch(["kettle shoe", "steel steel"])
+    ]
+    with pytest.raises(AttributeError):
+        cache(["another"])
+
+
+def test_no_more_words_are_kept_than_it_holds(tokenizer, monkeypatch):
+    monkeypatch.setattr(word_cache, "WORDS", 5)
+    monkeypatch.setattr(word_cache, "LONGEST", 8)
+    texts = [*TEXTS, "a b c d e f g h", *random_texts(100, seed=2)]
+    cache = check(tokenizer, texts)
+    assert 0 < len(cache._words) <= 5 and max(map(len, cache._words)) <= 8
+    expected = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+    with ThreadPoolExecutor(8) as pool:
+        for found in pool.map(lambda _: [cache([text])[0] for text in texts], range(16)):
+            assert found == expected
+
+
+def test_where_words_are_not_cut_independently_the_tokenizer_is_asked(tokenizer, tiny_qwen3):
+    assert WordCache.of(Tokenizer.from_file(str(Path(tiny_qwen3) / "tokenizer.json"))) is None
+    assert WordCache.of(tokenizer, "query") is None  # runs into the first word
+    for change in (
+        lambda other: setattr(other, "pre_tokenizer", pre_tokenizers.Whitespace()),
+        lambda other: setattr(other, "normalizer", normalizers.Lowercase()),
+        lambda other: other.add_tokens(["shoe"]),
+        lambda other: other.enable_truncation(8, direction="left"),
+        lambda other: other.enable_truncation(2),  # room for nothing but the special tokens
+        lambda other: other.enable_padding(),
+    ):
+        other = Tokenizer.from_str(tokenizer.to_str())
+        assert WordCache.of(other) is not None
+        change(other)
+        assert WordCache.of(other) is None
+
+
+def test_the_encoder_has_it(tokenizer):
+    encoder = QueryEncoder(tokenizer, lambda ids, mask: ids[:, :2].astype(np.float32), 2, prompt="query: ")
+    ids = encoder.tokenise(["red shoe"])
+    encoder._words._tokenizer = encoder._tokenizer = None
+    assert encoder.tokenise(["red shoe"]) == ids == [tokenizer.encode("query: red shoe").ids]
