@@ -19,7 +19,8 @@ FEW_SAMPLES = 100  # a p99 of fewer is little more than the slowest one
 def rows(report: Mapping[str, Any]) -> list[list[str]]:
     """The table, header first: one row a system, "-" where a figure was not taken. For text and Markdown alike.
 
-    "!" marks figures without a clean sample, "~" those derived from fewer layers; `notes` explains both.
+    "!" marks figures without a clean sample, "~" those derived from fewer layers, "*" those that count more
+    multiply-adds than a system does; `notes` explains them.
     """
     systems = report["systems"]
     columns: list[tuple[str, Any]] = [
@@ -32,8 +33,8 @@ def rows(report: Mapping[str, Any]) -> list[list[str]]:
          else f"{s['best_queries_per_s']:.2g}"),
         ("batch", lambda s: str(s["best_batch_size"])),
         ("throughput x", lambda s: f"{s['ratio']['throughput']:.1f}x"),
-        ("x floor", lambda s: f"{s['floor']['over']:.1f}x" if s.get("floor") else None),
-        ("of GEMM rate", lambda s: f"{s['floor']['gemm_share']:.0%}" if s.get("floor") else None),
+        ("x floor", lambda s: f"{s['floor']['over']:.1f}x{_looks_up(s)}" if s.get("floor") else None),
+        ("of GEMM rate", lambda s: f"{s['floor']['gemm_share']:.0%}{_looks_up(s)}" if s.get("floor") else None),
         ("cold start s", lambda s: f"{s['cold_start']['total_s']:.1f}" if s.get("cold_start") else None),
         ("peak MiB", lambda s: f"{s['cold_start']['peak_memory_mib']:,.0f}" if s.get("cold_start") else None),
         ("nDCG", lambda s: f"{s['quality']['ndcg']:.4f}" if s.get("quality") else None),
@@ -45,6 +46,10 @@ def rows(report: Mapping[str, Any]) -> list[list[str]]:
     for row, name in enumerate(systems):
         table.append([name, *(found[row] or "-" for found in cells.values())])
     return table
+
+
+def _looks_up(system: Mapping[str, Any]) -> str:
+    return "*" if "left" in system["floor"] else ""
 
 
 def _milliseconds(system: Mapping[str, Any], percentile: str, length: str = "all") -> str | None:
@@ -79,13 +84,8 @@ def notes(report: Mapping[str, Any]) -> list[str]:
         found.append(f"clean: in no block did others take more than {limit:.0%} of the CPUs")
     if report.get("rates"):
         found.append(_floor_note(report["rates"], limit))
+        found += looked_up(report)
     for name, system in report["systems"].items():
-        if left := (system.get("floor") or {}).get("left"):
-            share = 1 - left["gflop"] / system["floor"]["gflop"]
-            found.append(
-                f"{name}: looks up {share:.0%} of the multiply-adds that these two count; of those that are left, "
-                f"{left['over']:.1f}x and {left['gemm_share']:.0%}"
-            )
         latency = system["latency_ms"]["all"]
         usable = latency["samples"] - (latency["contaminated"] if latency["over"] == "clean" else 0)
         if "derived" in system:
@@ -112,6 +112,20 @@ def notes(report: Mapping[str, Any]) -> list[str]:
             if "ratio" in same:
                 text += f"; {same['ratio']['p50']:.1f}x lower p50, {same['ratio']['throughput']:.1f}x its throughput"
             found.append(text)
+    return found
+
+
+def looked_up(report: Mapping[str, Any]) -> list[str]:
+    """What "*" stands for, a sentence for each system that has it."""
+    found = []
+    for name, system in report["systems"].items():
+        floor = system.get("floor") or {}
+        if left := floor.get("left"):
+            share = 1 - left["gflop"] / floor["gflop"]
+            found.append(
+                f"{name}*: floor and rate count all multiply-adds of the model, of which {share:.0%} are looked up; "
+                f"of those that are left, it is {left['over']:.1f}x and {left['gemm_share']:.0%}"
+            )
     return found
 
 
