@@ -92,7 +92,8 @@ class QueryEncoder:
 
         Args:
             id_or_folder: a sentence-transformers folder or Hub id. Without ONNX files it is exported, once, into
-                `~/.cache/hlm` (or $HLM_CACHE).
+                `~/.cache/hlm` (or $HLM_CACHE). Weights that lie beside a graph are mapped, not copied: give a newer
+                student its place by renaming, do not write over the files of one that is served.
             backend: "onnxruntime", "openvino" (where it is installed) or "torch" (what runs on a GPU). "auto" takes
                 torch for a GPU, OpenVINO for bf16 and else ONNX Runtime.
             precision: "fp32" (components within 1e-4 of sentence-transformers'), "bf16" or, under torch, "fp16" (within
@@ -125,7 +126,7 @@ class QueryEncoder:
             weights = local_folder(id_or_folder, revision=revision, patterns=[*CONFIGURATION, "*.safetensors"])
             run, dim = backends.torch(weights, precision, device or "cpu")
         else:
-            path = _graph(id_or_folder, revision, backend, precision, manifest.get("onnx", {}))
+            path = _graph(id_or_folder, revision, backend, precision, manifest.get("onnx") or {})
             if backend == "openvino":
                 run, dim = backends.openvino(path, precision, threads)
             else:
