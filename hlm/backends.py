@@ -1,7 +1,7 @@
 """What computes vectors from token ids: ONNX Runtime, OpenVINO, or torch with CUDA graphs; used by `hlm.runtime`.
 
-Each loader gives a function (input_ids, attention_mask), both int64 (rows, tokens), right padding -> float32
-(rows, dim), L2-normalised, and dim. The functions may be called from several threads.
+Each loader gives a function (input_ids, attention_mask), both int64 (rows, tokens), right padding, or None in place of
+a mask of ones -> float32 (rows, dim), L2-normalised, and dim. The functions may be called from several threads.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hlm.artefacts import HlmError
 
 logger = logging.getLogger(__name__)
 
-Run = Callable[[np.ndarray, np.ndarray], np.ndarray]
+Run = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
 # What a GPU pads to: few shapes, so each has its kernels chosen and its CUDA graph captured once.
 LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 ROWS = (1, 4, 16, 64)
@@ -25,7 +25,7 @@ GRAPH_TOKENS = 2048  # a larger batch keeps a GPU busy for longer than it takes 
 
 
 def onnxruntime(path: Path, threads: int) -> tuple[Run, int]:
-    """A graph under ONNX Runtime on `threads` cores."""
+    """A graph under ONNX Runtime on `threads` cores. One without `attention_mask` refuses padding."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -35,10 +35,17 @@ def onnxruntime(path: Path, threads: int) -> tuple[Run, int]:
         str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=["SkipLayerNormFusion"]
     )
 
-    def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        return session.run(["sentence_embedding"], {"input_ids": ids, "attention_mask": mask})[0]
+    masked = "attention_mask" in {part.name for part in session.get_inputs()}
 
-    return run, session.get_outputs()[1].shape[-1]
+    def run(ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+        feed = {"input_ids": ids}
+        if masked:
+            feed["attention_mask"] = np.ones_like(ids) if mask is None else mask
+        elif mask is not None:
+            raise HlmError(f"{path}: expected texts of one length in a batch, found padded ones")
+        return session.run(["sentence_embedding"], feed)[0]
+
+    return run, session.get_outputs()[-1].shape[-1]
 
 
 def openvino(path: Path, precision: str, threads: int) -> tuple[Run, int]:
@@ -57,9 +64,10 @@ def openvino(path: Path, precision: str, threads: int) -> tuple[Run, int]:
     output = model.output("sentence_embedding")
     own = threading.local()  # a request runs one call at a time
 
-    def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    def run(ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         if not hasattr(own, "request"):
             own.request = model.create_infer_request()
+        mask = np.ones_like(ids) if mask is None else mask
         own.request.infer({"input_ids": ids, "attention_mask": mask}, share_inputs=True)
         return own.request.get_tensor(output).data.copy()
 
@@ -89,7 +97,8 @@ def torch(folder: Path, precision: str, device: str) -> tuple[Run, int]:
         return padded(_Graphs(forward, model.device)), model.get_embedding_dimension()
 
     @torch.inference_mode()
-    def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    def run(ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+        mask = np.ones_like(ids) if mask is None else mask
         return forward(torch.from_numpy(ids), torch.from_numpy(mask)).numpy()
 
     return run, model.get_embedding_dimension()
@@ -98,8 +107,9 @@ def torch(folder: Path, precision: str, device: str) -> tuple[Run, int]:
 def padded(run: Run) -> Run:
     """`run` on batches padded to `LENGTHS` and, up to `GRAPH_TOKENS` tokens, to `ROWS`; what was added is cut off."""
 
-    def wrapped(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    def wrapped(ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         count, length = ids.shape
+        mask = np.ones_like(ids) if mask is None else mask
         length = next((each for each in LENGTHS if each >= length), length)
         rows = next((each for each in ROWS if each >= count and each * length <= GRAPH_TOKENS), count)
         margins = ((0, rows - count), (0, length - ids.shape[1]))

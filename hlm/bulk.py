@@ -22,13 +22,14 @@ class Batch:
 
     rows: np.ndarray  # int64 (n,)
     ids: np.ndarray  # int64 (n, tokens), zeros on the right
-    mask: np.ndarray  # int64 (n, tokens), 1 where there is a token
+    mask: np.ndarray | None  # int64 (n, tokens), 1 where there is a token; None: everywhere
 
 
-def cut_by_length(ids: Sequence[Sequence[int]], tokens: int) -> Iterator[Batch]:
+def cut_by_length(ids: Sequence[Sequence[int]], tokens: int, *, pads: bool = True) -> Iterator[Batch]:
     """Every text once, the longest first, in batches of at most `tokens`, padding counted (a longer text is alone).
 
-    A text that would be padded opens the next batch, once this one holds an `ENOUGH`-th of `tokens`.
+    A text that would be padded opens the next batch, once this one holds an `ENOUGH`-th of `tokens`; without `pads`
+    it always does.
     """
     lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
     order = np.argsort(-lengths, kind="stable")
@@ -40,12 +41,16 @@ def cut_by_length(ids: Sequence[Sequence[int]], tokens: int) -> Iterator[Batch]:
     while start < len(ids):
         longest = max(1, int(lengths[start]))
         most = start + max(1, tokens // longest)
-        enough = start + -(-tokens // ENOUGH // longest)
+        enough = start + -(-tokens // ENOUGH // longest) if pads else start
         stop = min(most, max(enough, int(shorter[start])), len(ids))
-        mask = np.arange(lengths[start]) < lengths[start:stop, None]
-        padded = np.zeros(mask.shape, dtype=np.int64)
-        padded[mask] = flat[offsets[start] : offsets[stop]]
-        yield Batch(order[start:stop], padded, mask.astype(np.int64))
+        here = flat[offsets[start] : offsets[stop]]
+        if lengths[start] == lengths[stop - 1]:
+            yield Batch(order[start:stop], here.reshape(stop - start, -1), None)
+        else:
+            mask = np.arange(lengths[start]) < lengths[start:stop, None]
+            padded = np.zeros(mask.shape, dtype=np.int64)
+            padded[mask] = here
+            yield Batch(order[start:stop], padded, mask.astype(np.int64))
         start = stop
 
 

@@ -1,13 +1,14 @@
 """ONNX export of a query encoder: pooling, head and normalisation in the graph, checked against the model itself.
 
     onnx/model.onnx             fp32
-    onnx/model_lookup.onnx      fp32 for `hlm.QueryEncoder`: what the first layer projects is looked up, where that pays
     onnx/model_quantized.onnx   int8 in blocks of 32; activations are quantised as they come
+    onnx/model_lookup.onnx      fp32 for `hlm.QueryEncoder`: what the first layer projects is looked up, where that pays
 
 Beside a graph of more than 256 MiB, and beside that with look-ups, lies <name>_data with its weights.
 
 Inputs `input_ids` and `attention_mask`, int64 (batch, length), both dimensions free, right padding. Outputs
-`last_hidden_state` (batch, length, width) and `sentence_embedding` (batch, dim), L2-normalised.
+`last_hidden_state` (batch, length, width) and `sentence_embedding` (batch, dim), L2-normalised. The graph with look-ups
+is ONNX Runtime's alone, reads texts of one length, so it has no `attention_mask`, and gives `sentence_embedding` only.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import inspect
 import logging
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -48,21 +50,15 @@ PROBES = ("red shoe", "a", "", "laptop 15.6 inch " * 100, "größe 42 ½ 靴 �
 
 
 class _Graph(torch.nn.Module):
-    """The encoder in fewer steps than its modules take: of a short query they cost what the arithmetic costs.
+    """The encoder in fewer steps than its modules take: of a short query they cost what the arithmetic costs."""
 
-    Args:
-        lookup: the first layer's queries, keys and values come from tables; for a model that `lookup_pays` for.
-    """
-
-    def __init__(self, model: SentenceTransformer, *, lookup: bool = False) -> None:
+    def __init__(self, model: SentenceTransformer) -> None:
         super().__init__()
         self.model = copy.deepcopy(model)
         backbone = self.model[0].model
         if type(backbone).__name__ == "BertModel":
             _fold_biases(backbone)
             backbone.embeddings = _BertEmbeddings(backbone.embeddings)
-            if lookup:
-                backbone.embeddings = _LookedUp(backbone.embeddings, backbone.encoder.layer[0].attention)
         for name, module in list(self.model.named_modules()):
             if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
                 self.model.set_submodule(name, _RMSNorm(module.weight, module.variance_epsilon))
@@ -75,22 +71,45 @@ class _Graph(torch.nn.Module):
         if self.causal:
             length = input_ids.shape[1]
             hidden = hidden + torch.full((length, length), lowest).triu(1)
+        states = self._backbone(input_ids, hidden)
+        return states, self._pooled(states, attention_mask, lambda states: (present[:, None, :] @ states).squeeze(1))
+
+    def _backbone(self, input_ids: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
         features: dict[str, Any] = {"input_ids": input_ids, "attention_mask": hidden}
         if "token_type_ids" in inspect.signature(self.model[0].model.forward).parameters:
             features["token_type_ids"] = torch.zeros(1, 1, dtype=torch.int64)  # one row for all: a constant
-        features = self.model[0](features)
-        features["attention_mask"] = attention_mask
+        return self.model[0](features)["token_embeddings"]
+
+    def _pooled(self, states: torch.Tensor, mask: torch.Tensor, summed: Callable) -> torch.Tensor:
+        """What comes after the backbone; `summed` adds up the states of each text."""
+        features = {"token_embeddings": states, "attention_mask": mask}
         modules = list(self.model)[1:]
         for module, then in zip(modules, [*modules[1:], None], strict=True):
             mean = isinstance(module, Pooling) and module.pooling_mode == "mean"
             if mean and isinstance(then, Normalize):  # a sum has the same direction
-                features["sentence_embedding"] = (present[:, None, :] @ features["token_embeddings"]).squeeze(1)
+                features["sentence_embedding"] = summed(states)
             elif isinstance(module, Normalize):
                 vectors = features["sentence_embedding"]
                 features["sentence_embedding"] = vectors / vectors.norm(dim=-1, keepdim=True)
             else:
                 features = module(features)
-        return features["token_embeddings"], features["sentence_embedding"]
+        return features["sentence_embedding"]
+
+
+class _LookupGraph(_Graph):
+    """The same for texts of one length, of a model that `lookup_pays` for: the first layer's queries, keys and values
+    come from tables, and attention is one step of ONNX Runtime's own."""
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        super().__init__(model)
+        backbone = self.model[0].model
+        backbone.embeddings = _LookedUp(backbone.embeddings, backbone.encoder.layer[0].attention)
+        for layer in backbone.encoder.layer:
+            layer.attention.self = _OneStepAttention(layer.attention.self)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        states = self._backbone(input_ids, None)
+        return self._pooled(states, torch.ones_like(input_ids), lambda states: states.sum(1))
 
 
 class _RMSNorm(torch.nn.Module):
@@ -137,7 +156,7 @@ class _LookedUp(torch.nn.Module):
             centred = table.double() - table.double().mean(1, keepdim=True)
             tables.append(torch.nn.Parameter((centred @ projections.T).float()))
         self.of_tokens, self.of_positions = tables
-        self.query_bias = torch.nn.Parameter(heads.query.bias + heads.query.weight @ norm.bias)
+        query_bias = heads.query.bias + heads.query.weight @ norm.bias
         # A key's constant changes no score beside another. A value's comes out whole, and nothing but the residual path
         # reads the norm any more.
         norm.bias += out.weight @ (heads.value.weight @ norm.bias)
@@ -146,6 +165,7 @@ class _LookedUp(torch.nn.Module):
             out.bias = None
         self.found = SimpleNamespace()
         heads.query, heads.key, heads.value = (_Found(self.found, part) for part in ("query", "key", "value"))
+        heads.query.bias = torch.nn.Parameter(query_bias)
 
     def forward(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
         length, width = input_ids.shape[1], self.positions.shape[1]
@@ -154,8 +174,7 @@ class _LookedUp(torch.nn.Module):
             [width], self.norm.weight, self.norm.bias, self.norm.eps,
         )  # fmt: skip
         rows = torch.nn.functional.embedding(input_ids, self.of_tokens) + self.of_positions[:length]
-        query, self.found.key, self.found.value = (rows * scale).chunk(3, dim=-1)
-        self.found.query = query + self.query_bias
+        self.found.query, self.found.key, self.found.value = (rows * scale).chunk(3, dim=-1)
         return hidden
 
 
@@ -168,6 +187,28 @@ class _Found(torch.nn.Module):
 
     def forward(self, _: torch.Tensor) -> torch.Tensor:
         return getattr(self.found, self.part)
+
+
+class _OneStepAttention(torch.nn.Module):
+    """BERT's self-attention over texts without padding, as one step of ONNX Runtime in place of eleven.
+
+    Its bias is of queries alone: `_fold_biases` has taken those of keys and values away.
+    """
+
+    def __init__(self, heads: torch.nn.Module) -> None:
+        super().__init__()
+        self.query, self.key, self.value = heads.query, heads.key, heads.value
+        self.num_heads = heads.num_attention_heads
+        bias, self.query.bias = self.query.bias.detach(), None
+        self.bias = torch.nn.Parameter(torch.cat([bias, torch.zeros(2 * len(bias))]))
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+        query, key, value = self.query(hidden_states), self.key(hidden_states), self.value(hidden_states)
+        attended = torch.onnx.ops.symbolic(
+            "com.microsoft::MultiHeadAttention", (query, key, value, self.bias), {"num_heads": self.num_heads},
+            dtype=query.dtype, shape=query.shape, version=1,
+        )  # fmt: skip
+        return attended, None
 
 
 @torch.no_grad()
@@ -276,10 +317,11 @@ def _traced(model: SentenceTransformer, *, lookup: bool = False) -> ir.Model:
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
+    graph, inputs = (_LookupGraph(model), (ids,)) if lookup else (_Graph(model), (ids, mask))
     program = torch.onnx.export(
-        _Graph(model, lookup=lookup).eval(), (ids, mask), dynamo=True,
-        dynamic_shapes=({0: batch, 1: length}, {0: batch, 1: length}),
-        input_names=["input_ids", "attention_mask"], output_names=["last_hidden_state", "sentence_embedding"],
+        graph.eval(), inputs, dynamo=True, dynamic_shapes=tuple({0: batch, 1: length} for _ in inputs),
+        input_names=["input_ids", "attention_mask"][: len(inputs)],
+        output_names=["sentence_embedding"] if lookup else ["last_hidden_state", "sentence_embedding"],
         opset_version=20, external_data=False, verbose=False,  # 20 has Gelu
     )  # fmt: skip
     _simplify(program.model)
@@ -343,14 +385,17 @@ def _differences(model: SentenceTransformer, path: Path) -> dict[str, float]:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    inputs = {part.name for part in session.get_inputs()}
     ids = tokenise(model, list(PROBES), prompt_of(model, "query"))
     ids = [tokens for tokens in ids if tokens]
+    together = ids if "attention_mask" in inputs else [ids[0], ids[0][::-1]]
     largest, smallest = 0.0, 1.0
-    for rows in [*([tokens] for tokens in ids), ids]:
+    for rows in [*([tokens] for tokens in ids), together]:
         features = pad(model, rows)
         with torch.no_grad():
             expected = model(dict(features))["sentence_embedding"].numpy()
-        (found,) = session.run(["sentence_embedding"], {name: value.numpy() for name, value in features.items()})
+        feed = {name: value.numpy() for name, value in features.items() if name in inputs}
+        (found,) = session.run(["sentence_embedding"], feed)
         largest = max(largest, float(np.abs(found - expected).max()))
         smallest = min(smallest, float((found * expected).sum(axis=1).min()))
     return {"max_abs_difference": largest, "min_cosine": smallest}

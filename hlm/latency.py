@@ -153,6 +153,24 @@ def _run_block(block: Block, encode: Encode, queries: Sequence[str], order: Sequ
     return block
 
 
+def new_words(encode: Encode, forget: Callable[[], None], queries: Sequence[str], *, seconds: float) -> dict[str, Any]:
+    """What a system that remembers words takes at batch 1 for queries none of whose words it has met: `forget` is
+    called before each, and not timed.
+
+    Returns:
+        {"p50_ms", "samples"}.
+    """
+    taken, end = [], perf_counter() + seconds
+    while not taken or perf_counter() < end:
+        query = [queries[len(taken) % len(queries)]]
+        encode(query)
+        forget()
+        started = perf_counter()
+        encode(query)
+        taken.append(1e3 * (perf_counter() - started))
+    return {"p50_ms": float(np.median(taken)), "samples": len(taken)}
+
+
 def synchronise() -> None:
     """Waits for CUDA where it is in use: its calls return before their work is done."""
     torch = sys.modules.get("torch")

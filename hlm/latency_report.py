@@ -104,6 +104,11 @@ def notes(report: Mapping[str, Any]) -> list[str]:
             found.append(
                 f"{name}: nDCG measured in this run over the whole split, recovery against the report's teacher"
             )
+        if "new_words" in system:
+            found.append(
+                f"{name}: had tokenised every word of these queries before; where all words of a query are new, p50 is "
+                f"{system['new_words']['p50_ms']:.2f} ms"
+            )
         if "agreement" in system:
             same = system["agreement"]
             text = f"{name}: vectors of {same['with']} within a cosine of {same['min_cosine']:.6f}"

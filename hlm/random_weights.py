@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -231,11 +231,11 @@ def shape_systems(
             encoder.save_pretrained(folder, create_model_card=False)
             write_legacy_layout(Path(folder))
             made = load_system(folder, backend=HLM, engine=engine, precision=precision, device=device)
-        return System(made.encode, made.facts, count_tokens)  # its own count reads the folder, which is gone
+        return replace(made, count_tokens=count_tokens)  # its own count reads the folder, which is gone
 
     if not depths:
         made = system(backbone)
-        return {name: System(made.encode, made.facts | facts, made.count_tokens)}, None
+        return {name: replace(made, facts=made.facts | facts)}, None
     names = (f"{name} ({depths[0]} layers)", f"{name} ({depths[1]} layers)")
     parts = {names[0]: system(shallower(backbone, depths[0])), names[1]: system(backbone)}
     return parts, Derivation(names, (depths[0], depths[1]), whole, parts[names[1]].facts | facts)

@@ -52,7 +52,8 @@ class QueryEncoder:
         backend, precision: what runs.
         prompt: what is put before every query.
         max_tokens: where queries are cut, the prompt and special tokens counted; None: nowhere.
-        lookup: whether it looks up what the first layer projects of a token, instead of multiplying.
+        words: remembers how words were tokenised, see `WordCache`; None: this tokenizer needs the whole text.
+        lookup: whether it looks up what the first layer projects of a token, instead of multiplying; and pads nothing.
         fingerprint, teacher: of the student and of the teacher it was aligned to, from hlm.json; None without one.
     """
 
@@ -71,7 +72,8 @@ class QueryEncoder:
         fingerprint: str | None = None,
         teacher: str | None = None,
     ) -> None:
-        self._tokenizer, self._words, self._run = tokenizer, WordCache.of(tokenizer, prompt), run
+        self._tokenizer, self._run = tokenizer, run
+        self.words = WordCache.of(tokenizer, prompt)
         self._batch_tokens, self._side_by_side = batch_tokens, side_by_side
         self.dim, self.backend, self.precision, self.prompt = dim, backend, precision, prompt
         self.max_tokens: int | None = (tokenizer.truncation or {}).get("max_length")
@@ -168,22 +170,21 @@ class QueryEncoder:
         for text in texts:
             if not isinstance(text, str):
                 raise HlmError(f"expected texts to encode, found {type(text).__name__}; pass a str or a list of str")
-        if self._words:
-            return self._words(texts)
+        if self.words:
+            return self.words(texts)
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast([self.prompt + text for text in texts])]
 
     def encode_ids(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
         """As `encode`, of what `tokenise` gave."""
         if len(ids) == 1:
-            row = np.array(ids, dtype=np.int64)
-            return self._run(row, np.ones_like(row))
+            return self._run(np.array(ids, dtype=np.int64), None)
         out = np.empty((len(ids), self.dim), dtype=np.float32)
         tokens = sum(map(len, ids))
         if self._side_by_side and tokens >= SIDE_BY_SIDE_TOKENS:
             share = min(CORE_BATCH_TOKENS, -(-tokens // self._side_by_side.threads))
-            self._side_by_side(cut_by_length(ids, share), out)
+            self._side_by_side(cut_by_length(ids, share, pads=not self.lookup), out)
         else:
-            for batch in cut_by_length(ids, self._batch_tokens):
+            for batch in cut_by_length(ids, self._batch_tokens, pads=not self.lookup):
                 out[batch.rows] = self._run(batch.ids, batch.mask)
         return out
 

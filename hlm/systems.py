@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,12 +36,14 @@ ONNX_FILE = "onnx/model.onnx"  # in a folder of recipes/export.py, as on the Hub
 
 @dataclass(frozen=True)
 class System:
-    """What is measured: texts in, float32 (len(texts), dim) out, facts for the report (JSON-able), and the number of
-    tokens of each text as the model reads it, where that is known."""
+    """What is measured: texts in, float32 (len(texts), dim) out, facts for the report (JSON-able); the number of tokens
+    of each text as the model reads it, where that is known; and what makes it forget the words that it has tokenised,
+    where it remembers them."""
 
     encode: Callable[[list[str]], np.ndarray]
     facts: dict[str, Any] = field(default_factory=dict)
     count_tokens: Callable[[list[str]], list[int]] | None = None
+    forget: Callable[[], None] | None = None
 
 
 def load_system(
@@ -91,7 +93,7 @@ def load_system(
         tokenizer, prompt = AutoTokenizer.from_pretrained(model), _prompt(Path(model), "query")
         return list(map(len, tokenizer([prompt + text for text in texts], truncation=True)["input_ids"]))
 
-    return System(made.encode, made.facts, count_tokens if Path(model).is_dir() else None)
+    return replace(made, count_tokens=count_tokens if Path(model).is_dir() else None)
 
 
 def query_encoder_class() -> Any:
@@ -238,7 +240,9 @@ def query_encoder_system(encoder: Any) -> System:
     chosen = {name: getattr(encoder, name, None) for name in ("backend", "precision")}
     facts = {"backend": HLM, "engine": chosen["backend"], "precision": chosen["precision"]}
     facts = {name: value for name, value in facts.items() if isinstance(value, str)}
-    return System(encoder.encode, facts | ({"lookup": True} if getattr(encoder, "lookup", False) is True else {}))
+    facts |= {"lookup": True} if getattr(encoder, "lookup", False) is True else {}
+    words = getattr(encoder, "words", None)
+    return System(encoder.encode, facts, forget=words.forget if words else None)
 
 
 def cold_start(settings: dict[str, Any], query: str) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from hlm.config import Pairs, closest, parse, read_section, run_recipe
 from hlm.data import RetrievalData, load
 from hlm.evaluation import length_slice
 from hlm.footprint import backbone_config
-from hlm.latency import Block, derive, measure, ratios, summarise
+from hlm.latency import Block, derive, measure, new_words, ratios, summarise
 from hlm.latency_floor import Work, floor_of, measure_rates, work_of
 from hlm.latency_quality import agreements, measured_quality, quality, same_encoders, searchable
 from hlm.latency_report import format_table, plot
@@ -134,7 +134,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         max_other_load=config.max_other_load,
         seed=config.seed,
     )
-    parts = {"cold_start": starts, "quality": qualities, "agreement": same}
+    unseen = {
+        name: new_words(system.encode, system.forget, queries, seconds=config.block_s)
+        for name, system in systems.items()
+        if system.forget
+    }
+    parts = {"cold_start": starts, "quality": qualities, "agreement": same, "new_words": unseen}
     report = build_report(config, entries, queries, systems, derived, blocks, reference, parts)
     report["rates"] = rates
     for name, work in works.items():

@@ -14,16 +14,19 @@ def token_ids(lengths):
     return [list(range(1, length + 1)) for length in lengths]
 
 
+@pytest.mark.parametrize("pads", [True, False])
 @pytest.mark.parametrize("tokens", [1, 7, 64, 512])
-def test_every_text_is_in_one_batch_with_its_own_tokens(tokens):
+def test_every_text_is_in_one_batch_with_its_own_tokens(tokens, pads):
     lengths = np.random.default_rng(tokens).integers(0, 40, 300).tolist()
     ids = token_ids(lengths)
-    found = list(cut_by_length(ids, tokens))
+    found = list(cut_by_length(ids, tokens, pads=pads))
+    assert any(batch.mask is not None for batch in found) == (pads and tokens == 512)
     assert sorted(np.concatenate([batch.rows for batch in found])) == list(range(300))
     for batch in found:
-        assert batch.ids.dtype == batch.mask.dtype == np.int64
+        masks = np.ones_like(batch.ids) if batch.mask is None else batch.mask
+        assert batch.ids.dtype == masks.dtype == np.int64
         assert len(batch.rows) == 1 or batch.ids.size <= tokens
-        for row, padded, mask in zip(batch.rows, batch.ids, batch.mask, strict=True):
+        for row, padded, mask in zip(batch.rows, batch.ids, masks, strict=True):
             assert padded.tolist() == ids[row] + [0] * (len(padded) - len(ids[row]))
             assert mask.tolist() == [1] * len(ids[row]) + [0] * (len(padded) - len(ids[row]))
 
@@ -42,7 +45,7 @@ def test_nothing_makes_no_batch():
 
 
 def double(ids, mask):
-    return (ids * mask).sum(axis=1, keepdims=True).astype(np.float32)
+    return (ids if mask is None else ids * mask).sum(axis=1, keepdims=True).astype(np.float32)
 
 
 @pytest.mark.parametrize("threads", [2, 5])

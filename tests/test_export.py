@@ -24,10 +24,16 @@ from hlm.export import (
 
 
 def vectors(path, model, texts):
+    """What the graph gives, and what the model gives; a graph without a mask gets texts of one length."""
     features = pad(model, tokenise(model, texts))
     session = onnxruntime.InferenceSession(str(path))
-    hidden, found = session.run(None, {name: value.numpy() for name, value in features.items()})
-    assert hidden.shape[:2] == tuple(features["input_ids"].shape)
+    names = [part.name for part in session.get_inputs()]
+    *hidden, found = session.run(None, {name: features[name].numpy() for name in names})
+    if path.name == "model_lookup.onnx":
+        assert names == ["input_ids"] and not hidden and features["attention_mask"].all()
+    else:
+        assert names == ["input_ids", "attention_mask"]
+        assert hidden[0].shape[:2] == tuple(features["input_ids"].shape)
     with torch.no_grad():
         return found, model(features)["sentence_embedding"].numpy()
 
@@ -122,15 +128,26 @@ def test_look_ups_in_place_of_the_first_projections(layers, largest_shift, tiny_
     assert list(facts) == ["fp32", "lookup", "int8"] and facts["lookup"]["file"] == LOOKUP_FILE
     assert facts["lookup"]["max_abs_difference"] <= facts["lookup"]["tolerance"] == FP32_TOLERANCE
     check_graph(tmp_path, facts["lookup"])
-    found, expected = vectors(tmp_path / LOOKUP_FILE, model, ["red shoe", "", "kettle without cable " * 9, "ü 靴"])
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    for texts in (["red shoe", "shoe red", "red red"], [""], ["kettle without cable " * 99], ["ü 靴"]):
+        np.testing.assert_allclose(*vectors(tmp_path / LOOKUP_FILE, model, texts), atol=1e-5)
     graphs = [onnx.load(str(tmp_path / file)).graph for file in (FP32_FILE, LOOKUP_FILE)]
     products = [sum(node.op_type == "MatMul" for node in graph.node) for graph in graphs]
-    assert products == [8 * layers + 1, 8 * layers + 1 - 3]
+    assert products == [8 * layers + 1, 6 * layers - 3]
+    assert sum(node.op_type == "MultiHeadAttention" for node in graphs[1].node) == layers
     names = {path.name for path in (tmp_path / "onnx").iterdir()}
     assert names == {"model.onnx", "model_quantized.onnx", "model_lookup.onnx", "model_lookup.onnx_data"}
     assert set(export_model(model, tmp_path, lookup=False, int8=False)) == {"fp32"}
     assert [path.name for path in (tmp_path / "onnx").iterdir()] == ["model.onnx"]  # none of an earlier student
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_look_ups_under_other_modules(pooling, tiny_bert, tmp_path):
+    model = shallow(tiny_bert, 1)
+    model[1] = Pooling(32, pooling_mode=pooling)
+    generator = np.random.default_rng(0)
+    add_head(model, *(generator.standard_normal((64, width)).astype(np.float32) for width in (32, 48)))
+    assert export_model(model, tmp_path, int8=False)["lookup"]["max_abs_difference"] <= FP32_TOLERANCE
+    np.testing.assert_allclose(*vectors(tmp_path / LOOKUP_FILE, model, ["red shoe", "shoe red"]), atol=1e-5)
 
 
 def test_look_ups_are_made_where_they_pay(tiny_bert, tiny_qwen3, monkeypatch):

@@ -167,8 +167,12 @@ def test_look_ups_are_taken_where_they_are(tiny_bert, tmp_path, monkeypatch):
     expected = encode(model, TEXTS)
 
     def check(folder, **settings):
-        found = QueryEncoder.from_pretrained(folder, threads=2, **settings).encode(TEXTS * 40)
-        np.testing.assert_allclose(found, np.tile(expected, (40, 1)), atol=1e-5)
+        encoder = QueryEncoder.from_pretrained(folder, threads=2, **settings)
+        for times in (1, 40):  # one after the other, and side by side
+            np.testing.assert_allclose(encoder.encode(TEXTS * times), np.tile(expected, (times, 1)), atol=1e-5)
+        if encoder.lookup:
+            with pytest.raises(HlmError, match="expected texts of one length"):
+                encoder._run(np.ones((2, 3), np.int64), np.array([[1, 1, 1], [1, 1, 0]]))
         return [str(path.relative_to(tmp_path)) for path in opened]
 
     cached = check(tmp_path / "student")  # exported there
