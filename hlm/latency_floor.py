@@ -57,7 +57,7 @@ def work_of(config: PretrainedConfig, tokens: Sequence[int], precision: str, *, 
     """The work of a backbone, see `hlm.footprint.forward_flops`; None for a precision of weights of unknown size.
 
     Args:
-        lookup: the encoder has tables for its first layer's queries, keys and values (`hlm.export`).
+        lookup: the encoder has tables for its first layer's queries, keys and values (`hlm.online_graph`).
     """
     precision = PRECISIONS.get(precision, precision)
     if precision not in WEIGHT_BYTES:

@@ -8,7 +8,7 @@ import torch
 from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import BertConfig
 
-import hlm.export
+import hlm.online_graph
 from hlm.artefacts import HlmError, check_graph
 from hlm.encoders import add_head, load_encoder, pad, tokenise
 from hlm.export import (
@@ -18,9 +18,8 @@ from hlm.export import (
     LOOKUP_FILE,
     export,
     export_model,
-    lookup_pays,
-    lookup_share,
 )
+from hlm.online_graph import lookup_pays, lookup_share
 
 
 def vectors(path, model, texts):
@@ -97,11 +96,11 @@ def test_a_head_and_cls_pooling_are_in_the_graph(tiny_bert, tmp_path):
     assert not (tmp_path / INT8_FILE).exists()
 
 
-@pytest.mark.parametrize("largest_shift", [hlm.export.LARGEST_SHIFT, 0.0])
+@pytest.mark.parametrize("largest_shift", [hlm.online_graph.LARGEST_SHIFT, 0.0])
 def test_biases_that_others_can_stand_for_leave_the_graph_and_not_the_model(
     largest_shift, tiny_bert, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("hlm.export.LARGEST_SHIFT", largest_shift)
+    monkeypatch.setattr("hlm.online_graph.LARGEST_SHIFT", largest_shift)
     model = load_encoder(tiny_bert, device="cpu")
     torch.manual_seed(0)
     for name, weight in model.named_parameters():  # where training starts, they are nothing
@@ -120,9 +119,9 @@ def test_biases_that_others_can_stand_for_leave_the_graph_and_not_the_model(
     assert not [node for node in graph.node if node.op_type == "Concat"]  # shapes are known, not put together
 
 
-@pytest.mark.parametrize(("layers", "largest_shift"), [(1, hlm.export.LARGEST_SHIFT), (2, 0.0)])
+@pytest.mark.parametrize(("layers", "largest_shift"), [(1, hlm.online_graph.LARGEST_SHIFT), (2, 0.0)])
 def test_look_ups_in_place_of_the_first_projections(layers, largest_shift, tiny_bert, tmp_path, monkeypatch):
-    monkeypatch.setattr("hlm.export.LARGEST_SHIFT", largest_shift)
+    monkeypatch.setattr("hlm.online_graph.LARGEST_SHIFT", largest_shift)
     model = shallow(tiny_bert, layers)
     facts = export_model(model, tmp_path)
     assert list(facts) == ["fp32", "lookup", "int8"] and facts["lookup"]["file"] == LOOKUP_FILE
@@ -160,7 +159,7 @@ def test_look_ups_are_made_where_they_pay(tiny_bert, tiny_qwen3, monkeypatch):
     config = model[0].model.config
     size = (config.vocab_size + config.max_position_embeddings) * 3 * config.hidden_size * 4
     for limit, pays in ((size, True), (size - 1, False)):
-        monkeypatch.setattr("hlm.export.LOOKUP_BYTES", limit)
+        monkeypatch.setattr("hlm.online_graph.LOOKUP_BYTES", limit)
         assert lookup_pays(model) == pays
 
 
