@@ -84,7 +84,7 @@ def notes(report: Mapping[str, Any]) -> list[str]:
         found.append(f"clean: in no block did others take more than {limit:.0%} of the CPUs")
     if report.get("rates"):
         found.append(_floor_note(report["rates"], limit))
-        found += looked_up(report)
+    found += known_before(report)
     for name, system in report["systems"].items():
         latency = system["latency_ms"]["all"]
         usable = latency["samples"] - (latency["contaminated"] if latency["over"] == "clean" else 0)
@@ -104,11 +104,6 @@ def notes(report: Mapping[str, Any]) -> list[str]:
             found.append(
                 f"{name}: nDCG measured in this run over the whole split, recovery against the report's teacher"
             )
-        if "new_words" in system:
-            found.append(
-                f"{name}: had tokenised every word of these queries before; where all words of a query are new, p50 is "
-                f"{system['new_words']['p50_ms']:.2f} ms"
-            )
         if "agreement" in system:
             same = system["agreement"]
             text = f"{name}: vectors of {same['with']} within a cosine of {same['min_cosine']:.6f}"
@@ -120,8 +115,8 @@ def notes(report: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def looked_up(report: Mapping[str, Any]) -> list[str]:
-    """What "*" stands for, a sentence for each system that has it."""
+def known_before(report: Mapping[str, Any]) -> list[str]:
+    """What systems did not compute because they knew it: no table may stand without these sentences."""
     found = []
     for name, system in report["systems"].items():
         floor = system.get("floor") or {}
@@ -130,6 +125,11 @@ def looked_up(report: Mapping[str, Any]) -> list[str]:
             found.append(
                 f"{name}*: floor and rate count all multiply-adds of the model, of which {share:.0%} are looked up; "
                 f"of those that are left, it is {left['over']:.1f}x and {left['gemm_share']:.0%}"
+            )
+        if new := system.get("new_words"):
+            found.append(
+                f"{name}: had tokenised every word of these queries before; where all words of a query are new, p50 is "
+                f"{new['p50_ms']:.2f} ms"
             )
     return found
 

@@ -171,8 +171,8 @@ def latency_table(latency: dict[str, Any]) -> str:
         f"Tokenisation included, ratios to {latency['reference']}, over {latency['queries']} queries in one run on "
         f"{environment['cores']} cores of {environment['cpu']}."
     )
-    looked_up = [f"{sentence}." for sentence in latency_report.looked_up(latency)]
-    return "\n".join([*lines, "", " ".join([where, *looked_up])])
+    known = [f"{sentence}." for sentence in latency_report.known_before(latency)]
+    return "\n".join([*lines, "", " ".join([where, *known])])
 
 
 def published(found: dict[str, Any]) -> str:
