@@ -16,13 +16,14 @@ class AsyncQueryEncoder:
 
     Args:
         encoder: what encodes, in one thread of its own.
-        window_ms: how long the first query of a batch waits for others.
+        window_ms: how long the first query of a batch waits for others, beside those that came while the batch before
+            was computed. Under load these are enough; without load a window is only added to the latency.
         max_tokens: a batch is closed where it holds so many tokens, window or not.
         max_waiting: callers beyond these wait for room before they are queued.
     """
 
     def __init__(
-        self, encoder: QueryEncoder, *, window_ms: float = 1.0, max_tokens: int = 512, max_waiting: int = 4096
+        self, encoder: QueryEncoder, *, window_ms: float = 0.0, max_tokens: int = 512, max_waiting: int = 4096
     ) -> None:
         if window_ms < 0 or max_tokens < 1 or max_waiting < 1:
             raise HlmError(
@@ -67,23 +68,36 @@ class AsyncQueryEncoder:
             self._worker = None
         self._thread.shutdown()
 
+    async def _next(self, seconds: float) -> tuple[list[int], asyncio.Future[np.ndarray]] | None:
+        """What is queued, or comes within so many seconds.
+
+        Raises:
+            TimeoutError: nothing.
+        """
+        try:
+            return self._queue.get_nowait()
+        except asyncio.QueueEmpty:
+            if seconds <= 0:
+                raise TimeoutError from None
+        return await asyncio.wait_for(self._queue.get(), seconds)
+
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
         last = False
         while not last:
-            batch, tokens, deadline = [], 0, None
-            while tokens < self._max_tokens:
-                try:
-                    left = None if deadline is None else max(0.0, deadline - loop.time())
-                    item = self._queue.get_nowait() if left == 0 else await asyncio.wait_for(self._queue.get(), left)
-                except (TimeoutError, asyncio.QueueEmpty):
-                    break
-                if item is None:
-                    last = True
-                    break
+            batch, tokens = [], 0
+            item = await self._queue.get()
+            deadline = loop.time() + self._window
+            while item is not None:
                 batch.append(item)
                 tokens += len(item[0])
-                deadline = deadline or loop.time() + self._window
+                if tokens >= self._max_tokens:
+                    break
+                try:
+                    item = await self._next(deadline - loop.time())
+                except TimeoutError:
+                    break
+            last = item is None
             batch = [(ids, future) for ids, future in batch if not future.done()]  # a cancelled one costs nothing
             if not batch:
                 continue

@@ -4,6 +4,7 @@ import asyncio
 import shutil
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -107,6 +108,55 @@ def test_threads_and_asyncio_get_their_own_vectors(online):
         np.testing.assert_allclose(vector, expected[place % len(TEXTS)], atol=1e-5)
     with pytest.raises(HlmError, match="closed"):
         asyncio.run(queue.encode("red shoe"))
+
+
+def test_queries_that_come_while_a_batch_is_computed_make_the_next_one(online):
+    encoder = QueryEncoder.from_pretrained(online, threads=1)
+    expected, calls, go, encode_ids = encoder.encode("red shoe"), [], threading.Event(), encoder.encode_ids
+
+    def slow(ids):
+        calls.append(len(ids))
+        assert go.wait(30)
+        return encode_ids(ids)
+
+    encoder.encode_ids = slow
+
+    async def many(**settings):
+        calls.clear(), go.clear()
+        async with AsyncQueryEncoder(encoder, **settings) as queue:
+            first = asyncio.create_task(queue.encode("red shoe"))
+            while not calls:
+                await asyncio.sleep(0.001)
+            others = [asyncio.create_task(queue.encode("red shoe")) for _ in range(5)]
+            await asyncio.sleep(0.01)
+            go.set()
+            for vector in await asyncio.gather(first, *others):
+                np.testing.assert_allclose(vector, expected[0], atol=1e-5)
+        return calls
+
+    assert asyncio.run(many()) == [1, 5]
+    tokens = len(encoder.tokenise(["red shoe"])[0])
+    assert asyncio.run(many(max_tokens=2 * tokens)) == [1, 2, 2, 1]
+
+
+def test_a_window_waits_for_others_and_is_closed_once_its_batch_is_full(online):
+    encoder = QueryEncoder.from_pretrained(online, threads=1)
+    calls, encode_ids = [], encoder.encode_ids
+    encoder.encode_ids = lambda ids: (calls.append(len(ids)), encode_ids(ids))[1]
+    tokens = len(encoder.tokenise(["red shoe"])[0])
+
+    async def one_by_one(count, **settings):
+        calls.clear()
+        async with AsyncQueryEncoder(encoder, **settings) as queue:
+            tasks = []
+            for _ in range(count):
+                tasks.append(asyncio.create_task(queue.encode("red shoe")))
+                await asyncio.sleep(0.005)
+            await asyncio.wait_for(asyncio.gather(*tasks), 30)
+        return calls
+
+    assert asyncio.run(one_by_one(3, window_ms=1000)) == [3]
+    assert asyncio.run(one_by_one(4, window_ms=1e6, max_tokens=2 * tokens)) == [2, 2]  # for ever, were it not full
 
 
 def test_many_texts_on_a_core_each_get_the_same_vectors(online):
