@@ -10,10 +10,14 @@ import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hlm.artefacts import HlmError
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger(__name__)
 
@@ -87,10 +91,25 @@ def torch(folder: Path, precision: str, device: str) -> tuple[Run, int]:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise HlmError(f"device: expected a GPU that this torch ({torch.__version__}) sees, found none; device='cpu'")
     names = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-    model = load_encoder(str(folder), device=device, dtype=names[precision])
+    return torch_model(load_encoder(str(folder), device=device, dtype=names[precision]))
+
+
+def torch_model(model: SentenceTransformer) -> tuple[Run, int]:
+    """As `torch`, of a model that is loaded."""
+    import torch
+
+    from hlm.encoders import is_causal
+
+    model.eval()
+    causal = is_causal(model)
 
     def forward(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        vectors = model({"input_ids": ids, "attention_mask": mask})["sentence_embedding"].float()
+        # Of a causal model no token sees the padding on its right: without a mask to add, attention is a faster kernel.
+        features = model[0]({"input_ids": ids} if causal else {"input_ids": ids, "attention_mask": mask})
+        features["attention_mask"] = mask
+        for module in list(model)[1:]:
+            features = module(features)
+        vectors = features["sentence_embedding"].float()
         return torch.nn.functional.normalize(vectors, dim=-1)  # bf16 leaves lengths off by 1e-2
 
     if model.device.type != "cpu":

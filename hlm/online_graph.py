@@ -15,6 +15,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
+from hlm.encoders import is_causal
+
 # Look-ups are worth their tables where these have at most so many bytes, and stand for this share of the weights that
 # a token is multiplied by.
 LOOKUP_BYTES, LOOKUP_SHARE = 2**28, 0.1
@@ -36,7 +38,7 @@ class OnlineGraph(torch.nn.Module):
         for name, module in list(self.model.named_modules()):
             if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
                 self.model.set_submodule(name, _RMSNorm(module.weight, module.variance_epsilon))
-        self.causal = any(getattr(module, "is_causal", False) for module in model[0].model.modules())
+        self.causal = is_causal(model)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         lowest = torch.finfo(torch.float32).min / 2  # two of them add up to a number still

@@ -24,7 +24,15 @@ from hlm.encoders import DTYPES, write_legacy_layout
 from hlm.footprint import backbone_config
 from hlm.machine import memory_mib
 from hlm.pruning import cut_config, layers_of, planned_parameters
-from hlm.systems import HLM, SENTENCE_TRANSFORMERS, System, load_system, sentence_transformers_system
+from hlm.systems import (
+    HLM,
+    SENTENCE_TRANSFORMERS,
+    System,
+    load_system,
+    query_encoder_class,
+    query_encoder_system,
+    sentence_transformers_system,
+)
 
 SHARE_OF_MEMORY = 0.7  # of what is free, for weights: activations and the tokenizer need the rest
 RANDOM_IDS = "torch"  # the backend where no tokenizer is at hand: a plain forward pass over random token ids
@@ -187,13 +195,16 @@ def shape_systems(
         depths: derive it from these two depths; None does so where `depths_that_fit` says.
         tokenizer: None feeds random token ids.
         prompt: before every query.
-        backend, engine, precision: as in `hlm.systems.load_system`; "hlm" needs a tokenizer and the whole depth.
+        backend, engine, precision: as in `hlm.systems.load_system`; "hlm" needs a tokenizer and the whole depth, and
+            under "torch" `dtype` in place of `precision`.
 
     Raises:
         HlmError: an unknown shape or dtype, depths out of range, too little memory, or "hlm" without its needs.
     """
     if dtype not in DTYPES:
         raise HlmError(f"{name}: dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
+    if (backend, engine) == (HLM, "torch") and precision != "auto":
+        raise HlmError(f"{name}: precision: under engine 'torch' a shape computes in `dtype`, found {precision!r} too")
     config = shape_config(shape, layers=layers, ffn=ffn)
     whole = config.num_hidden_layers
     if depths is not None and (len(depths) != 2 or not 1 <= depths[0] < depths[1] <= whole):
@@ -227,11 +238,14 @@ def shape_systems(
         encoder = random_encoder(backbone, tokenizer, prompt=prompt)
         if backend != HLM:
             return sentence_transformers_system(encoder)
-        with tempfile.TemporaryDirectory() as folder:
-            encoder.save_pretrained(folder, create_model_card=False)
-            write_legacy_layout(Path(folder))
-            made = load_system(folder, backend=HLM, engine=engine, precision=precision, device=device)
-        return replace(made, count_tokens=count_tokens)  # its own count reads the folder, which is gone
+        if engine == "torch":  # an 8B need not go over the disk
+            made = query_encoder_system(query_encoder_class().from_model(encoder))
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                encoder.save_pretrained(folder, create_model_card=False)
+                write_legacy_layout(Path(folder))
+                made = load_system(folder, backend=HLM, engine=engine, precision=precision, device=device)
+        return replace(made, count_tokens=count_tokens)  # its own would read the folder, which is gone
 
     if not depths:
         made = system(backbone)

@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -25,6 +25,9 @@ from hlm.bulk import SideBySide, cut_by_length
 from hlm.hub_cache import local_folder
 from hlm.machine import instructions
 from hlm.word_cache import WordCache
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +48,7 @@ SIDE_BY_SIDE_TOKENS = 256  # fewer in a call are computed sooner by all cores to
 
 
 class QueryEncoder:
-    """Encodes queries with a published student; made by `from_pretrained`. Safe to call from several threads.
+    """Encodes queries with a student; made by `from_pretrained` or `from_model`. Safe to call from several threads.
 
     Attributes:
         dim: width of the vectors.
@@ -147,6 +150,32 @@ class QueryEncoder:
             lookup=path is not None and path.name == Path(GRAPHS["lookup"]).name,
             fingerprint=manifest.get("encoder"),
             teacher=manifest.get("inputs", {}).get("teacher"),
+        )
+
+    @classmethod
+    def from_model(cls, model: SentenceTransformer) -> QueryEncoder:
+        """Serves a loaded model under torch, in its dtype and on its device: on a GPU by CUDA graphs.
+
+        Raises:
+            HlmError: a tokenizer that is none of the tokenizers library, or a dtype other than those of "torch".
+        """
+        kind = str(model.dtype).removeprefix("torch.")
+        precision = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(kind)
+        fast = getattr(model.tokenizer, "backend_tokenizer", None)
+        if precision is None or fast is None:
+            raise HlmError(
+                f"expected a model in float32, bfloat16 or float16 with a tokenizer of the tokenizers library, found "
+                f"{kind} and {type(model.tokenizer).__name__}"
+            )
+        run, dim = backends.torch_model(model)
+        return cls(
+            _cutting(Tokenizer.from_str(fast.to_str()), model.max_seq_length),
+            run,
+            dim,
+            prompt=model.prompts.get("query") or "",
+            backend="torch",
+            precision=precision,
+            batch_tokens=GPU_BATCH_TOKENS if _on_gpu(str(model.device)) else CORE_BATCH_TOKENS * _cores(),
         )
 
     def encode(self, texts: str | Sequence[str]) -> np.ndarray:
@@ -276,9 +305,12 @@ def _tokenizer(folder: Path) -> Tokenizer:
         _json(folder / "tokenizer_config.json").get("model_max_length"),
         _json(folder / "config.json").get("max_position_embeddings"),
     ]
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.no_padding()
     limit = min((int(limit) for limit in limits if limit), default=None)
+    return _cutting(Tokenizer.from_file(str(folder / "tokenizer.json")), limit)
+
+
+def _cutting(tokenizer: Tokenizer, limit: int | None) -> Tokenizer:
+    tokenizer.no_padding()
     if limit:
         tokenizer.enable_truncation(limit)
     return tokenizer

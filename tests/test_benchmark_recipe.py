@@ -286,6 +286,18 @@ def test_a_shape_is_handed_to_the_runtime_as_a_whole_model(run, tiny_qwen3, monk
     assert (report["online"]["backend"], report["online"]["engine"]) == ("hlm", "onnxruntime")
 
 
+def test_a_shape_is_served_under_torch_without_going_over_the_disk(run, tiny_qwen3, monkeypatch):
+    monkeypatch.setattr(random_weights, "load_system", None)
+    shape = {"shape": tiny_qwen3, "layers": 2, "prompt": "Query:", "dtype": "bfloat16"}
+    hlm = shape | {"backend": "hlm", "engine": "torch"}
+    report = run(systems={"eager": shape, "online": hlm}, random_weights=True)["systems"]
+    assert report["online"]["agreement"]["with"] == "eager" and report["online"]["agreement"]["min_cosine"] > 0.99
+    assert (report["online"]["engine"], report["online"]["precision"]) == ("torch", "bf16")
+    assert report["online"]["floor"]["weight_mib"] == report["eager"]["floor"]["weight_mib"]
+    with pytest.raises(HlmError, match="precision: under engine 'torch' a shape computes in `dtype`"):
+        run(systems={"online": hlm | {"precision": "fp16"}}, random_weights=True)
+
+
 def test_without_tokenizer_and_data_it_says_so(run, tiny_qwen3, monkeypatch):
     monkeypatch.setattr(benchmark, "find_tokenizer", lambda path: None)
     shape = {"shape": tiny_qwen3, "layers": 2}

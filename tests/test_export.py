@@ -163,6 +163,15 @@ def test_look_ups_are_made_where_they_pay(tiny_bert, tiny_qwen3, monkeypatch):
         assert lookup_pays(model) == pays
 
 
+def test_a_model_that_was_made_bidirectional_stays_so(tiny_qwen3, tmp_path):
+    causal, model = (load_encoder(tiny_qwen3, device="cpu") for _ in range(2))
+    model[0].model.config.is_causal = False
+    assert export_model(model, tmp_path, int8=False)["fp32"]["max_abs_difference"] <= FP32_TOLERANCE
+    found, expected = vectors(tmp_path / FP32_FILE, model, ["red shoe", "kettle without cable"])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.abs(found - causal.encode(["red shoe", "kettle without cable"])).max() > 1e-3
+
+
 def test_padding_on_the_left_gives_the_same_vectors(tiny_qwen3, tmp_path):
     model = load_encoder(tiny_qwen3, device="cpu")
     export_model(model, tmp_path, int8=False)

@@ -122,10 +122,13 @@ def test_the_code_runs(tiny_bert, catalogue_200, tmp_path, monkeypatch):
     Path("runs/quickstart/online").symlink_to(tiny_bert)
     embed.main(["--model", tiny_bert, "--data", catalogue_200, "--output", "runs/quickstart/vectors",
                 "--index", "Flat"])  # fmt: skip
-    code = re.search(r"```python\n(.*?)```", README, re.S).group(1)
+    search, serve = re.findall(r"```python\n(.*?)```", README, re.S)
     found: dict = {}
-    exec(code, found)
+    exec(search, found)
     assert len(found["ids"]) == 1 and len(found["ids"][0]) == 10
+    exec(serve, found)
+    trimmer = found["student"].encode("cordless hedge trimmer")
+    assert len(found["vectors"]) == 2 and abs(found["vectors"][0] - trimmer[0]).max() < 1e-5
 
 
 def test_every_config_parses_for_its_recipe():

@@ -270,6 +270,32 @@ def test_bad_input_is_refused(online, tmp_path):
         QueryEncoder.from_pretrained(tmp_path / "changed")
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.03)])
+def test_a_loaded_model_is_served_as_a_folder_is(online, dtype, tolerance):
+    model = load_encoder(online, device="cpu", dtype=dtype)
+    encoder = QueryEncoder.from_model(model)
+    assert (encoder.backend, encoder.precision) == ("torch", {"float32": "fp32", "bfloat16": "bf16"}[dtype])
+    by_folder = QueryEncoder.from_pretrained(online, threads=1)
+    assert encoder.tokenise(TEXTS) == by_folder.tokenise(TEXTS) and encoder.prompt == by_folder.prompt
+    np.testing.assert_allclose(encoder.encode(TEXTS), by_folder.encode(TEXTS), atol=tolerance)
+    with pytest.raises(HlmError, match="expected a model in float32.*found float64"):
+        QueryEncoder.from_model(model.double())
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_a_causal_model_needs_no_mask_and_another_one_does(bidirectional, tiny_qwen3):
+    model = load_encoder(tiny_qwen3, device="cpu")
+    if bidirectional:
+        model[0].model.config.is_causal = False
+    forward, masks = model[0].model.forward, []
+    model[0].model.forward = lambda **given: (masks.append("attention_mask" in given), forward(**given))[1]
+    encoder = QueryEncoder.from_model(model)
+    texts = [text for text in TEXTS if len(text) < 100]
+    together = encoder.encode(texts)
+    assert set(masks) == {bidirectional} and len(masks) < len(texts)  # some are padded
+    np.testing.assert_allclose(np.concatenate([encoder.encode(text) for text in texts]), together, atol=1e-5)
+
+
 def test_batches_padded_to_few_shapes_give_the_same_vectors(online):
     encoder = QueryEncoder.from_pretrained(online, threads=1)
     shapes, run = set(), encoder._run
