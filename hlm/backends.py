@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Run = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # QueryEncoder's names of torch's dtypes
 # What a GPU pads to: few shapes, so each has its kernels chosen and its CUDA graph captured once.
 LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 ROWS = (1, 4, 16, 64)
@@ -44,7 +45,7 @@ def onnxruntime(path: Path, threads: int) -> tuple[Run, int]:
     def run(ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         feed = {"input_ids": ids}
         if masked:
-            feed["attention_mask"] = np.ones_like(ids) if mask is None else mask
+            feed["attention_mask"] = _whole(ids, mask)
         elif mask is not None:
             raise HlmError(f"{path}: expected texts of one length in a batch, found padded ones")
         return session.run(["sentence_embedding"], feed)[0]
@@ -71,8 +72,7 @@ def openvino(path: Path, precision: str, threads: int) -> tuple[Run, int]:
     def run(ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         if not hasattr(own, "request"):
             own.request = model.create_infer_request()
-        mask = np.ones_like(ids) if mask is None else mask
-        own.request.infer({"input_ids": ids, "attention_mask": mask}, share_inputs=True)
+        own.request.infer({"input_ids": ids, "attention_mask": _whole(ids, mask)}, share_inputs=True)
         return own.request.get_tensor(output).data.copy()
 
     return run, output.get_partial_shape()[1].get_length()
@@ -90,24 +90,24 @@ def torch(folder: Path, precision: str, device: str) -> tuple[Run, int]:
 
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise HlmError(f"device: expected a GPU that this torch ({torch.__version__}) sees, found none; device='cpu'")
-    names = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-    return torch_model(load_encoder(str(folder), device=device, dtype=names[precision]))
+    return torch_model(load_encoder(str(folder), device=device, dtype=PRECISIONS[precision]))
 
 
 def torch_model(model: SentenceTransformer) -> tuple[Run, int]:
-    """As `torch`, of a model that is loaded."""
+    """As `torch`, of a model that is loaded; it is put into eval mode."""
     import torch
 
     from hlm.encoders import is_causal
 
     model.eval()
     causal = is_causal(model)
+    backbone, *modules = model
 
     def forward(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         # Of a causal model no token sees the padding on its right: without a mask to add, attention is a faster kernel.
-        features = model[0]({"input_ids": ids} if causal else {"input_ids": ids, "attention_mask": mask})
+        features = backbone({"input_ids": ids} if causal else {"input_ids": ids, "attention_mask": mask})
         features["attention_mask"] = mask
-        for module in list(model)[1:]:
+        for module in modules:
             features = module(features)
         vectors = features["sentence_embedding"].float()
         return torch.nn.functional.normalize(vectors, dim=-1)  # bf16 leaves lengths off by 1e-2
@@ -117,8 +117,7 @@ def torch_model(model: SentenceTransformer) -> tuple[Run, int]:
 
     @torch.inference_mode()
     def run(ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-        mask = np.ones_like(ids) if mask is None else mask
-        return forward(torch.from_numpy(ids), torch.from_numpy(mask)).numpy()
+        return forward(torch.from_numpy(ids), torch.from_numpy(_whole(ids, mask))).numpy()
 
     return run, model.get_embedding_dimension()
 
@@ -128,15 +127,19 @@ def padded(run: Run) -> Run:
 
     def wrapped(ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         count, length = ids.shape
-        mask = np.ones_like(ids) if mask is None else mask
         length = next((each for each in LENGTHS if each >= length), length)
         rows = next((each for each in ROWS if each >= count and each * length <= GRAPH_TOKENS), count)
         margins = ((0, rows - count), (0, length - ids.shape[1]))
-        mask = np.pad(mask, margins)
+        mask = np.pad(_whole(ids, mask), margins)
         mask[count:, 0] = 1  # a row without any token would divide by nothing
         return run(np.pad(ids, margins), mask)[:count]
 
     return wrapped
+
+
+def _whole(ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    """The mask that None stands for."""
+    return np.ones_like(ids) if mask is None else mask
 
 
 class _Graphs:

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig
 
+from hlm.backends import PRECISIONS
 from hlm.encoders import DTYPES
 from hlm.footprint import Shape, forward_flops
 from hlm.latency import synchronise
 from hlm.machine import instructions, other_load, read_counters
 
-PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # QueryEncoder's names
 WEIGHT_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | {"int8": 1}
 # Instructions with which a CPU multiplies faster than in float32; without them torch is slower by a hundred.
 NATIVE = {"bfloat16": {"avx512_bf16", "amx_bf16", "bf16"}, "int8": {"avx2", "asimd"}}

@@ -162,6 +162,17 @@ def random_ids_encode(backbone: nn.Module, *, prompt: str = "", seed: int = 0) -
     return encode
 
 
+def served(encoder: SentenceTransformer, *, engine: str, precision: str, device: str) -> System:
+    """The encoder behind a QueryEncoder: from memory under "torch", for an 8B need not go over the disk; else by way of
+    a folder, which is gone afterwards."""
+    if engine == "torch":
+        return query_encoder_system(query_encoder_class().from_model(encoder))
+    with tempfile.TemporaryDirectory() as folder:
+        encoder.save_pretrained(folder, create_model_card=False)
+        write_legacy_layout(Path(folder))
+        return load_system(folder, backend=HLM, engine=engine, precision=precision, device=device)
+
+
 @dataclass(frozen=True)
 class Derivation:
     """A system that is not measured itself: its first `depths` layers are, under `names`."""
@@ -238,13 +249,7 @@ def shape_systems(
         encoder = random_encoder(backbone, tokenizer, prompt=prompt)
         if backend != HLM:
             return sentence_transformers_system(encoder)
-        if engine == "torch":  # an 8B need not go over the disk
-            made = query_encoder_system(query_encoder_class().from_model(encoder))
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                encoder.save_pretrained(folder, create_model_card=False)
-                write_legacy_layout(Path(folder))
-                made = load_system(folder, backend=HLM, engine=engine, precision=precision, device=device)
+        made = served(encoder, engine=engine, precision=precision, device=device)
         return replace(made, count_tokens=count_tokens)  # its own would read the folder, which is gone
 
     if not depths:

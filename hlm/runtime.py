@@ -154,13 +154,14 @@ class QueryEncoder:
 
     @classmethod
     def from_model(cls, model: SentenceTransformer) -> QueryEncoder:
-        """Serves a loaded model under torch, in its dtype and on its device: on a GPU by CUDA graphs.
+        """Serves a loaded model under torch, in its dtype and on its device: on a GPU by CUDA graphs. The model is put
+        into eval mode.
 
         Raises:
             HlmError: a tokenizer that is none of the tokenizers library, or a dtype other than those of "torch".
         """
         kind = str(model.dtype).removeprefix("torch.")
-        precision = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(kind)
+        precision = next((name for name, dtype in backends.PRECISIONS.items() if dtype == kind), None)
         fast = getattr(model.tokenizer, "backend_tokenizer", None)
         if precision is None or fast is None:
             raise HlmError(
