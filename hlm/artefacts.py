@@ -6,23 +6,23 @@ from (by fingerprint) and with which configuration, so that a step can refuse in
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from hlm import __version__
+from hlm.errors import HlmError
+from hlm.integrity import fingerprint_file
+from hlm.outputs import MANIFEST, atomic_file, atomic_folder, check_output, claimed, recover, write_json
 
-MANIFEST = "hlm.json"
 SCHEMA_VERSION = 1
 
-
-class HlmError(ValueError):
-    """Bad input from the user: the message says what was expected, what was found and what to do."""
+__all__ = [
+    "MANIFEST", "HlmError", "atomic_file", "atomic_folder", "check_output", "claimed", "check_graph", "file_records",
+    "fingerprint_file", "fingerprint_json", "fingerprint_texts", "read_manifest", "write_json", "write_manifest",
+]  # fmt: skip
 
 
 def fingerprint_json(value: Any) -> str:
@@ -42,64 +42,31 @@ def fingerprint_texts(texts: Iterable[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def fingerprint_file(path: str | Path) -> str:
-    """16 hex digits over a file's bytes, read in pieces."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yields a path beside `path` to write to, which takes its name when the block ends without an error: a reader
-    never sees half a file. Makes the folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    yield aside
-    os.replace(aside, path)
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Writes JSON to the disk itself, by `atomic_file`."""
-    with atomic_file(path) as aside, open(aside, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def atomic_folder(target: str | Path) -> Iterator[Path]:
-    """Yields a fresh folder beside `target` that takes its name when the block ends without an error.
-
-    An older `target` is replaced only once the new one is whole; after an error or a kill it is as it was.
-    """
-    target = Path(target)
-    aside = target.with_name(f".{target.name}.partial")
-    retired = target.with_name(f".{target.name}.retired")
-    if retired.exists() and not target.exists():
-        os.rename(retired, target)  # a kill fell between the two renames below
-    for leftover in (aside, retired):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    aside.mkdir(parents=True)
-    yield aside
-    if target.exists():
-        os.rename(target, retired)
-    os.rename(aside, target)
-    shutil.rmtree(retired, ignore_errors=True)
+def file_records(folder: str | Path) -> dict[str, str]:
+    """Path within the folder -> `fingerprint_file` of every file there except the manifest and what is half written."""
+    folder = Path(folder)
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST]
+    return {path.relative_to(folder).as_posix(): fingerprint_file(path) for path in paths if path.suffix != ".partial"}
 
 
 def write_manifest(
-    folder: str | Path, kind: str, *, inputs: dict[str, str], config: dict[str, Any], **facts: Any
+    folder: str | Path,
+    kind: str,
+    *,
+    inputs: dict[str, str],
+    config: dict[str, Any],
+    records: bool = True,
+    **facts: Any,
 ) -> None:
-    """Writes `hlm.json`: kind, schema and HLM version, input fingerprints, resolved config and further facts."""
+    """Writes `hlm.json`, the last file of a folder: kind, schema and HLM version, input fingerprints, resolved config,
+    `file_records` of the folder (without `records` none: for a folder that keeps records of its own), further facts."""
     manifest = {
         "kind": kind,
         "schema_version": SCHEMA_VERSION,
         "hlm_version": __version__,
         "inputs": inputs,
         "config": config,
+        **({"files": file_records(folder)} if records else {}),
         **facts,
     }
     write_json(Path(folder) / MANIFEST, manifest)
@@ -113,13 +80,17 @@ def read_manifest(folder: str | Path, kind: str) -> dict[str, Any]:
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
+        recover(folder)
+    if not path.is_file():
         raise HlmError(
             f"expected an HLM artefact of kind '{kind}' at {folder}, found no {MANIFEST} there; "
             "run the step that writes it, or correct the path"
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except OSError as error:
+        raise HlmError(f"expected to read {path}, found {error.strerror}; make it readable for this user") from error
+    except (ValueError, RecursionError) as error:
         raise HlmError(f"{path} is not valid JSON ({error}); delete the folder and run its step again") from error
     if not isinstance(manifest, dict) or manifest.get("kind") != kind:
         found = manifest.get("kind") if isinstance(manifest, dict) else type(manifest).__name__
@@ -129,6 +100,10 @@ def read_manifest(folder: str | Path, kind: str) -> dict[str, Any]:
             f"{path} has schema version {manifest.get('schema_version')}, this HLM ({__version__}) reads "
             f"{SCHEMA_VERSION}; write the artefact again with this version"
         )
+    for name in ("inputs", "config"):
+        if not isinstance(manifest.get(name), dict):
+            found = type(manifest.get(name)).__name__
+            raise HlmError(f"{path}: expected a mapping '{name}', found {found}; run the step that writes it again")
     return manifest
 
 

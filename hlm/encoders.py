@@ -279,7 +279,7 @@ def save_encoder(
         beside: writes more into the folder before it takes its name.
         manifest: `inputs`, `config` and further facts for `write_manifest`; the encoder's fingerprint is added.
     """
-    with atomic_folder(folder) as aside:
+    with atomic_folder(folder, kind) as aside:
         model.save_pretrained(str(aside), create_model_card=False)
         write_legacy_layout(aside)
         if beside is not None:

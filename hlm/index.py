@@ -160,7 +160,7 @@ class AdIndex:
     def save(self, folder: str | Path) -> None:
         """Writes `index.faiss`, `ids.parquet` and `hlm.json` (kind "index"); an older folder is replaced whole."""
         index = faiss.index_gpu_to_cpu(self._index) if self._on_gpu else self._index
-        with atomic_folder(folder) as aside:
+        with atomic_folder(folder, "index") as aside:
             faiss.write_index(index, str(aside / INDEX_FILE))
             pq.write_table(pa.table({"_id": self._ids}), aside / IDS_FILE)
             write_manifest(
@@ -170,7 +170,6 @@ class AdIndex:
                 config={"factory": self.factory, **self._defaults},
                 dim=self.dim,
                 count=len(self),
-                files={name: fingerprint_file(aside / name) for name in (INDEX_FILE, IDS_FILE)},
                 **({"canaries": self.canaries} if self.canaries else {}),
             )
 

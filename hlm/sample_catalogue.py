@@ -269,7 +269,7 @@ def write_catalogue(
             raise HlmError(f"{name}: expected at least 1, found {value}")
     counts = {"train": train_queries, "dev": dev_queries, "test": test_queries, "unlabelled": unlabelled}
     queries, texts = draw_queries(seed, ads, counts)
-    with atomic_folder(folder) as aside:
+    with atomic_folder(folder, "catalogue") as aside:
         table = np.empty((ads, 5), dtype=np.int16)
         with open(aside / "corpus.jsonl", "w", encoding="utf-8") as file:
             for number in range(ads):

@@ -178,6 +178,7 @@ def _finish(folder: Path, plan: dict[str, Any]) -> None:
                 KIND,
                 inputs={"encoder": plan["encoder"], "source": plan["source"]},
                 config=plan["facts"],
+                records=False,
                 dim=plan["dim"],
                 rows=plan["n_rows"],
                 shard_rows=plan["shard_rows"],

@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     logger.info("%d product types, synonyms %s", len(catalogue.types), catalogue.synonyms or "none")
     train, dev, unlabelled = derive(catalogue, data, config)
     general = _general_queries(config, data)
-    with atomic_folder(config.output) as folder:
+    with atomic_folder(config.output, "dataset") as folder:
         _write(folder, data, config, train, dev, unlabelled + general)
         counts = {"train": len(train), "dev": len(dev), "unlabelled": len(unlabelled), "general": len(general)}
         write_manifest(folder, "dataset", inputs=inputs, config=asdict(config), queries=counts)

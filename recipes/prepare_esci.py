@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         if manifest["config"] == asdict(config) and manifest["inputs"] == inputs:
             logger.info("%s is up to date", config.output)
             return
-    with atomic_folder(config.output) as folder:
+    with atomic_folder(config.output, "dataset") as folder:
         counts = write_tables(rows, folder, config)
         counts["unlabelled"] = write_unlabelled(folder, general)
         also = f", and {config.general_queries}" if config.general_queries else ""

@@ -9,6 +9,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Lowest first; a module imports from its own line and from those above it.
 LAYERS = [
+    {"errors"},
+    {"locks"},
+    {"outputs"},
+    {"integrity"},
     {"artefacts"},
     {"config", "tables", "data", "spelling", "keywords", "sample_vocabulary", "sample_catalogue", "losses",
      "gradcache", "store_writer", "store"},
