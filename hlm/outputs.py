@@ -31,7 +31,7 @@ from hlm.locks import locked
 MANIFEST = "hlm.json"
 # What systems put into folders by themselves.
 IGNORED = frozenset({".DS_Store", "Thumbs.db", "desktop.ini", "lost+found"})
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 _REMEDIES = {
     errno.ENOSPC: "free some space on that disk and run the command again",
     errno.EDQUOT: "free some of your quota on that disk and run the command again",
@@ -69,7 +69,7 @@ def claimed(path: str | Path, kind: str | None = None) -> Iterator[Path]:
         HlmError: a file lies there, a folder with files that HLM did not write, an artefact of another kind, a place
             that cannot be written to, or another process or thread writes there: the message says which.
     """
-    target = _resolved(path)
+    target = resolved(path)
     place, renamed = _place(target)
     existing = next(folder for folder in (place, *place.parents) if folder.exists())
     if target.is_file() or not existing.is_dir():
@@ -81,7 +81,7 @@ def claimed(path: str | Path, kind: str | None = None) -> Iterator[Path]:
             "another output, or make it writable"
         )
     with contextlib.ExitStack() as stack:
-        with _os_errors(target):
+        with os_errors(target):
             place.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(place / (f".{target.name}.lock" if renamed else ".hlm.lock"), str(target)))
         if target.is_dir():
@@ -93,18 +93,18 @@ def claimed(path: str | Path, kind: str | None = None) -> Iterator[Path]:
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yields a path beside `path` to write to, which takes its name when the block ends without an error: a reader
     never sees half a file. Makes the folder. Of two writers the later one's file stays, whole."""
-    path = _resolved(path)
-    with _os_errors(path):
+    path = resolved(path)
+    with os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     _sweep_dead(path)
     aside = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.{secrets.token_hex(4)}.partial")
     try:
-        with _os_errors(path):
+        with os_errors(path):
             aside.touch()
             mode = aside.stat().st_mode
-        with _os_errors(path, _FULL):
+        with os_errors(path, FULL_DISK):
             yield aside
-        with _os_errors(path):
+        with os_errors(path):
             aside.chmod(mode)  # some libraries write files that only their owner can read
             os.replace(aside, path)
     except BaseException:
@@ -140,9 +140,9 @@ def atomic_folder(path: str | Path, kind: str | None = None) -> Iterator[Path]:
         token = f"{_HOST}.{os.getpid()}.{secrets.token_hex(4)}.partial"
         aside = place / (f".{target.name}.{token}" if renamed else f".hlm.{token}")
         try:
-            with _os_errors(target):
+            with os_errors(target):
                 aside.mkdir()
-            with _os_errors(target, _FULL):
+            with os_errors(target, FULL_DISK):
                 yield aside
                 _settle(aside)
                 if target.is_dir() and (aside / MANIFEST).is_file():
@@ -166,13 +166,18 @@ def atomic_folder(path: str | Path, kind: str | None = None) -> Iterator[Path]:
 def recover(path: str | Path) -> None:
     """Puts an older version back that a kill left under `.<name>.retired`, on file systems that cannot exchange two
     folders at once; does nothing where a writer is at work."""
-    target = _resolved(path)
+    target = resolved(path)
     if not target.exists() and _retired(target).is_dir():
         with contextlib.suppress(HlmError), claimed(target):
             _sweep(target, target.parent)
 
 
-def _resolved(path: str | Path) -> Path:
+def resolved(path: str | Path) -> Path:
+    """The path itself: absolute, `~` and links followed; it need not exist.
+
+    Raises:
+        HlmError: an empty path, or one that leads nowhere.
+    """
     if not str(path):
         raise HlmError("expected a path to write to, found an empty one; name an output")
     try:
@@ -348,12 +353,13 @@ def _remove(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _os_errors(path: Path, codes: Collection[int] | None = None) -> Iterator[None]:
-    """What the disk refuses becomes an error that names the output and says what to do; `codes` limits it to some."""
+def os_errors(path: Path, codes: Collection[int] = tuple(_REMEDIES)) -> Iterator[None]:
+    """What the disk refuses becomes an HlmError that names the output and says what to do; `codes` limits it to some,
+    where other files than the output may be the cause."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (_REMEDIES if codes is None else codes):
+        if error.errno not in codes:
             raise
         raise HlmError(
             f"expected to write {path}, found {error.strerror or error}; {_REMEDIES[error.errno]}"

@@ -27,6 +27,7 @@ from hlm.store_writer import (
     KIND,
     REMEDY,
     check_size,
+    check_store_output,
     files,
     ids_name,
     pending_shards,
@@ -36,7 +37,7 @@ from hlm.store_writer import (
     write_store,
 )
 
-__all__ = ["VectorStore", "pending_shards", "write_store"]
+__all__ = ["VectorStore", "check_store_output", "pending_shards", "write_store"]
 
 
 class VectorStore:

@@ -1,17 +1,21 @@
 """Writing a vector store (see `hlm.store`): shard by shard, aside and renamed, resumable after a kill at any moment.
 
-While a store is being written it has no `hlm.json`; a record `shard-00000.json` beside each whole shard says what the
-shard belongs to, its sizes and SHA-256. Shards never depend on one another, so that any number of processes can share
-the work without talking: whoever finds all shards whole gathers the records into `hlm.json`.
+While a store is being written it has no `hlm.json`. `plan.json`, which the first process puts there, says what is being
+written, so that a run of anything else is refused; a record `shard-00000.json` beside each whole shard holds its sizes
+and SHA-256. Shards never depend on one another, so that any number of processes can share the work without talking:
+whoever finds all shards whole gathers the records into `hlm.json`.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
 import json
 import logging
 import os
+import re
+import secrets
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +25,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hlm.artefacts import MANIFEST, HlmError, read_manifest, write_json, write_manifest
+from hlm.locks import locked
+from hlm.outputs import FULL_DISK, IGNORED, os_errors, resolved
 
 logger = logging.getLogger(__name__)
 
 KIND = "vectors"
+PLAN = "plan.json"
 KEY = "vectors"
 REMEDY = "run the command that writes the store again, it writes missing and truncated shards anew"
 _NORM_TOLERANCE = 1e-2  # normalising in bf16 is off by up to 0.4%; a vector nobody normalised is off by far more
@@ -67,11 +74,12 @@ def write_store(
         process_index: which of the `num_processes` this one is, from 0.
 
     Raises:
-        HlmError: `folder` holds shards of another encoder, source, dim, shard_rows, n_rows or facts; `records` gives
-            another number of rows, or an id twice in a shard; `encode` gives another shape, non-finite values or
-            vectors that are not L2-normalised. Nothing of the failing shard is kept.
+        HlmError: `folder` holds shards of another encoder, source, dim, shard_rows, n_rows or facts, or files that are
+            no store's; another run writes there as this process; `records` gives another number of rows, or an id
+            twice in a shard; `encode` gives another shape, non-finite values or vectors that are not L2-normalised.
+            Nothing of the failing shard is kept.
     """
-    folder = Path(folder)
+    folder = check_store_output(folder)
     plan = _plan(dim=dim, encoder=encoder, source=source, n_rows=n_rows, shard_rows=shard_rows, facts=facts)
     if not 0 <= process_index < num_processes:
         raise HlmError(f"expected a process index in [0, {num_processes}), found {process_index}")
@@ -80,15 +88,51 @@ def write_store(
             f"expected records as a sequence of (id, text) or a function (start, stop) -> rows, found a "
             f"{type(records).__name__}; a shard must be able to start at its own row"
         )
-    missing = _missing_shards(plan, _read_records(folder, plan), folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for shard in missing:
-        if shard % num_processes == process_index:
-            start, stop = shard * shard_rows, min((shard + 1) * shard_rows, n_rows)
-            rows = records(start, stop) if callable(records) else records[start:stop]
-            _write_shard(folder, plan, shard, rows, encode)
-            logger.debug("wrote shard %d of %s", shard, folder)
-    _finish(folder, plan)
+    with os_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with (
+        locked(folder / f".writer-{process_index}.lock", f"{folder} as process {process_index}"),
+        os_errors(folder, FULL_DISK),
+    ):
+        _claim(folder, plan)
+        try:
+            for shard in _missing_shards(plan, _read_records(folder, plan), folder):
+                if shard % num_processes == process_index:
+                    start, stop = shard * shard_rows, min((shard + 1) * shard_rows, n_rows)
+                    rows = records(start, stop) if callable(records) else records[start:stop]
+                    _write_shard(folder, plan, shard, rows, encode)
+                    logger.debug("wrote shard %d of %s", shard, folder)
+            _finish(folder, plan)
+        except BaseException:
+            if not any(folder.glob("shard-*.json")):
+                (folder / PLAN).unlink(missing_ok=True)  # nothing is begun: any other run may have the folder
+            raise
+
+
+def check_store_output(folder: str | Path) -> Path:
+    """Refuses, before any work, a folder that holds files of anything but a vector store.
+
+    Returns:
+        The folder itself: absolute, links followed.
+
+    Raises:
+        HlmError: a file lies there, or a folder with other files.
+    """
+    folder = resolved(folder)
+    if folder.exists() and not folder.is_dir():
+        raise HlmError(f"expected a folder to write at {folder}, found a file; name another output")
+    if (folder / MANIFEST).is_file():
+        read_manifest(folder, KIND)
+    elif folder.is_dir():
+        own = r"vectors-\d{5,}\.safetensors|ids-\d{5,}\.parquet|shard-\d{5,}\.json|plan\.json|\..*\.(lock|partial)"
+        others = sorted(p.name for p in folder.iterdir() if not re.fullmatch(own, p.name) and p.name not in IGNORED)
+        if others:
+            raise HlmError(
+                f"expected an empty folder or a vector store at {folder}, found a folder with other files "
+                f"({', '.join(others[:3])}{', ...' if others[3:] else ''}); nothing there was touched: name another "
+                "output"
+            )
+    return folder
 
 
 def pending_shards(
@@ -145,6 +189,28 @@ def _read_records(folder: Path, plan: dict[str, Any]) -> dict[int, dict[str, Any
     return records
 
 
+def _claim(folder: Path, plan: dict[str, Any]) -> None:
+    """Puts `plan.json` there in one step, unless a manifest or an earlier process has said already what this store is.
+
+    Raises:
+        HlmError: it is another plan's.
+    """
+    path = folder / PLAN
+    if not (folder / MANIFEST).is_file() and not path.is_file():
+        aside = folder / f".{PLAN}.{os.getpid()}.{secrets.token_hex(4)}.partial"
+        aside.write_text(json.dumps(plan), encoding="utf-8")
+        with contextlib.suppress(FileExistsError):
+            os.link(aside, path)
+        aside.unlink()
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return  # the store is whole, or another process has just finished it: its manifest is compared next
+    except ValueError as error:
+        raise HlmError(f"{path} is not valid JSON ({error}); delete it and run the command again") from error
+    _refuse_other(folder, plan, found if isinstance(found, dict) else {})
+
+
 def _refuse_other(folder: Path, plan: dict[str, Any], found: dict[str, Any]) -> None:
     differing = [name for name in plan if plan[name] != found.get(name)]
     if differing:
@@ -170,7 +236,7 @@ def _finish(folder: Path, plan: dict[str, Any]) -> None:
     records = _read_records(folder, plan)
     if _missing_shards(plan, records, folder):
         return
-    leftovers = [*folder.glob("shard-*.json"), *folder.glob(".*.partial")]
+    leftovers = [*folder.glob("shard-*.json"), *folder.glob(".*.partial"), *folder.glob(PLAN)]
     if leftovers or not (folder / MANIFEST).is_file():
         try:
             write_manifest(

@@ -26,14 +26,14 @@ from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
 from hlm import canaries
-from hlm.artefacts import MANIFEST, HlmError, read_manifest
+from hlm.artefacts import MANIFEST, HlmError, check_output, read_manifest
 from hlm.config import check_processes, parse, run_recipe
 from hlm.data import document_text, load, query_text
 from hlm.encoders import encode, fingerprint, load_encoder
 from hlm.footprint import encoder_width
 from hlm.index import AdIndex
 from hlm.planner import check_dim
-from hlm.store import VectorStore, pending_shards, write_store
+from hlm.store import VectorStore, check_store_output, pending_shards, write_store
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     (config,) = parse(EmbedConfig, argv=argv)
     check(config)
     process = processes()
+    if process.is_main_process:
+        for part in config.parts:
+            check_store_output(Path(config.output) / part)
+        if config.index:
+            check_output(Path(config.output) / "index", "index")
     with process.local_main_process_first():  # the others find the checked tables in the cache
         data = load(config.data, revision=config.data_revision, splits=())
     dim = check_dim(config.dim, encoder_width(config.model, revision=config.model_revision))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hlm.artefacts import HlmError, read_manifest
+from hlm.artefacts import HlmError, claimed, read_manifest
 from hlm.config import parse, run_recipe
 from hlm.data import load
 from hlm.encoders import encode, fingerprint, load_encoder, save_encoder
@@ -41,6 +41,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     (config,) = parse(ExportConfig, argv=argv)
     if (config.data is None) != (config.vectors is None):
         raise HlmError("data and vectors: expected both or neither; int8 is judged by searching vectors with queries")
+    with claimed(config.output, "student"):
+        export(config)
+
+
+def export(config: ExportConfig) -> None:
     source = read_manifest(config.student, "student")
     model = load_encoder(config.student, device="cpu")
     identity = {

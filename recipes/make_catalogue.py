@@ -8,9 +8,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
-from hlm.artefacts import MANIFEST, read_manifest
+from hlm.artefacts import MANIFEST, check_output, read_manifest
 from hlm.config import parse, run_recipe
 from hlm.sample_catalogue import VERSION, write_catalogue
 
@@ -31,7 +30,7 @@ class CatalogueConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     (config,) = parse(CatalogueConfig, argv=argv)
     options = asdict(config)
-    output = Path(options.pop("output"))
+    output = check_output(options.pop("output"), "catalogue")
     if (output / MANIFEST).is_file() and read_manifest(output, "catalogue")["config"] == options | {"version": VERSION}:
         logger.info("%s: up to date", output)
         return

@@ -19,7 +19,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hlm.artefacts import HlmError, atomic_folder, fingerprint_file, read_manifest, write_manifest
+from hlm.artefacts import (
+    MANIFEST,
+    HlmError,
+    atomic_folder,
+    check_output,
+    fingerprint_file,
+    read_manifest,
+    write_manifest,
+)
 from hlm.config import parse, run_recipe
 from hlm.data import RetrievalData, iterate, load
 from hlm.keywords import Catalogue, Keyword
@@ -67,6 +75,7 @@ class _Rows:
 
 def main(argv: list[str] | None = None) -> None:
     (config,) = parse(PrepareConfig, argv=argv)
+    check_output(config.output, "dataset")
     data = load(config.source, revision=config.revision)
     if "train" in data.qrels:
         raise HlmError(f"{config.source} has a train split: expected a catalogue without one; train on it as it is")
@@ -159,9 +168,9 @@ def _existing(path: str) -> Path:
 
 
 def _up_to_date(config: PrepareConfig, inputs: dict[str, str]) -> bool:
-    if not Path(config.output).exists():
+    if not (Path(config.output) / MANIFEST).is_file():
         return False
-    manifest = read_manifest(config.output, "dataset")  # refuses to replace a folder that is not ours
+    manifest = read_manifest(config.output, "dataset")
     return manifest["config"] == asdict(config) and manifest["inputs"] == inputs
 
 

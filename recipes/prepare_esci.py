@@ -21,7 +21,16 @@ from typing import Any
 
 import datasets
 
-from hlm.artefacts import HlmError, atomic_folder, fingerprint_file, fingerprint_json, read_manifest, write_manifest
+from hlm.artefacts import (
+    MANIFEST,
+    HlmError,
+    atomic_folder,
+    check_output,
+    fingerprint_file,
+    fingerprint_json,
+    read_manifest,
+    write_manifest,
+)
 from hlm.config import parse, run_recipe
 from hlm.tables import read_rows
 
@@ -75,12 +84,13 @@ class PrepareEsciConfig:
 
 def main(argv: list[str] | None = None) -> None:
     (config,) = parse(PrepareEsciConfig, argv=argv)
+    check_output(config.output, "dataset")
     inputs, rows = open_source(config)
     general: Rows = ()
     if config.general_queries:
         inputs["general_queries"], general = open_general(config)
-    if Path(config.output).exists():
-        manifest = read_manifest(config.output, "dataset")  # refuses to replace a folder that is not ours
+    if (Path(config.output) / MANIFEST).is_file():
+        manifest = read_manifest(config.output, "dataset")
         if manifest["config"] == asdict(config) and manifest["inputs"] == inputs:
             logger.info("%s is up to date", config.output)
             return

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from hlm.artefacts import claimed
 from hlm.config import parse, run_recipe
 from hlm.data import load
 from hlm.encoders import fingerprint, load_encoder, save_encoder
@@ -41,6 +42,11 @@ class PruneConfig:
 
 def main(argv: Sequence[str] | None = None) -> None:
     (config,) = parse(PruneConfig, argv=argv)
+    with claimed(config.output, "student"):
+        prune(config)
+
+
+def prune(config: PruneConfig) -> None:
     layers = config.layers or config.keep
     cascade(backbone_config(config.model), [{"layers": layers, "ffn": config.ffn}])  # before any weights load
     data = load(config.data, splits=())

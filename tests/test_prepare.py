@@ -249,7 +249,8 @@ def test_refusals(shop, tmp_path):
     with pytest.raises(HlmError, match="general_queries.*nowhere"):
         prepare(shop, tmp_path / "out", "--general_queries", "nowhere.jsonl")
     (tmp_path / "mine").mkdir()
-    with pytest.raises(HlmError, match="found no hlm.json"):
+    (tmp_path / "mine/notes.txt").write_text("years")
+    with pytest.raises(HlmError, match="found a folder with other files"):
         prepare(shop, tmp_path / "mine")
     (shop / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq1\tp0\t3\n")
     with pytest.raises(HlmError, match="has a train split"):

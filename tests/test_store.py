@@ -1,6 +1,7 @@
 """The vector store: bytes that no kill and no number of processes changes, refusals, reading through memory maps."""
 
 import json
+import multiprocessing
 import pickle
 import re
 import resource
@@ -409,3 +410,67 @@ def test_bad_records_leave_nothing(tmp_path, bad, message):
 def test_numbers_below_one(tmp_path, name):
     with pytest.raises(HlmError, match=f"{name}: expected at least 1, found 0"):
         write_store(tmp_path / "s", records, encode, **(PLAN | {name: 0}))
+
+
+def other_run(folder, encoder, index, processes, go, said):
+    vectors = unit_rows(np.random.default_rng(len(encoder)), 8, 4)
+    go.wait()
+    try:
+        write_store(
+            folder, [(f"{encoder}{n}", "t") for n in range(8)], lambda texts: vectors[: len(texts)], dim=4,
+            encoder=encoder, source="s", n_rows=8, shard_rows=2, process_index=index, num_processes=processes,
+        )  # fmt: skip
+        said.put((encoder, "written"))
+    except HlmError as error:
+        said.put((encoder, "told" if "another run" in str(error) or "the only one" in str(error) else str(error)))
+    except Exception as error:
+        said.put((encoder, repr(error)))
+
+
+def unit_rows(rng, rows, dim):
+    vectors = rng.normal(size=(rows, dim)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("other", ["b", "aa"], ids=["another-index", "the-same-index"])
+def test_two_runs_into_one_folder_never_mix_their_shards(tmp_path, other):
+    context = multiprocessing.get_context("fork")
+    for number in range(30):
+        folder, go, said = tmp_path / str(number), context.Barrier(2), context.Queue()
+        runs = [("a", 0, 1), (other, 1, 2) if other == "b" else (other, 0, 1)]
+        workers = [context.Process(target=other_run, args=(folder, *run, go, said)) for run in runs]
+        for worker in workers:
+            worker.start()
+        results = dict(said.get(timeout=60) for _ in workers)
+        for worker in workers:
+            worker.join()
+        assert set(results.values()) <= {"written", "told"}, results
+        winner = "a" if results["a"] == "written" else other
+        if winner == "b" or "written" not in results.values():
+            continue  # half a store, the other process's half of it missing
+        store = VectorStore.open(folder)
+        store.verify()
+        assert store.encoder == winner
+        assert store.ids.to_pylist() == [f"{winner}{n}" for n in range(8)]
+        assert not [path.name for path in folder.iterdir() if path.name.startswith(".") or path.name == "plan.json"]
+
+
+def test_a_folder_with_other_files_is_no_place_for_a_store(tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/notes.txt").write_text("years")
+    with pytest.raises(HlmError, match="found a folder with other files .notes.txt."):
+        write_store(
+            tmp_path / "home", [("a", "t")], lambda texts: np.ones((1, 1), np.float32), dim=1, encoder="e", source="s",
+            n_rows=1,
+        )  # fmt: skip
+    assert [path.name for path in (tmp_path / "home").iterdir()] == ["notes.txt"]
+
+
+def test_a_store_behind_a_link_is_written_through_it(tmp_path):
+    (tmp_path / "store").symlink_to(tmp_path / "big/disk")
+    write_store(
+        tmp_path / "store", [("a", "t")], lambda texts: np.ones((1, 1), np.float32), dim=1, encoder="e", source="s",
+        n_rows=1,
+    )  # fmt: skip
+    assert (tmp_path / "store").is_symlink()
+    assert len(VectorStore.open(tmp_path / "big/disk")) == 1
