@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-from transformers import AutoTokenizer, BertConfig, BertModel
-
 from hlm.artefacts import read_manifest
 from hlm.data import load
 from hlm.encoders import load_encoder, save_encoder
 from hlm.sample_catalogue import write_catalogue
 from recipes import embed, export, teacher
+from recipes.measure_reliability import tiny_encoder
 
 
 def tiny_run(folder: Path, tokenizer_of: str, seed: int) -> dict[str, str]:
@@ -21,13 +17,7 @@ def tiny_run(folder: Path, tokenizer_of: str, seed: int) -> dict[str, str]:
     data = str(folder / "data")
     write_catalogue(data, ads=60, unlabelled=40, train_queries=40, dev_queries=10, test_queries=20, seed=seed)
     texts = list(load(data, splits=()).queries["text"])
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_of).train_new_from_iterator([texts], 300)
-    torch.manual_seed(seed)
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    BertModel(BertConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder / "bare")
-    tokenizer.save_pretrained(folder / "bare")
-    parts = [Transformer(str(folder / "bare"), max_seq_length=48), Pooling(32, pooling_mode="mean"), Normalize()]
-    SentenceTransformer(modules=parts, device="cpu").save_pretrained(str(folder / "base"), create_model_card=False)
+    tiny_encoder(folder / "base", tokenizer_of, texts, seed)
     teacher.main(
         ["--backbone", str(folder / "base"), "--data", data, "--output", str(folder / "teacher"), "--min_score", "3",
          "--lora_rank", "4", "--max_steps", "1", "--per_device_train_batch_size", "16", "--save_strategy", "no",
