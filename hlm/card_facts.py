@@ -160,13 +160,20 @@ def report_facts(report: dict[str, Any], system: str | None, repo: str | None) -
         "k": k,
         "system": system,
         "rows": rows,
-        "recovery": {metric: _recovery(kept) for metric, kept in own.items()},
+        "recovery": {
+            metric: _recovery(kept) + (f" ({kept['reason']})" if "reason" in kept else "")
+            for metric, kept in own.items()
+        },
         "overlap": report["systems"].get(system or "", {}).get(f"overlap@{k}"),
         "slices": slices if len(slices) > 1 else None,
     }
 
 
 def _recovery(kept: dict[str, Any]) -> str:
+    if kept["value"] is None:
+        return "-"
+    if kept["ci95"] is None:
+        return f"{kept['value']:.1%} [-]"
     low, high = kept["ci95"]
     return f"{kept['value']:.1%} [{low:.1%}, {high:.1%}]"
 

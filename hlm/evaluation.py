@@ -133,44 +133,52 @@ def recovery(student: Scores, teacher: Scores, *, samples: int = 10_000, seed: i
 
     Args:
         student, teacher: {query id: value} of one metric.
-        samples: bootstrap samples.
+        samples: bootstrap samples, 1 or more.
         seed: of the draws.
 
     Returns:
-        {"value": ratio, "ci95": [low, high]}; above 1 where the student is better.
+        {"value": ratio, "ci95": [low, high]}; above 1 where the student is better. Where the ratio is undefined, as the
+        teacher's mean is 0, both are None. Where only the interval is, over fewer than 2 queries or with a teacher
+        whose mean is 0 in more than 1% of the samples, "ci95" alone is None. "reason" then says which, and is absent
+        otherwise.
 
     Raises:
-        HlmError: other queries on the two sides, fewer than 2 queries, or a teacher whose mean is 0 (in the data or in
-            more than 1% of the samples), which leaves the ratio undefined.
+        HlmError: other queries on the two sides, no query, or no samples.
     """
-    if student.keys() != teacher.keys():
+    if student.keys() != teacher.keys() or not teacher:
         raise HlmError(
             f"expected the same queries for student and teacher, found {len(student)} and {len(teacher)} with "
             f"{len(student.keys() & teacher.keys())} in common; evaluate both on one split"
         )
+    if samples < 1:
+        raise HlmError(f"bootstrap samples: expected 1 or more, found {samples}")
     queries = sorted(teacher)  # the order decides the draws: the interval must not depend on how a dict was filled
-    if len(queries) < 2:
-        raise HlmError(f"recovery needs 2 queries or more for its interval, found {len(queries)}")
     pairs = np.array([[student[query], teacher[query]] for query in queries])
     means = pairs.mean(axis=0)
     if means[1] == 0:
-        raise HlmError(f"the teacher's mean is 0 over {len(queries)} queries: recovery is undefined; check the teacher")
+        return {"value": None, "ci95": None, "reason": f"the teacher scores 0 on all {len(queries)} queries"}
+    value = float(means[0] / means[1])
+    if len(queries) < 2:
+        return {"value": value, "ci95": None, "reason": "an interval needs 2 queries or more, there is 1"}
+    kept = _resampled_ratios(pairs, samples, seed)
+    if len(kept) < 0.99 * samples:
+        reason = f"no interval: the teacher scores 0 in {samples - len(kept)} of {samples} samples of the "
+        return {"value": value, "ci95": None, "reason": f"{reason}{len(queries)} queries; use more queries"}
+    low, high = np.percentile(kept, [2.5, 97.5])
+    return {"value": value, "ci95": [float(low), float(high)]}
+
+
+def _resampled_ratios(pairs: np.ndarray, samples: int, seed: int) -> np.ndarray:
+    """Student over teacher in each bootstrap sample of float64 (queries, 2); samples without a ratio are left out."""
     generator = np.random.default_rng(seed)
     ratios = []
-    block = max(1, 4_000_000 // len(queries))  # 32 MB of draws at a time
+    block = max(1, 4_000_000 // len(pairs))  # 32 MB of draws at a time
     for start in range(0, samples, block):
-        draws = generator.integers(len(queries), size=(min(block, samples - start), len(queries)))
+        draws = generator.integers(len(pairs), size=(min(block, samples - start), len(pairs)))
         drawn = pairs[draws].mean(axis=1)
         defined = drawn[:, 1] > 0
         ratios.append(drawn[defined, 0] / drawn[defined, 1])
-    kept = np.concatenate(ratios)
-    if len(kept) < 0.99 * samples:
-        raise HlmError(
-            f"the teacher's mean is 0 in {samples - len(kept)} of {samples} bootstrap samples of {len(queries)} "
-            "queries: too few queries on which it finds anything; use more queries"
-        )
-    low, high = np.percentile(kept, [2.5, 97.5])
-    return {"value": float(means[0] / means[1]), "ci95": [float(low), float(high)]}
+    return np.concatenate(ratios)
 
 
 def overlap(run_a: Run, run_b: Run, k: int = 10) -> Scores:
@@ -217,8 +225,8 @@ def slices(
         overlaps: overlap@k of each query.
 
     Returns:
-        {group: {"n", "student_ndcg@k", "teacher_ndcg@k", "overlap@k", "recovery"}} in alphabetical order; "recovery"
-        is None where the group is too small for it, or the teacher finds nothing in it.
+        {group: {"n", "student_ndcg@k", "teacher_ndcg@k", "overlap@k", "recovery": see `recovery`}} in alphabetical
+        order.
     """
     result = {}
     for group in sorted(set(groups.values())):
@@ -226,16 +234,12 @@ def slices(
         if not members:
             continue
         ours, theirs = ({query: side[query] for query in members} for side in (student, teacher))
-        try:
-            kept = recovery(ours, theirs, samples=samples, seed=seed)
-        except HlmError:  # documented: a slice, unlike the whole split, may be too small
-            kept = None
         result[group] = {
             "n": len(members),
             f"student_ndcg@{k}": mean(ours),
             f"teacher_ndcg@{k}": mean(theirs),
             f"overlap@{k}": mean({query: overlaps[query] for query in members}),
-            "recovery": kept,
+            "recovery": recovery(ours, theirs, samples=samples, seed=seed),
         }
     return result
 

@@ -74,7 +74,8 @@ def build_report(
     Returns:
         report: {"dataset", "split", "k", "queries", "relevance_level", "systems", "recovery", "overlap@k", "slices",
             "recovery_by_system", "environment"}. "recovery", "overlap@k" and "slices" compare `student` with
-            `teacher`; empty (None for the overlap) where one of them is not among the runs.
+            `teacher`; empty (None for the overlap) where one of them is not among the runs. Every recovery is that of
+            `hlm.evaluation.recovery`: None and a "reason" where it is undefined.
         scores: one row for each system and query: system, query_id, the metrics, and for students overlap@k.
 
     Raises:
@@ -163,7 +164,19 @@ def format_table(report: Mapping[str, Any]) -> str:
     text = [title, "", *align(rows)]
     if report["recovery"]:
         text += ["", "student / teacher:  " + "  ".join(f"{m} {_percent(r)}" for m, r in report["recovery"].items())]
-    return "\n".join(text)
+    return "\n".join([*text, *undefined(report)])
+
+
+def undefined(report: Mapping[str, Any]) -> list[str]:
+    """A line for each system whose recovery, or its interval, is undefined: the metrics and the reason."""
+    lines = []
+    for name, kept in report["recovery_by_system"].items():
+        reasons: dict[str, list[str]] = {}
+        for metric, found in kept.items():
+            if "reason" in found:
+                reasons.setdefault(found["reason"], []).append(metric)
+        lines += [f"{name}, recovery of {', '.join(metrics)}: {reason}" for reason, metrics in reasons.items()]
+    return lines
 
 
 def align(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
@@ -184,8 +197,10 @@ def _millions(count: int) -> str:
 
 
 def _percent(kept: Mapping[str, Any]) -> str:
-    low, high = kept["ci95"]
-    return f"{100 * kept['value']:.1f}% [{100 * low:.1f}, {100 * high:.1f}]"
+    if kept["value"] is None:
+        return "-"
+    interval = f"[{100 * kept['ci95'][0]:.1f}, {100 * kept['ci95'][1]:.1f}]" if kept["ci95"] else "[-]"
+    return f"{100 * kept['value']:.1f}% {interval}"
 
 
 def plot(report: Mapping[str, Any], path: str | Path) -> None:
@@ -217,26 +232,29 @@ def _plot_recovery(axis: Any, report: Mapping[str, Any], students: list[str]) ->
     k = report["k"]
     tops, bottoms = [], []
     for offset, metric, colour in ((-0.2, f"ndcg@{k}", "#1b6ca8"), (0.2, f"precision@{k}", "#7fb3d5")):
-        kept = [report["recovery_by_system"][name][metric] for name in students]
-        values = [100 * r["value"] for r in kept]
-        # A bootstrap interval of very few queries need not contain the value itself: bars of no negative length.
-        below = [max(0.0, 100 * (r["value"] - r["ci95"][0])) for r in kept]
-        above = [max(0.0, 100 * (r["ci95"][1] - r["value"])) for r in kept]
-        places = [place + offset for place in range(len(students))]
-        label = f"nDCG@{k}" if metric.startswith("ndcg") else f"P@{k}"
-        axis.bar(places, values, 0.38, yerr=[below, above], capsize=3, color=colour, label=label)
-        for place, value, up in zip(places, values, above, strict=True):
-            axis.annotate(
-                f"{value:.1f}", (place, value + up), (0, 3), textcoords="offset points", ha="center", fontsize=8
-            )
-        tops += [value + up for value, up in zip(values, above, strict=True)]
-        bottoms += [value - down for value, down in zip(values, below, strict=True)]
+        for place, name in enumerate(students):
+            kept = report["recovery_by_system"][name][metric]
+            if kept["value"] is None:
+                axis.annotate("-", (place + offset, 0.02), xycoords=("data", "axes fraction"), ha="center", fontsize=8)
+                continue
+            value = 100 * kept["value"]
+            low, high = (100 * bound for bound in kept["ci95"] or (kept["value"], kept["value"]))
+            # A bootstrap interval of very few queries need not contain the value itself: bars of no negative length.
+            low, high = min(low, value), max(high, value)
+            whiskers = {"yerr": [[value - low], [high - value]], "capsize": 3} if kept["ci95"] else {}
+            axis.bar(place + offset, value, 0.38, color=colour, **whiskers)
+            point = (place + offset, high)
+            axis.annotate(f"{value:.1f}", point, (0, 3), textcoords="offset points", ha="center", fontsize=8)
+            tops, bottoms = [*tops, high], [*bottoms, low]
+        axis.bar(0, 0, color=colour, label=f"nDCG@{k}" if metric.startswith("ndcg") else f"P@{k}")
     axis.axhline(100, color="#d98324", linewidth=1.2, linestyle="--", label="teacher")
     axis.set_xticks(range(len(students)), [name.replace("_", "\n") for name in students], fontsize=9)
+    axis.set_xlim(-0.5, len(students) - 0.5)
     axis.set_ylabel("recovery, % of the teacher")
     # From 0 the bars of good students could not be told apart; the axis says where it starts.
-    floor = max(0, 10 * int(min(bottoms) // 10) - 10)
-    axis.set_ylim(floor, max(*tops, 100) + 0.16 * (max(*tops, 100) - floor))
+    floor = max(0, 10 * int(min(bottoms, default=0) // 10) - 10)
+    top = max([*tops, 100])
+    axis.set_ylim(floor, top + 0.16 * (top - floor))
     axis.set_title("with paired-bootstrap 95% intervals" + (f"; axis from {floor}%" if floor else ""), fontsize=10)
     axis.legend(fontsize=8, ncols=3, loc="upper center", frameon=False)
 

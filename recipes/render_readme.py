@@ -15,6 +15,7 @@ from typing import Any
 
 from hlm import latency_report
 from hlm.artefacts import write_json
+from hlm.report import undefined
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -46,14 +47,17 @@ def table(report: dict[str, Any]) -> str:
     found = [f"{metric} {percent(report['recovery'][metric])}" for metric in RECOVERED if metric in report["recovery"]]
     if found:
         lines.append("\nRecovery of the student: " + ", ".join(found) + ".")
+    lines += [f"\n{line}." for line in undefined(report)]
     if report.get("overlap@10") is not None:
         lines.append(f"\nOf the student's ten best ads, {report['overlap@10']:.1%} are among the teacher's ten.")
     return "\n".join(lines)
 
 
 def percent(recovery: dict[str, Any]) -> str:
-    low, high = recovery["ci95"]
-    return f"{recovery['value']:.1%} ({low:.1%} to {high:.1%})"
+    if recovery["value"] is None:
+        return "-"
+    interval = f"{recovery['ci95'][0]:.1%} to {recovery['ci95'][1]:.1%}" if recovery["ci95"] else "no interval"
+    return f"{recovery['value']:.1%} ({interval})"
 
 
 def block() -> str:

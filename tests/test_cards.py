@@ -159,6 +159,19 @@ def test_every_number_of_the_tables_is_the_jsons(house, about):
     )
 
 
+def test_a_recovery_that_is_undefined_is_a_dash_with_its_reason(house, about):
+    report = json.loads(json.dumps(about["report"]))
+    none = {"value": None, "ci95": None, "reason": "the teacher scores 0 on all 80 queries"}
+    open_ = {"value": 0.9, "ci95": None, "reason": "use more queries"}
+    report["recovery_by_system"]["student"] |= {"ndcg@10": none, "precision@10": open_}
+    report["slices"]["kind"]["brand"]["recovery"] = open_
+    card = student_card(house / "bert", **(about | {"report": report})).replace("\\", "")
+    quality, by_slice, *_ = tables(card)
+    assert quality[-1][0] == "student" and "-" in quality[-1] and by_slice[2][-1] == "90.0% [-]"
+    assert "recovery of ndcg@10: - (the teacher scores 0 on all 80 queries)" in card
+    assert "recovery of precision@10: 90.0% [-] (use more queries)" in card and "None" not in card
+
+
 def percent(kept: dict) -> str:
     low, high = kept["ci95"]
     return f"{kept['value']:.1%} [{low:.1%}, {high:.1%}]"

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from hlm.artefacts import HlmError
+from hlm.card_facts import report_facts
 from hlm.evaluation import (
     bm25_run,
     dense_run,
@@ -27,6 +28,7 @@ from hlm.metric import RetrievalMetric
 from hlm.pruning import parameter_counts
 from hlm.report import SYSTEMS, build_report, environment, format_table, plot
 from hlm.store import VectorStore, write_store
+from recipes import render_readme
 
 QRELS = {"q": {"a": 1, "b": 3, "c": 2, "d": 3, "e": 0}}
 
@@ -159,17 +161,38 @@ def test_recovery_of_a_better_student_is_above_one():
 
 
 @pytest.mark.parametrize(
-    ("student", "teacher", "message"),
+    ("student", "teacher", "value", "reason"),
     [
-        ({"a": 1.0, "b": 1.0}, {"a": 1.0, "c": 1.0}, "2 and 2 with 1 in common"),
-        ({"a": 1.0, "b": 1.0}, {"a": 0.0, "b": 0.0}, "mean is 0 over 2 queries"),
-        ({"a": 1.0}, {"a": 1.0}, "2 queries or more"),
-        ({"a": 1.0, "b": 1.0}, {"a": 0.0, "b": 1.0}, "bootstrap samples"),
+        ({"a": 1.0, "b": 1.0}, {"a": 0.0, "b": 0.0}, None, "the teacher scores 0 on all 2 queries"),
+        ({"a": 0.0, "b": 0.0}, {"a": 0.0, "b": 0.0}, None, "the teacher scores 0 on all 2 queries"),
+        ({"a": 1.0}, {"a": 0.0}, None, "the teacher scores 0 on all 1 queries"),
+        ({"a": 0.5}, {"a": 1.0}, 0.5, "an interval needs 2 queries or more, there is 1"),
+        ({"a": 1.0, "b": 1.0}, {"a": 0.0, "b": 1.0}, 2.0, "of 10000 samples of the 2 queries; use more queries"),
+        ({"a": 0.0, "b": 0.0}, {"a": 0.0, "b": 1.0}, 0.0, "of 10000 samples of the 2 queries; use more queries"),
     ],
 )
-def test_recovery_refuses(student, teacher, message):
+def test_recovery_that_is_undefined_is_none_with_the_reason(student, teacher, value, reason):
+    found = recovery(student, teacher)
+    assert found["value"] == value and found["ci95"] is None and found["reason"].endswith(reason)
+
+
+def test_a_few_samples_without_a_ratio_do_not_take_the_interval():
+    teacher = {f"q{n}": float(n > 2) for n in range(8)}  # 3 of 8 are missed: all 8 draws are misses in 0.04%
+    kept = recovery(teacher, teacher)
+    assert kept == {"value": 1.0, "ci95": [1.0, 1.0]}
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "samples", "message"),
+    [
+        ({"a": 1.0, "b": 1.0}, {"a": 1.0, "c": 1.0}, 10, "2 and 2 with 1 in common"),
+        ({}, {}, 10, "found 0 and 0"),
+        ({"a": 1.0, "b": 1.0}, {"a": 1.0, "b": 1.0}, 0, "samples: expected 1 or more, found 0"),
+    ],
+)
+def test_recovery_refuses(student, teacher, samples, message):
     with pytest.raises(HlmError, match=message):
-        recovery(student, teacher)
+        recovery(student, teacher, samples=samples)
 
 
 def test_overlap_ignores_order():
@@ -195,7 +218,8 @@ def test_slices():
     assert head["recovery"]["value"] == pytest.approx(0.8)
     measured = head["student_ndcg@10"], head["teacher_ndcg@10"], head["overlap@10"]
     assert measured == pytest.approx((0.5, 0.625, 0.75))
-    assert found["tail"]["recovery"] is None and found["tail"]["n"] == 1
+    assert found["tail"]["recovery"]["value"] == 0.5 and found["tail"]["recovery"]["ci95"] is None
+    assert "2 queries or more" in found["tail"]["recovery"]["reason"] and found["tail"]["n"] == 1
 
 
 def test_dense_run(tmp_path):
@@ -305,7 +329,7 @@ def test_report_has_the_fixed_shape():
     student, teacher = (report["systems"][name]["ndcg@10"] for name in ("student", "teacher"))
     kept = report["recovery"]["ndcg@10"]
     assert kept["value"] == pytest.approx(student / teacher)
-    assert kept["ci95"][0] < kept["value"] < kept["ci95"][1]
+    assert kept["ci95"][0] < kept["value"] < kept["ci95"][1] and "reason" not in kept
     assert report["overlap@10"] == report["systems"]["student"]["overlap@10"]
     assert {by: set(found) for by, found in report["slices"].items()} == {
         "kind": {"head", "tail"},
@@ -332,6 +356,57 @@ def test_report_without_student_compares_nothing():
     assert list(report["systems"]) == ["bm25", "teacher"]
     assert report["recovery"] == report["slices"] == {} and report["overlap@10"] is None
     assert "student / teacher" not in format_table(report)
+
+
+def runs_that_miss(*missed):
+    """Four queries of one relevant document each; the teacher misses those named, the student the last."""
+    qrels = {f"q{n}": {f"d{n}": 1} for n in range(4)}
+    hit = {query: {f"d{query[1:]}": 1.0, "x": 0.5} for query in qrels}
+    miss = {"x": 1.0, "y": 0.5}
+    teacher = {query: miss if query in missed else hit[query] for query in qrels}
+    return {"teacher": teacher, "student": hit | {"q3": miss}, "pruned": hit}, qrels
+
+
+def report_of_few(runs, qrels):
+    kinds = {query: "head" if query < "q2" else "tail" for query in qrels}
+    parameters, texts = {name: (1, 1) for name in runs}, {query: "a b" for query in qrels}
+    return build_report(
+        runs, qrels, dataset="few", split="test", parameters=parameters, texts=texts, kinds=kinds, samples=500
+    )
+
+
+@pytest.mark.parametrize(
+    ("missed", "value", "reason"),
+    [
+        (("q1", "q2"), 1.5, "no interval: the teacher scores 0 in "),
+        (("q1", "q2", "q3"), 3.0, "no interval: the teacher scores 0 in "),
+        (("q0", "q1", "q2", "q3"), None, "the teacher scores 0 on all 4 queries"),
+    ],
+)
+def test_a_recovery_that_is_undefined_takes_no_other_figure_with_it(tmp_path, missed, value, reason):
+    runs, qrels = runs_that_miss(*missed)
+    report, scores = report_of_few(runs, qrels)
+    assert json.loads(json.dumps(report, allow_nan=False)) == report and scores.num_rows == 3 * 4
+    assert report["systems"]["student"]["ndcg@10"] == 0.75
+    assert report["systems"]["teacher"]["ndcg@10"] == 1 - len(missed) / 4
+    kept = report["recovery"]["ndcg@10"]
+    assert kept["value"] == value and kept["ci95"] is None and kept["reason"].startswith(reason)
+    assert report["recovery"] == report["recovery_by_system"]["student"]
+    head = report["slices"]["kind"]["head"]["recovery"]
+    assert (head["value"] is None) == ("q0" in missed and "q1" in missed)
+    text = format_table(report)
+    row = next(line for line in text.splitlines() if line.startswith("student"))
+    assert row.endswith(" -" if value is None else f" {100 * value:.1f}% [-]")
+    assert f"student, recovery of precision@10, ndcg@10, recall@100, mrr@10: {reason}" in text
+    assert "nan" not in text.lower()
+    plot(report, tmp_path / "report.png")
+    with Image.open(tmp_path / "report.png") as image:
+        assert image.format == "PNG"
+    shown = render_readme.table(report)
+    assert "nan" not in shown.lower() and reason in shown and (" - |" in shown or "no interval" in shown)
+    facts = report_facts(report, "student", None)
+    assert reason in facts["recovery"]["ndcg@10"]
+    assert facts["rows"][-1][0] == "student" and facts["rows"][-1][-3] == ("-" if value is None else f"{value:.1%} [-]")
 
 
 def test_report_refuses_unknown_systems():
