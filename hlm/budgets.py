@@ -8,26 +8,28 @@ from typing import Any
 from hlm.artefacts import HlmError
 from hlm.config import closest
 
-# Budget -> where its figure stands in a system's entry, and whether the budget is the most or the least allowed.
-BUDGETS: dict[str, tuple[tuple[str, ...], str]] = {
-    "p50_ms": (("latency_ms", "all", "p50"), "at most"),
-    "p95_ms": (("latency_ms", "all", "p95"), "at most"),
-    "p99_ms": (("latency_ms", "all", "p99"), "at most"),
-    "queries_per_s": (("best_queries_per_s",), "at least"),
-    "speedup_p50": (("ratio", "p50"), "at least"),
-    "speedup_p95": (("ratio", "p95"), "at least"),
-    "speedup_p99": (("ratio", "p99"), "at least"),
-    "speedup_throughput": (("ratio", "throughput"), "at least"),
-    "same_model_speedup_p50": (("agreement", "ratio", "p50"), "at least"),  # over the first way that model runs
-    "over_floor": (("floor", "over"), "at most"),
-    "gemm_share": (("floor", "gemm_share"), "at least"),
-    "cold_start_s": (("cold_start", "total_s"), "at most"),
-    "peak_memory_mib": (("cold_start", "peak_memory_mib"), "at most"),
-    "ndcg": (("quality", "ndcg"), "at least"),
-    "recovery": (("quality", "recovery"), "at least"),
-    "overlap": (("quality", "overlap"), "at least"),
-    "agreement": (("agreement", "overlap"), "at least"),
-    "min_cosine": (("agreement", "min_cosine"), "at least"),
+# Budget -> where its figure stands in a system's entry, whether the budget is the most or the least allowed, and which
+# measurement of time the figure rests on; "" where the load of other processes does not change it.
+BUDGETS: dict[str, tuple[tuple[str, ...], str, str]] = {
+    "p50_ms": (("latency_ms", "all", "p50"), "at most", "latency"),
+    "p95_ms": (("latency_ms", "all", "p95"), "at most", "latency"),
+    "p99_ms": (("latency_ms", "all", "p99"), "at most", "latency"),
+    "queries_per_s": (("best_queries_per_s",), "at least", "throughput"),
+    "speedup_p50": (("ratio", "p50"), "at least", "latency"),
+    "speedup_p95": (("ratio", "p95"), "at least", "latency"),
+    "speedup_p99": (("ratio", "p99"), "at least", "latency"),
+    "speedup_throughput": (("ratio", "throughput"), "at least", "throughput"),
+    # Over the first way that model runs.
+    "same_model_speedup_p50": (("agreement", "ratio", "p50"), "at least", "latency"),
+    "over_floor": (("floor", "over"), "at most", "latency"),
+    "gemm_share": (("floor", "gemm_share"), "at least", "throughput"),
+    "cold_start_s": (("cold_start", "total_s"), "at most", "cold start"),
+    "peak_memory_mib": (("cold_start", "peak_memory_mib"), "at most", ""),
+    "ndcg": (("quality", "ndcg"), "at least", ""),
+    "recovery": (("quality", "recovery"), "at least", ""),
+    "overlap": (("quality", "overlap"), "at least", ""),
+    "agreement": (("agreement", "overlap"), "at least", ""),
+    "min_cosine": (("agreement", "min_cosine"), "at least", ""),
 }
 
 
@@ -49,31 +51,71 @@ def read_budgets(budgets: Mapping[str, float], systems: Sequence[str], candidate
     return found
 
 
-def check_budgets(
-    systems: Mapping[str, Mapping[str, Any]], budgets: Sequence[tuple[str, str, float]]
-) -> list[dict[str, Any]]:
-    """Each budget with what was found; a figure that is missing has failed.
+def check_budgets(report: Mapping[str, Any], budgets: Sequence[tuple[str, str, float]]) -> list[dict[str, Any]]:
+    """Each budget with the figure that was found for it.
+
+    Args:
+        report: of recipes/benchmark.py: its "systems", "reference", "settings" and, for floors, "rates".
 
     Returns:
         [{"system", "budget", "wanted", "bound": "at most" or "at least", "found": a number or None, "passed"}].
+        "passed" is None, and "reason" says why, where the budget can be called neither kept nor broken: there is no
+        such figure, or it was measured while other processes took the CPUs, without one clean sample.
     """
     checked = []
     for system, name, wanted in budgets:
-        path, bound = BUDGETS[name]
-        found: Any = systems[system]
+        path, bound, _ = BUDGETS[name]
+        found: Any = report["systems"][system]
         for key in path:
             found = found.get(key) if isinstance(found, Mapping) else None
-        passed = found is not None and (found <= wanted if bound == "at most" else found >= wanted)
-        entry = {"system": system, "budget": name, "wanted": wanted, "bound": bound, "found": found, "passed": passed}
+        entry = {"system": system, "budget": name, "wanted": wanted, "bound": bound, "found": found}
+        if found is None:
+            quality = report["systems"][system].get("quality", {})
+            reason = quality.get("recovery_reason") if name == "recovery" else None
+            entry |= {"passed": None, "reason": reason or "there is no such figure"}
+        elif crowded := _without_a_clean_sample(report, system, name):
+            reason = f"other processes took more than {report['settings']['max_other_load']:.0%} of the CPUs whenever "
+            reason += f"{' and '.join(crowded)} was measured; measure again on an idle machine"
+            entry |= {"passed": None, "reason": reason}
+        else:
+            entry |= {"passed": bool(found <= wanted if bound == "at most" else found >= wanted)}
         checked.append(entry)
     return checked
 
 
+def _without_a_clean_sample(report: Mapping[str, Any], system: str, budget: str) -> list[str]:
+    """The measurements behind a budget's figure of which no sample is clean."""
+    path, _, measured = BUDGETS[budget]
+    systems = report["systems"]
+    names = [system]
+    if "ratio" in path:
+        names.append(systems[system]["agreement"]["with"] if path[0] == "agreement" else report["reference"])
+    crowded = [f"the {measured} of {name}" for name in dict.fromkeys(names) if _over(systems[name], measured) == "all"]
+    rates = report.get("rates") or {}
+    if path[0] == "floor" and (rates.get("other_load") or 0) > report["settings"]["max_other_load"]:
+        crowded.append("the rate of the machine")
+    return crowded
+
+
+def _over(entry: Mapping[str, Any], measured: str) -> str | None:
+    """What a system's figure rests on: "clean" samples, or "all" where there is no clean one."""
+    if measured == "latency":
+        return entry["latency_ms"]["all"]["over"]
+    if measured == "throughput":
+        return entry["throughput"][str(entry["best_batch_size"])]["over"]
+    return entry["cold_start"]["over"] if measured == "cold start" else None
+
+
 def failures(checked: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line for each budget that was not kept: the system, the budget, what was wanted and what was found."""
-    return [
-        f"{budget['system']}: {budget['budget']}: wanted {budget['bound']} {budget['wanted']:g}, found "
-        + ("no figure" if budget["found"] is None else f"{budget['found']:.4g}")
-        for budget in checked
-        if not budget["passed"]
-    ]
+    return [_line(budget) for budget in checked if budget["passed"] is False]
+
+
+def inconclusive(checked: Sequence[Mapping[str, Any]]) -> list[str]:
+    """As `failures`, for each budget that can be called neither kept nor broken, with the reason."""
+    return [f"{_line(budget)}: {budget['reason']}" for budget in checked if budget["passed"] is None]
+
+
+def _line(budget: Mapping[str, Any]) -> str:
+    found = "no figure" if budget["found"] is None else f"{budget['found']:.4g}"
+    return f"{budget['system']}: {budget['budget']}: wanted {budget['bound']} {budget['wanted']:g}, found {found}"

@@ -74,7 +74,7 @@ def measure(
         max_other_load: above this share (0 ... 1) of CPU time taken by others, a block is contaminated.
 
     Raises:
-        HlmError: nothing to measure, a setting out of range, or vectors that are not (len(texts), dim).
+        HlmError: nothing to measure, a setting out of range, or vectors that are not finite and (len(texts), dim).
     """
     _check(systems, queries, repeats, block_s, batch_sizes, max_other_load)
     names, sizes = list(systems), [1, *(size for size in batch_sizes if size != 1)]
@@ -118,9 +118,13 @@ def _check(
 def _warm_up(name: str, encode: Encode, queries: Sequence[str], sizes: Sequence[int], seconds: float) -> None:
     by_length = {length_slice(query): query for query in queries}
     for query in by_length.values():
-        shape = np.shape(encode([query]))
-        if len(shape) != 2 or shape[0] != 1:
-            raise HlmError(f"{name}: expected vectors of shape (1, dim) for one query, found {tuple(shape)}")
+        vectors = np.asarray(encode([query]))
+        if vectors.ndim != 2 or len(vectors) != 1:
+            raise HlmError(f"{name}: expected vectors of shape (1, dim) for one query, found {vectors.shape}")
+        if not np.isfinite(vectors).all():
+            raise HlmError(
+                f"{name}: expected finite vectors, found NaN or infinity for {query!r}; check its weights and precision"
+            )
     end = perf_counter() + seconds
     for query in queries:
         if perf_counter() > end:
@@ -249,15 +253,20 @@ def derive(shallow: Mapping[str, Any], deep: Mapping[str, Any], depths: tuple[in
         slope = max(0.0, (long - short) / (depths[1] - depths[0]))
         return 1 + (layers - depths[1]) * slope / long
 
+    def both(*sides: Mapping[str, Any]) -> str:
+        return "all" if any(side["over"] == "all" for side in sides) else "clean"
+
     latency = {}
     for length, measured in deep["latency_ms"].items():
         if length in shallow["latency_ms"]:
             by = factor(shallow["latency_ms"][length]["p50"], measured["p50"])
             latency[length] = measured | {f"p{p}": measured[f"p{p}"] * by for p in PERCENTILES}
+            latency[length]["over"] = both(shallow["latency_ms"][length], measured)
     throughput = {}
     for size, measured in deep["throughput"].items():
         by = factor(1 / shallow["throughput"][size]["queries_per_s"], 1 / measured["queries_per_s"])
         throughput[size] = measured | {"queries_per_s": measured["queries_per_s"] / by}
+        throughput[size]["over"] = both(shallow["throughput"][size], measured)
     derived = f"derived from {depths[0]} and {depths[1]} of {layers} layers"
     return _figures(latency, throughput) | {"derived": derived}
 

@@ -23,8 +23,8 @@ def quality(report: Mapping[str, Any], name: str) -> dict[str, Any]:
     """What recipes/evaluate.py found for a system.
 
     Returns:
-        {"system", "metric": "ndcg@k", "ndcg", and for a student "recovery" (of that metric), "recovery_ci95" and
-        "overlap" with the teacher}.
+        {"system", "metric": "ndcg@k", "ndcg", and for a student "recovery" (of that metric), "recovery_ci95",
+        "recovery_reason" where one of these is None, and "overlap" with the teacher}.
 
     Raises:
         HlmError: the report has no such system.
@@ -37,6 +37,7 @@ def quality(report: Mapping[str, Any], name: str) -> dict[str, Any]:
     kept = report.get("recovery_by_system", {}).get(name, {}).get(f"ndcg@{k}")
     if kept:
         found |= {"recovery": kept["value"], "recovery_ci95": kept["ci95"]}
+        found |= {"recovery_reason": kept["reason"]} if "reason" in kept else {}
     if f"overlap@{k}" in report["systems"][name]:
         found["overlap"] = report["systems"][name][f"overlap@{k}"]
     return found
@@ -52,16 +53,21 @@ def measured_quality(
         report: of this split; gives the cut-off and the teacher's figure.
 
     Returns:
-        {"system": `name`, "metric", "ndcg", "measured": True, and "recovery" where the report has a teacher}.
+        {"system": `name`, "metric", "ndcg", "measured": True, and "recovery" where the report has a teacher: None,
+        with a "recovery_reason", where that scores 0}.
     """
     metric = f"ndcg@{report['k']}"
     ids, texts = zip(*data.split_queries(split), strict=True)
-    vectors = encode_all(encode, texts)
+    vectors = encode_all(name, encode, texts)
     run = dense_run(vectors, AdIndex.build(store, dim=vectors.shape[1]), ids, 100)
     found: dict[str, Any] = {"system": name, "metric": metric, "measured": True}
     found["ndcg"] = mean(per_query(run, data.qrels[split], report["k"])[metric])
     teacher = report["systems"].get(TEACHER, {}).get(metric)
-    return found | ({"recovery": found["ndcg"] / teacher} if teacher else {})
+    if teacher is None:
+        return found
+    if teacher == 0:
+        return found | {"recovery": None, "recovery_reason": "the teacher scores 0 on all queries"}
+    return found | {"recovery": found["ndcg"] / teacher}
 
 
 def same_encoders(models: Mapping[str, str]) -> dict[str, str]:
@@ -98,16 +104,27 @@ def agreements(
     one is given whose vectors are as wide."""
     found = {}
     for name, other in same.items():
-        vectors, others = (encode_all(encoders[of], queries) for of in (name, other))
+        vectors, others = (encode_all(of, encoders[of], queries) for of in (name, other))
         wide = store is not None and store.dim >= vectors.shape[1]
         index = AdIndex.build(store, dim=vectors.shape[1]) if wide else None
         found[name] = {"with": other, "k": k} | agreement(vectors, others, index, k)
     return found
 
 
-def encode_all(encode: Encode, texts: Sequence[str], rows: int = 32) -> np.ndarray:
-    """float32 (len(texts), dim), `rows` texts a call."""
-    return np.concatenate([encode(list(texts[start : start + rows])) for start in range(0, len(texts), rows)])
+def encode_all(name: str, encode: Encode, texts: Sequence[str], rows: int = 32) -> np.ndarray:
+    """The float32 (len(texts), dim) vectors of system `name`, `rows` texts a call.
+
+    Raises:
+        HlmError: a vector that is not finite, with which nothing can be compared.
+    """
+    vectors = np.concatenate([encode(list(texts[start : start + rows])) for start in range(0, len(texts), rows)])
+    broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if len(broken):
+        raise HlmError(
+            f"{name}: expected finite vectors, found NaN or infinity for {len(broken)} of {len(texts)} queries, the "
+            f"first {texts[broken[0]]!r}; check its weights and precision"
+        )
+    return vectors
 
 
 def agreement(vectors: np.ndarray, others: np.ndarray, index: AdIndex | None = None, k: int = 10) -> dict[str, float]:
@@ -120,9 +137,8 @@ def agreement(vectors: np.ndarray, others: np.ndarray, index: AdIndex | None = N
     Returns:
         {"min_cosine", "mean_cosine"} and, with an index, "overlap" (0 ... 1).
     """
-    cosines = np.einsum("ij,ij->i", vectors, others) / (
-        np.linalg.norm(vectors, axis=1) * np.linalg.norm(others, axis=1)
-    )
+    lengths = np.linalg.norm(vectors, axis=1) * np.linalg.norm(others, axis=1)
+    cosines = np.einsum("ij,ij->i", vectors, others) / np.maximum(lengths, np.finfo(np.float32).tiny)
     found = {"min_cosine": float(cosines.min()), "mean_cosine": float(cosines.mean())}
     if index is not None:
         (_, ids), (_, other_ids) = index.search(vectors, k), index.search(others, k)

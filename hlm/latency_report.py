@@ -38,7 +38,8 @@ def rows(report: Mapping[str, Any]) -> list[list[str]]:
         ("cold start s", lambda s: f"{s['cold_start']['total_s']:.1f}" if s.get("cold_start") else None),
         ("peak MiB", lambda s: f"{s['cold_start']['peak_memory_mib']:,.0f}" if s.get("cold_start") else None),
         ("nDCG", lambda s: f"{s['quality']['ndcg']:.4f}" if s.get("quality") else None),
-        ("recovery", lambda s: f"{s['quality']['recovery']:.1%}" if "recovery" in s.get("quality", {}) else None),
+        ("recovery", lambda s: f"{s['quality']['recovery']:.1%}"
+         if s.get("quality", {}).get("recovery") is not None else None),
     ]  # fmt: skip
     cells = {title: [cell(system) for system in systems.values()] for title, cell in columns}
     cells = {title: found for title, found in cells.items() if any(found)}
@@ -96,7 +97,8 @@ def notes(report: Mapping[str, Any]) -> list[str]:
             found.append(f"{name}: p99 of {usable} samples is little more than the slowest of them")
         start = system.get("cold_start") or {}
         if (start.get("other_load") or 0) > limit:
-            found.append(f"{name}: others took {start['other_load']:.0%} of the CPUs during its cold start")
+            text = f"{name}: others took {start['other_load']:.0%} of the CPUs during its cold start"
+            found.append(text + (", which does not count" if start.get("over") == "clean" else ""))
         of = system.get("quality", {}).get("system", name)
         if of != name:
             found.append(f"{name}: nDCG and recovery are those of '{of}' in the report")
@@ -104,6 +106,8 @@ def notes(report: Mapping[str, Any]) -> list[str]:
             found.append(
                 f"{name}: nDCG measured in this run over the whole split, recovery against the report's teacher"
             )
+        if reason := system.get("quality", {}).get("recovery_reason"):
+            found.append(f"{name}: recovery: {reason}")
         if "agreement" in system:
             same = system["agreement"]
             text = f"{name}: vectors of {same['with']} within a cosine of {same['min_cosine']:.6f}"
@@ -127,9 +131,10 @@ def known_before(report: Mapping[str, Any]) -> list[str]:
                 f"of those that are left, it is {left['over']:.1f}x and {left['gemm_share']:.0%}"
             )
         if new := system.get("new_words"):
+            # A ratio alone: these times are of a measurement of their own, beside the table's p50.
             found.append(
-                f"{name}: had tokenised every word of these queries before; where all words of a query are new, p50 is "
-                f"{new['p50_ms']:.2f} ms instead of {new['known_p50_ms']:.2f}"
+                f"{name}: had tokenised every word of these queries before; where all words of a query are new, it "
+                f"takes {new['p50_ms'] / new['known_p50_ms']:.1f} times as long"
             )
     return found
 

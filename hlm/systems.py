@@ -277,12 +277,18 @@ def cold_start(settings: dict[str, Any], query: str) -> dict[str, Any]:
     return found | {"other_load": other_load(before, after, children_s=found.pop("cpu_s"))}
 
 
-def cold_starts(systems: Mapping[str, dict[str, Any]], query: str, repeats: int) -> dict[str, dict[str, Any]]:
+def cold_starts(
+    systems: Mapping[str, dict[str, Any]], query: str, repeats: int, *, max_other_load: float = 0.05
+) -> dict[str, dict[str, Any]]:
     """`repeats` cold starts of each system, taking turns.
 
+    Args:
+        max_other_load: above this share (0 ... 1) of CPU time taken by others, a start is contaminated.
+
     Returns:
-        {system: the median of each figure of `cold_start`, "processes", and the highest "other_load"}; nothing for
-        0 repeats.
+        {system: the median of each figure of `cold_start` over the clean starts, or over all where there is no clean
+        one; "processes" and "contaminated": how many there were; "over": "clean" or "all"; and the highest
+        "other_load"}; nothing for 0 repeats.
     """
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in systems}
     for _ in range(repeats):
@@ -292,8 +298,10 @@ def cold_starts(systems: Mapping[str, dict[str, Any]], query: str, repeats: int)
     for name, starts in found.items():
         if starts:
             loads = [start.pop("other_load") for start in starts]
-            medians[name] = {key: statistics.median(start[key] for start in starts) for key in starts[0]}
-            medians[name] |= {"processes": len(starts), "other_load": None if None in loads else max(loads)}
+            clean = [start for start, load in zip(starts, loads, strict=True) if (load or 0) <= max_other_load]
+            medians[name] = {key: statistics.median(start[key] for start in clean or starts) for key in starts[0]}
+            medians[name] |= {"processes": len(starts), "contaminated": len(starts) - len(clean)}
+            medians[name] |= {"over": "clean" if clean else "all", "other_load": None if None in loads else max(loads)}
     return medians
 
 

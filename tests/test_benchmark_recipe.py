@@ -14,7 +14,7 @@ from PIL import Image
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig
 
-from hlm import latency_floor, random_weights
+from hlm import latency, latency_floor, random_weights
 from hlm import systems as hlm_systems
 from hlm.artefacts import HlmError
 from hlm.config import parse, run_recipe
@@ -22,6 +22,7 @@ from hlm.data import document_text, load
 from hlm.encoders import encode, fingerprint, load_encoder, save_encoder
 from hlm.evaluation import dense_run, mean, per_query
 from hlm.index import AdIndex
+from hlm.machine import Counters
 from hlm.pruning import parameter_counts, planned_parameters, prune
 from hlm.qwen_tokenizer import find_tokenizer, qwen_tokenizer
 from hlm.random_weights import (
@@ -35,7 +36,9 @@ from hlm.random_weights import (
 from hlm.store import VectorStore, write_store
 from recipes import benchmark
 
-QUICK = {"queries": 20, "repeats": 2, "block_s": 0.02, "batch_sizes": [4], "cold_starts": 0, "device": "cpu"}
+# Whatever else runs beside the tests, their blocks count as clean.
+QUICK = {"queries": 20, "repeats": 2, "block_s": 0.02, "batch_sizes": [4], "cold_starts": 0, "device": "cpu",
+         "max_other_load": 1.0}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +170,39 @@ def test_a_failed_gate_has_written_its_report(run, tmp_path):
     with pytest.raises(SystemExit):
         run(budgets={"p99_ms": 1e-9})
     assert json.loads((tmp_path / "out" / "latency.json").read_text())["budgets"][0]["passed"] is False
+
+
+def test_a_gate_that_saw_only_contaminated_blocks_says_so(run, inputs, tmp_path, monkeypatch, capsys):
+    busy = iter(range(1_000_000))
+
+    def crowded():  # whatever time passes, others use all of two CPUs meanwhile
+        now = float(next(busy))
+        return Counters(wall_s=now, busy_s=2 * now, own_s=0.0, cpus=2)
+
+    monkeypatch.setattr(latency, "read_counters", crowded)
+    budgets = {"p50_ms": 1e6, "p99_ms": 1e-9, "recovery": 0.8}
+    for more, status in (({}, 3), ({"ndcg": 0.99}, 1)):  # a budget that is surely broken goes first
+        with pytest.raises(SystemExit) as stop:
+            run(report=str(inputs / "report.json"), budgets=budgets | more, max_other_load=0.05)
+        assert stop.value.code == status
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("budget")]
+    assert [line[:34] for line in lines[:2]] == [
+        "budget inconclusive: student: p50_",
+        "budget inconclusive: student: p99_",
+    ]
+    assert "measure again on an idle machine" in lines[0] and lines[2].startswith("budget failed: student: ndcg")
+    kept = json.loads((tmp_path / "out" / "latency.json").read_text())["budgets"]
+    assert [budget["passed"] for budget in kept] == [None, None, True, False]
+
+
+def test_a_budget_on_an_undefined_recovery_is_inconclusive(run, inputs, tmp_path, capsys):
+    report = json.loads((inputs / "report.json").read_text())
+    none = {"value": None, "ci95": None, "reason": "the teacher scores 0 on all 80 queries"}
+    report["recovery_by_system"]["student"]["ndcg@10"] = none
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    with pytest.raises(SystemExit) as stop:
+        run("--budget", "recovery=0.98", report=str(tmp_path / "report.json"))
+    assert stop.value.code == 3 and "found no figure: the teacher scores 0 on all 80" in capsys.readouterr().err
 
 
 def test_as_a_script_an_unknown_budget_ends_at_once(monkeypatch, capsys):

@@ -1,25 +1,22 @@
 """Latency: statistics on encoders and a clock whose times are known, contamination from counters that are made up."""
 
 import json
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoTokenizer, BertConfig
+from transformers import AutoConfig, BertConfig
 
-from hlm import latency, latency_floor, latency_report, machine, systems
+from hlm import latency, latency_floor, latency_report, machine
 from hlm.artefacts import HlmError
-from hlm.budgets import BUDGETS, check_budgets, failures, read_budgets
 from hlm.index import AdIndex
 from hlm.latency import derive, measure, ratios, summarise
 from hlm.latency_floor import Work, floor_of, measure_rates, work_of
-from hlm.latency_quality import agreement, quality, same_encoders
+from hlm.latency_quality import agreement, agreements, quality, same_encoders
 from hlm.latency_report import format_table, notes, pareto, plot
 from hlm.machine import Counters, other_load, peak_memory_mib, read_counters
 from hlm.store import VectorStore, write_store
@@ -198,6 +195,7 @@ def test_cuda_is_waited_for_before_and_after_each_timed_call(house, monkeypatch)
         ({"block_s": 0}, "block_s"),
         ({"max_other_load": 5}, "max_other_load"),
         ({"systems": {"flat": lambda texts: np.ones(4)}}, r"flat: expected vectors of shape \(1, dim\).*\(4,\)"),
+        ({"systems": {"broken": lambda texts: np.full((1, 4), np.nan)}}, "broken: expected finite vectors, found NaN"),
     ],
 )
 def test_bad_input_is_named(change, words):
@@ -237,6 +235,11 @@ def test_the_whole_depth_is_derived_from_the_slope_between_two(house):
     )
     assert whole["throughput"]["4"]["queries_per_s"] == pytest.approx(1 / 0.038)
     assert whole["derived"] == "derived from 4 and 8 of 36 layers"
+    assert whole["latency_ms"]["all"]["over"] == whole["throughput"]["4"]["over"] == "clean"
+    found["4"]["latency_ms"]["all"]["over"] = found["4"]["throughput"]["4"]["over"] = "all"
+    crowded = derive(found["4"], found["8"], (4, 8), 36)  # what is derived rests on both depths
+    assert crowded["latency_ms"]["all"]["over"] == crowded["throughput"]["4"]["over"] == "all"
+    assert crowded["latency_ms"]["2"]["over"] == crowded["throughput"]["1"]["over"] == "clean"
     # Noise that makes the deeper one look faster must not make the whole one faster still.
     assert derive(found["8"], found["4"], (4, 8), 36)["latency_ms"]["all"]["p50"] == pytest.approx(6)
 
@@ -257,6 +260,15 @@ def test_agreement_in_cosine_and_in_what_is_found(tmp_path):
     found = agreement(turned, vectors[:2], index, k=1)
     assert found == {"min_cosine": pytest.approx(0.8), "mean_cosine": pytest.approx(0.9), "overlap": 1.0}
     assert agreement(vectors[2:], vectors[:2], index, k=1) == {"min_cosine": 0, "mean_cosine": 0, "overlap": 0}
+    assert agreement(np.zeros((1, 4)), vectors[:1]) == {"min_cosine": 0, "mean_cosine": 0}  # no NaN in the JSON
+
+
+def test_vectors_that_are_not_finite_agree_with_nothing():
+    def encode(texts):
+        return np.array([[np.inf if text == "red shoe" else 1.0, 0] for text in texts])
+
+    with pytest.raises(HlmError, match="int8: expected finite vectors.*1 of 4 queries, the first 'red shoe'"):
+        agreements({"fp32": lambda texts: np.ones((4, 2)), "int8": encode}, {"int8": "fp32"}, QUERIES, None, k=10)
 
 
 def test_the_same_model_by_fingerprint_or_by_path(tmp_path):
@@ -314,198 +326,6 @@ def test_facts_are_json():
     found = json.loads(json.dumps(machine.facts()))
     assert found["threads"]["torch"] == torch.get_num_threads() and len(found["load_average"]) == 3
     assert "tokenizers" in found["runtime_versions"]
-
-
-# Systems
-
-
-def test_any_object_with_encode_is_a_system(tiny_bert):
-    from sentence_transformers import SentenceTransformer
-
-    model = SentenceTransformer(tiny_bert, device="cpu")
-
-    class Encoder:
-        backend, precision = "onnxruntime", "float32"
-
-        def encode(self, texts):
-            return model.encode(texts)
-
-    by_path = systems.load_system(tiny_bert, device="cpu")
-    duck = systems.query_encoder_system(Encoder())
-    np.testing.assert_allclose(by_path.encode(["red shoe"]), duck.encode(["red shoe"]), atol=1e-6)
-    assert duck.facts == {"backend": "hlm", "engine": "onnxruntime", "precision": "float32"}
-    assert by_path.facts["backend"] == "sentence-transformers" and by_path.facts["dtype"] == "float32"
-    assert 0 < by_path.facts["params_non_embedding"] < by_path.facts["params_total"]
-
-
-def test_the_models_prompt_goes_before_every_query(tiny_qwen3):
-    from hlm.encoders import encode, load_encoder
-
-    expected = encode(load_encoder(tiny_qwen3, device="cpu"), ["red shoe"], prompt_name="query")
-    with_prompt, without = (systems.load_system(tiny_qwen3, prompt_name=p, device="cpu") for p in ("query", None))
-    np.testing.assert_allclose(with_prompt.encode(["red shoe"]), expected, atol=1e-5)
-    assert np.abs(without.encode(["red shoe"]) - expected).max() > 1e-3
-
-
-def test_unknown_backend_and_a_runtime_that_does_not_import(monkeypatch):
-    with pytest.raises(HlmError, match="backend: expected one of sentence-transformers, hlm, .*, found 'onnx'"):
-        systems.load_system("x", backend="onnx")
-    monkeypatch.setitem(sys.modules, "hlm.runtime", None)
-    with pytest.raises(HlmError, match="backend 'hlm' needs hlm.runtime"):
-        systems.load_system("x", backend="hlm")
-
-
-@pytest.fixture(params=["mean", "cls", "lasttoken"])
-def onnx_folder(request, tiny_bert, tmp_path):
-    """tiny_bert with another pooling, a prompt and an ONNX file that adds up a table's rows, token by token."""
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-
-    folder = Path(shutil.copytree(tiny_bert, tmp_path / "model"))
-    flags = {"mean": "mean_tokens", "cls": "cls_token", "lasttoken": "lasttoken"}
-    config = {f"pooling_mode_{flag}": mode == request.param for mode, flag in flags.items()}
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(config | {"word_embedding_dimension": 8}))
-    settings = json.loads((folder / "config_sentence_transformers.json").read_text()) | {"prompts": {"query": "new "}}
-    (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
-    table = np.random.default_rng(0).normal(size=(1000, 8)).astype(np.float32)
-    ports = [helper.make_tensor_value_info(name, TensorProto.INT64, ["rows", "tokens"])
-             for name in ("input_ids", "attention_mask")]  # fmt: skip
-    outputs = [helper.make_tensor_value_info("last_hidden_state", TensorProto.FLOAT, ["rows", "tokens", 8]),
-               helper.make_tensor_value_info("sentence_embedding", TensorProto.INT64, ["rows", "tokens"])]  # fmt: skip
-    nodes = [helper.make_node("Gather", ["table", "input_ids"], ["found"]),
-             helper.make_node("CumSum", ["found", "axis"], ["last_hidden_state"]),
-             helper.make_node("Identity", ["attention_mask"], ["sentence_embedding"])]  # fmt: skip
-    constants = [numpy_helper.from_array(table, "table"), numpy_helper.from_array(np.array(1), "axis")]
-    graph = helper.make_graph(nodes, "rows", ports, outputs, constants)
-    (folder / "onnx").mkdir()
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    onnx.save(model, folder / "onnx" / "model.onnx")
-    return folder, request.param, table
-
-
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_a_session_with_glue_pools_what_the_model_read(onnx_folder, backend):
-    pytest.importorskip(backend)
-    folder, pooling, table = onnx_folder
-    texts = ["red shoe", "a kettle for two cups"]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    expected = []
-    for text in texts:
-        rows = table[tokenizer("new " + text)["input_ids"]].cumsum(axis=0)
-        pooled = {"mean": rows.mean(axis=0), "cls": rows[0], "lasttoken": rows[-1]}[pooling]
-        expected.append(pooled / np.linalg.norm(pooled))
-    system = systems.load_system(str(folder), backend=backend)
-    vectors = system.encode(texts)
-    assert vectors.dtype == np.float32 and system.facts["backend"] == backend and system.facts["prompt"] == "new "
-    np.testing.assert_allclose(vectors, expected, atol=1e-5)
-    np.testing.assert_allclose(system.encode(texts[:1]), expected[:1], atol=1e-5)
-    assert system.count_tokens(texts) == [len(tokenizer("new " + text)["input_ids"]) for text in texts]
-    without = systems.load_system(str(folder), backend=backend, prompt_name=None)
-    assert pooling == "cls" or np.abs(without.encode(texts) - vectors).max() > 1e-3
-    assert without.count_tokens(["red shoe"]) == [4]
-
-
-def test_glue_says_what_it_lacks(tiny_bert, tmp_path, monkeypatch):
-    with pytest.raises(HlmError, match="needs .*onnx/model.onnx, found none; export the model"):
-        systems.load_system(tiny_bert, backend="onnxruntime")
-    folder = Path(shutil.copytree(tiny_bert, tmp_path / "model"))
-    (folder / "onnx").mkdir()
-    (folder / "onnx" / "model.onnx").touch()
-    monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(HlmError, match="'openvino' does not import here"):
-        systems.load_system(str(folder), backend="openvino")
-    modules = json.loads((folder / "modules.json").read_text())
-    dense = {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"}
-    (folder / "modules.json").write_text(json.dumps([*modules[:2], dense, *modules[2:]]))
-    with pytest.raises(HlmError, match="found Transformer, Pooling, Dense, Normalize; use backend 'hlm'"):
-        systems.load_system(str(folder), backend="onnxruntime")
-
-
-def test_torch_compile_compiles_what_encode_calls(tiny_bert, monkeypatch):
-    compile_, graphs = torch.compile, []
-
-    def count(graph, inputs):  # instead of inductor, whose C++ compiler takes a minute
-        graphs.append(graph)
-        return graph
-
-    monkeypatch.setattr(torch, "compile", lambda module, **options: compile_(module, backend=count, **options))
-    plain = systems.load_system(tiny_bert, device="cpu")
-    system = systems.load_system(tiny_bert, backend="torch.compile", device="cpu")
-    np.testing.assert_allclose(system.encode(QUERIES), plain.encode(QUERIES), atol=1e-6)
-    assert graphs and system.facts == plain.facts | {"backend": "torch.compile"}
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(HlmError, match="needs a C\\+\\+ compiler.*found no 'no-such-compiler'"):
-        systems.load_system(tiny_bert, backend="torch.compile", device="cpu")
-
-
-def test_cold_starts_are_fresh_processes_and_take_turns(tiny_bert):
-    found = systems.cold_starts({"tiny": {"model": tiny_bert, "device": "cpu"}}, "red shoe", 1)["tiny"]
-    parts = found["import_s"] + found["load_s"] + found["first_query_s"]
-    assert 0 < parts < found["total_s"] and found["peak_memory_mib"] > 50 and found["processes"] == 1
-    assert systems.cold_starts({"tiny": {"model": tiny_bert}}, "red shoe", 0) == {}
-    with pytest.raises(HlmError, match="cold start of x: the process ended with 1: .*backend: expected one of"):
-        systems.cold_start({"model": "x", "backend": "onnx"}, "red shoe")
-
-
-def test_medians_over_cold_starts(monkeypatch):
-    times, order = {"a": iter([3.0, 1.0, 2.0]), "b": iter([5.0, 5.0, 9.0])}, []
-
-    def start(settings, query):
-        order.append(settings["model"])
-        return {"total_s": next(times[settings["model"]]), "other_load": 0.1 * len(order)}
-
-    monkeypatch.setattr(systems, "cold_start", start)
-    found = systems.cold_starts({name: {"model": name} for name in "ab"}, "q", 3)
-    assert order == list("ababab")
-    assert found["a"] == {"total_s": 2.0, "processes": 3, "other_load": pytest.approx(0.5)}
-
-
-# Budgets
-
-
-def system_of(p99, **more):
-    return {"latency_ms": {"all": {"p50": p99 / 2, "p99": p99}}, "best_queries_per_s": 100.0} | more
-
-
-def test_budgets_bind_the_candidate_or_the_system_named():
-    given = {"p99_ms": 15, "recovery": 0.98, "queries_per_s": 100, "teacher.p99_ms": 50, "v1.5.p50_ms": 1}
-    budgets = read_budgets(given, ["teacher", "v1.5", "student"], "student")
-    assert [system for system, *_ in budgets] == ["student", "student", "student", "teacher", "v1.5"]
-    found = {"teacher": system_of(60.0), "v1.5": system_of(2.0),
-             "student": system_of(14.0, quality={"recovery": 0.975})}  # fmt: skip
-    checked = check_budgets(found, budgets)
-    assert [budget["passed"] for budget in checked] == [True, False, True, False, True]
-    assert failures(checked) == [
-        "student: recovery: wanted at least 0.98, found 0.975",
-        "teacher: p99_ms: wanted at most 50, found 60",
-    ]
-    assert failures(check_budgets({"student": system_of(14.0)}, [("student", "recovery", 0.9)])) == [
-        "student: recovery: wanted at least 0.9, found no figure"
-    ]
-
-
-@pytest.mark.parametrize(
-    ("budget", "words"),
-    [("p99", "did you mean 'p99_ms'"), ("recvery", "did you mean 'recovery'"), ("zzz", "found 'zzz'$"),
-     ("studnet.p99_ms", "a system among teacher, student, found 'studnet'")],
-)  # fmt: skip
-def test_unknown_budgets_are_named(budget, words):
-    with pytest.raises(HlmError, match=words):
-        read_budgets({budget: 1.0}, ["teacher", "student"], "student")
-
-
-def test_every_budget_finds_its_figure_in_a_full_entry():
-    entry = {
-        "latency_ms": {"all": {"p50": 1.0, "p95": 1.0, "p99": 1.0}},
-        "best_queries_per_s": 1.0,
-        "ratio": {"p50": 1.0, "p95": 1.0, "p99": 1.0, "throughput": 1.0},
-        "cold_start": {"total_s": 1.0, "peak_memory_mib": 1.0},
-        "quality": {"ndcg": 1.0, "recovery": 1.0, "overlap": 1.0},
-        "agreement": {"overlap": 1.0, "min_cosine": 1.0, "ratio": {"p50": 1.0}},
-        "floor": {"over": 1.0, "gemm_share": 1.0},
-    }
-    checked = check_budgets({"s": entry}, [("s", name, 1.0) for name in BUDGETS])
-    assert all(budget["passed"] and budget["found"] == 1.0 for budget in checked)
 
 
 # Floors
@@ -623,7 +443,8 @@ def test_table_and_notes(house):
     )
     assert "20 GB/s over 41 MiB" in said and "123 GFLOP/s in float32" in said and "others took 50%" in said
     assert "student: nDCG and recovery are those of 'other'" in said
-    assert "student: had tokenised every word" in said and "are new, p50 is 3.46 ms instead of 2.00" in said
+    assert "student: had tokenised every word" in said and "are new, it takes 1.7 times as long" in said
+    assert "3.46" not in said  # the table's p50 is of another measurement: one number a fact
     assert "teacher*: floor" in said and "75% are looked up; of those that are left, it is 20.1x and 25%" in said
 
 
@@ -670,3 +491,15 @@ def test_quality_comes_from_the_report():
     assert quality(report, "student")["recovery"] == 0.98 and quality(report, "student")["overlap"] == 0.8
     with pytest.raises(HlmError, match="among teacher, student, found 'studnet'"):
         quality(report, "studnet")
+    report["recovery_by_system"]["student"]["ndcg@10"] = {"value": None, "ci95": None, "reason": "why"}
+    undefined = quality(report, "student")
+    assert undefined["recovery"] is undefined["recovery_ci95"] is None and undefined["recovery_reason"] == "why"
+
+
+def test_an_undefined_recovery_is_a_dash_with_its_reason(house, tmp_path):
+    blocks = measure({"one": house.encoder("one", words_ms)}, QUERIES, repeats=1, block_s=0.1, batch_sizes=[])
+    known = {"metric": "ndcg@10", "ndcg": 0.5, "recovery": None, "recovery_reason": "the teacher scores 0 on all"}
+    report = report_of(blocks, "one", one={"quality": known})
+    assert "recovery" not in format_table(report).splitlines()[2]
+    assert "one: recovery: the teacher" in " ".join(notes(report))
+    plot(report, tmp_path / "latency.png")

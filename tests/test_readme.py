@@ -14,7 +14,7 @@ from hlm import cli
 from hlm.artefacts import HlmError
 from hlm.config import parse
 from hlm.training import TrainingArguments
-from recipes import render_readme
+from recipes import benchmark, render_readme
 from recipes.quickstart import STEPS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,8 +93,8 @@ def test_the_recipes_commands_run_in_their_order(tiny_bert, tmp_path, monkeypatc
             script = next(word for word in words if word.endswith(".py"))
             try:
                 importlib.import_module(f"recipes.{Path(script).stem}").main(words[words.index(script) + 1 :])
-            except SystemExit as stop:  # a budget that this machine does not keep just now
-                assert "--budget" in command and stop.code == 1, command
+            except SystemExit as stop:  # a budget that this machine does not keep just now, or is too busy to tell
+                assert "--budget" in command and stop.code in (1, benchmark.INCONCLUSIVE), command
             except HlmError as error:
                 untrained = "publish.py" in command and "canary queries" in str(error)
                 absent = "static_space.py" in command and "npm ci" in str(error)
