@@ -1,7 +1,7 @@
 # quickstart, test and lint make what they need: a virtual environment in .venv with everything installed.
 PYTHON ?= python3
 # The build of torch to install. On a machine with a GPU: make quickstart TORCH=torch
-TORCH ?= torch==2.13.0
+TORCH ?= $(shell grep '^torch==' constraints.txt)
 BIN := .venv/bin
 
 .PHONY: quickstart demo test lint
@@ -19,9 +19,10 @@ test: .venv/.installed
 lint: .venv/.installed
 	$(BIN)/ruff check .
 
-.venv/.installed: pyproject.toml
+.venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet '$(TORCH)'
-	$(BIN)/pip install --quiet -e '.[quickstart,test]'
+	grep -v '^torch==' constraints.txt > .venv/constraints.txt
+	$(BIN)/pip install --quiet -c .venv/constraints.txt '$(TORCH)'
+	$(BIN)/pip install --quiet -c .venv/constraints.txt -e '.[quickstart,test]'
 	touch $@
