@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from hlm.artefacts import HlmError
 from hlm.machine import other_load, peak_memory_mib, read_counters
+from hlm.processes import end_with_parent
 
 if TYPE_CHECKING:
     import numpy as np
@@ -261,7 +262,7 @@ def cold_start(settings: dict[str, Any], query: str) -> dict[str, Any]:
     home = str(Path(__file__).resolve().parent.parent)  # the same hlm as this one, installed or not
     paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
     before = read_counters()
-    task = {"settings": settings, "query": query, "started": time.monotonic()}
+    task = {"settings": settings, "query": query, "started": time.monotonic(), "parent": os.getpid()}
     done = subprocess.run(
         [sys.executable, "-m", "hlm.systems", json.dumps(task)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
@@ -336,4 +337,7 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(json.loads(sys.argv[1]))))
+    given = json.loads(sys.argv[1])
+    if "parent" in given:  # a measurement that is ended leaves no process behind
+        end_with_parent(given["parent"])
+    print(json.dumps(main(given)))

@@ -6,24 +6,32 @@ skipped.
 Each step is a recipe with a YAML in the folder given; a step without one is left out. What a step depends on is its
 YAML, its script, the library's sources, the files its YAML names that no step makes, and the steps before with the
 manifests they left. A step that is started for nothing sees that by itself and ends at once.
+
+A signal that ends this script ends its step first; the same command goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import shlex
-import subprocess
+import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
-from hlm.artefacts import MANIFEST, HlmError, write_json
+from hlm.artefacts import MANIFEST, HlmError, check_output, write_json
+from hlm.endings import NO_READER, close_quietly, ending
+from hlm.locks import locked
+from hlm.processes import Supervisor
+from hlm.report_files import check_report
 
 # (step, script); the step's YAML has its name
 STEPS = [
@@ -40,7 +48,16 @@ STEPS = [
     ("benchmark", "benchmark"),
 ]
 REPORTS = {"evaluate": "report.json", "benchmark": "latency.json"}  # these steps write files, not artefacts
+KINDS = {"make_catalogue": "catalogue", "prepare_catalogue_queries": "dataset", "teacher": "teacher"}  # else a student
+PARTS = {"corpus": "vectors", "unlabelled": "vectors", "queries": "vectors", "index": "index"}  # embed's, in its output
 RECIPES = Path(__file__).resolve().parent
+
+
+class Step(NamedTuple):
+    name: str
+    script: str
+    config: Path
+    output: Path
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,39 +65,78 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--configs", default="recipes/configs/quickstart", help="folder with one YAML a step")
     parser.add_argument("--processes", type=int, default=1, help="processes to launch each training step on")
     options = parser.parse_args(argv)
-    configs = Path(options.configs)
-    steps = [(name, script, configs / f"{name}.yaml") for name, script in STEPS if (configs / f"{name}.yaml").is_file()]
-    if not steps:
-        raise HlmError(f"expected YAML files of steps in {configs}, found none; name a folder under recipes/configs")
-    outputs = [Path(settings(config)["output"]) for _, _, config in steps]
-    home = outputs[-1] if steps[-1][0] in REPORTS else outputs[-1].parent  # beside what the steps make
-    before, skipped, records = "", [], {}
-    for (name, script, config), output in zip(steps, outputs, strict=True):
-        stamp = fingerprint(RECIPES / f"{script}.py", config, outputs, before)
-        path = home / ".steps" / f"{name}.json"
-        record = json.loads(path.read_text()) if path.is_file() else {}
-        if record.get("stamp") == stamp and record.get("result") == result(name, output):
-            print(f"{name}: up to date", flush=True)
-            skipped.append(name)
-        else:
-            print(f"{name}: {config}", flush=True)
-            status, used = run(command(script, config, options.processes))
-            if status:
-                print(f"error: step {name} ended with status {status}; mend its cause and run this command again")
-                print(f"the step alone: {shlex.join(command(script, config, options.processes))}")
-                return status if status > 0 else 128 - status
-            record = {"stamp": stamp, "result": result(name, output), **used}
-            if record["result"] is None:
-                raise HlmError(f"step {name}: expected {REPORTS.get(name, MANIFEST)} under {output}, found none")
-            write_json(path, record)
-            print(f"{name}: {used['seconds']:.1f} s, at most {used['peak_memory_gib']:.2f} GiB", flush=True)
-        before, records[name] = f"{stamp} {record['result']}", record
+    steps = read_steps(Path(options.configs))
+    for step in steps:  # before the first one has worked for an hour
+        check_step(step)
+    home = steps[-1].output if steps[-1].name in REPORTS else steps[-1].output.parent  # beside what the steps make
+    skipped: list[str] = []
+    records: dict[str, dict[str, Any]] = {}
+    with alone(home), Supervisor() as supervisor:
+        before = ""
+        for step in steps:
+            path = home / ".steps" / f"{step.name}.json"
+            record = read_record(path)
+            stamp = fingerprint(step, [one.output for one in steps], before)
+            if record.get("stamp") == stamp and record.get("result") == result(step):
+                print(f"{step.name}: up to date", flush=True)
+                skipped.append(step.name)
+            else:
+                status, used = run_step(supervisor, step, options.processes)
+                if status:
+                    return status
+                record = {"stamp": stamp, "result": result(step), **used}
+                if record["result"] is None:
+                    looked = REPORTS.get(step.name, MANIFEST)
+                    raise HlmError(f"step {step.name}: expected {looked} under {step.output}, found none")
+                write_json(path, record)
+                print(f"{step.name}: {used['seconds']:.1f} s, at most {used['peak_memory_gib']:.2f} GiB", flush=True)
+            if supervisor.signals:
+                return 128 + supervisor.signals[0]
+            before, records[step.name] = f"{stamp} {record['result']}", record
     print_reports(home, [name for name in REPORTS if name in skipped])  # the others have just printed their tables
     if len(skipped) < len(steps):
         write_timings(home, records, whole=not skipped)
     else:
         print("\nnothing had changed")
     return 0
+
+
+def read_steps(configs: Path) -> list[Step]:
+    paths = [(name, script, configs / f"{name}.yaml") for name, script in STEPS]
+    steps = [
+        Step(*found, Path(os.path.expanduser(settings(found[2])["output"]))) for found in paths if found[2].is_file()
+    ]
+    if not steps:
+        raise HlmError(f"expected YAML files of steps in {configs}, found none; name a folder under recipes/configs")
+    return steps
+
+
+def check_step(step: Step) -> None:
+    """Refuses what the step would refuse of its output, once it is its turn."""
+    try:
+        if step.name in REPORTS:
+            check_report(step.output, REPORTS[step.name])
+        elif step.script == "embed":
+            for part, kind in PARTS.items():
+                if not any((step.output / part).glob("vectors-*")):  # a store that is half written goes on
+                    check_output(step.output / part, kind)
+        else:
+            check_output(step.output, KINDS.get(step.script, "student"))
+    except HlmError as error:
+        raise HlmError(f"step {step.name} ({step.config}): {error}") from error
+
+
+@contextlib.contextmanager
+def alone(home: Path) -> Iterator[None]:
+    """Nobody else runs these steps meanwhile.
+
+    Raises:
+        HlmError: somebody does; the message says which process.
+    """
+    folder = home / ".steps"
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / ".lock", f"the steps of {home}"):
+        yield
 
 
 def settings(config: Path) -> dict[str, Any]:
@@ -102,38 +158,69 @@ def command(script: str, config: Path, processes: int) -> list[str]:
     return [sys.executable, path, "--config", str(config)]
 
 
-def run(words: list[str]) -> tuple[int, dict[str, float]]:
-    """Exit status (negative: the signal), wall seconds and the peak memory of the largest process that was started."""
+def read_record(path: Path) -> dict[str, Any]:
+    """What is known of a step that ran; {} where nothing is, or it cannot be read: then the step runs again."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return (
+        record if isinstance(record, dict) and {"stamp", "result", "seconds", "peak_memory_gib"} <= set(record) else {}
+    )
+
+
+def run_step(supervisor: Supervisor, step: Step, processes: int) -> tuple[int, dict[str, float]]:
+    """Exit status as a shell counts it, wall seconds and the peak memory of the largest process that was started."""
+    print(f"{step.name}: {step.config}", flush=True)
+    words = command(step.script, step.config, processes)
     started = time.monotonic()
-    process = subprocess.Popen(words)
-    _, status, usage = os.wait4(process.pid, 0)  # unlike Popen.wait, it tells this child's peak from the others'
-    process.returncode = os.waitstatus_to_exitcode(status)
+    status, usage = supervisor.run(words)
     kib = 2**10 if sys.platform == "darwin" else 1  # macOS counts bytes
     used = {"seconds": time.monotonic() - started, "peak_memory_gib": usage.ru_maxrss / kib / 2**20}
-    return process.returncode, {what: round(value, 2) for what, value in used.items()}
+    if status and supervisor.signals:
+        status = 128 + supervisor.signals[0]
+        ended_by = signal.Signals(supervisor.signals[0]).name
+        tell(f"{ended_by}: step {step.name} has ended as well; the same command goes on from there")
+    elif status:
+        status = status if status > 0 else 128 - status
+        tell(
+            f"error: step {step.name} ended with status {status}; mend its cause and run this command again\n"
+            f"the step alone: {shlex.join(words)}"
+        )
+    return status, {what: round(value, 2) for what, value in used.items()}
 
 
-def fingerprint(script: Path, config: Path, outputs: list[Path], before: str) -> str:
+def tell(line: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal may be what has just gone
+        print(line, file=sys.stderr, flush=True)
+
+
+def fingerprint(step: Step, outputs: list[Path], before: str) -> str:
     """What the step's result follows from; sizes and times stand for the content of files that no step makes."""
     digest = hashlib.sha256(before.encode())
     sources = sorted((RECIPES.parent / "hlm").glob("*.py"))
-    for path in (script, config, *sources):
+    for path in (RECIPES / f"{step.script}.py", step.config, *sources):
         digest.update(path.read_bytes())
-    for value in settings(config).values():
-        if not isinstance(value, str) or not Path(value).exists():
+    for value in settings(step.config).values():
+        named = Path(os.path.expanduser(value)) if isinstance(value, str) else None
+        if named is None or not os.path.exists(named):  # any text may stand there, Path.exists refuses a long one
             continue
-        if any(Path(value) == output or output in Path(value).parents for output in outputs):
+        if any(named == output or output in named.parents for output in outputs):
             continue  # an earlier step's: `before` stands for it
-        for path in [Path(value)] if Path(value).is_file() else sorted(Path(value).rglob("*")):
+        for path in [named] if named.is_file() else sorted(named.rglob("*")):
             status = path.stat()
             digest.update(f"{path} {status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()[:16]
 
 
-def result(name: str, output: Path) -> str | None:
+def result(step: Step) -> str | None:
     """16 hex digits over the manifests that the step left: other ones where a step was run by hand with other
     settings. None where there is nothing."""
-    paths = [output / REPORTS[name]] if name in REPORTS else sorted(output.rglob(MANIFEST))
+    if step.name in REPORTS:
+        paths = [step.output / REPORTS[step.name]]
+    else:  # less what is half written: in folders whose names begin with a dot
+        places = {path: path.relative_to(step.output).parts for path in sorted(step.output.rglob(MANIFEST))}
+        paths = [path for path, parts in places.items() if not any(part.startswith(".") for part in parts)]
     paths = [path for path in paths if path.is_file()]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in paths))
     return digest.hexdigest()[:16] if paths else None
@@ -161,8 +248,13 @@ def print_reports(home: Path, names: list[str]) -> None:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except HlmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except (Exception, KeyboardInterrupt) as error:
+        found = ending(error)
+        if found is None:
+            raise
+        status, line = found
+        if status == NO_READER:
+            close_quietly()
+        else:
+            tell(line)
+        sys.exit(status)

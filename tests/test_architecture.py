@@ -14,6 +14,7 @@ LAYERS = [
     {"outputs"},
     {"integrity"},
     {"artefacts"},
+    {"processes", "report_files"},
     {"config", "tables", "data", "spelling", "keywords", "sample_vocabulary", "sample_catalogue", "losses",
      "gradcache", "store_writer", "store"},
     {"layout"},

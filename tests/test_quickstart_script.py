@@ -5,8 +5,11 @@ The steps here are real processes of a few lines; the recipes themselves run in 
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from hlm.artefacts import HlmError
 from hlm.machine import peak_memory_mib
 from recipes import quickstart
 
+ROOT = Path(__file__).resolve().parent.parent
 RECIPE = """
 import json, os, pathlib, signal, sys, yaml
 values = yaml.safe_load(open(sys.argv[2]))
@@ -26,9 +30,25 @@ if values.get("kill"):
     os.kill(os.getpid(), signal.SIGKILL)
 output = pathlib.Path(values["output"])
 output.mkdir(parents=True, exist_ok=True)
-names = {"evaluate": "report.json", "benchmark": "latency.json"}
-name = names.get(pathlib.Path(sys.argv[0]).stem, "hlm.json")
-(output / name).write_text(json.dumps(values))
+name, facts = {
+    "make_catalogue": ("hlm.json", {"kind": "catalogue"}),
+    "teacher": ("hlm.json", {"kind": "teacher"}),
+    "evaluate": ("report.json", dict.fromkeys(["dataset", "split", "k", "systems", "recovery"])),
+    "benchmark": ("latency.json", dict.fromkeys(["data", "reference", "settings", "systems", "blocks"])),
+}.get(pathlib.Path(sys.argv[0]).stem, ("hlm.json", {"kind": "student"}))
+(output / name).write_text(json.dumps(facts | values))
+"""
+# Starts a process of its own, says who both are, and works until it is told to end, or until a file is there.
+LONG = """
+import os, pathlib, subprocess, sys, time
+other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+rank = os.environ.get("RANK", "0")
+pathlib.Path(f"pids-{rank}.new").write_text(f"{os.getpid()} {other.pid}")
+os.rename(f"pids-{rank}.new", f"pids-{rank}")
+while not pathlib.Path("go on").exists():
+    time.sleep(0.02)
+    pathlib.Path("beat").write_text(str(time.monotonic()))
+other.kill()
 """
 SETTINGS = {
     "make_catalogue": "output: runs/x/data\n",
@@ -66,7 +86,7 @@ def run() -> tuple[int, list[str]]:
 def test_steps_run_in_order_and_once(house, capfd, monkeypatch):
     assert run() == (0, ALL)
     assert "tables of runs/x: []" in capfd.readouterr().out  # the steps print their own
-    monkeypatch.setattr(quickstart, "run", lambda words: pytest.fail("a process was started"))
+    monkeypatch.setattr(quickstart, "run_step", lambda *_: pytest.fail("a process was started"))
     assert run() == (0, [])
     out = capfd.readouterr().out
     assert all(f"{name}: up to date" in out for name in ALL)
@@ -81,11 +101,13 @@ def test_steps_run_in_order_and_once(house, capfd, monkeypatch):
         (lambda: Path("recipes/align.py").write_text(RECIPE + "\n"), LAST),
         (lambda: Path("hlm/losses.py").write_text("x = 2\n"), ALL),
         (lambda: Path("base.txt").write_text("other weights"), ["teacher", *LAST]),
-        (lambda: Path("runs/x/aligned/hlm.json").write_text('{"by": "hand"}'), ["align"]),  # as it was: no more to do
+        # As it was before: no more to do.
+        (lambda: Path("runs/x/aligned/hlm.json").write_text('{"kind": "student", "by": "hand"}'), ["align"]),
         (lambda: Path("runs/x/teacher/hlm.json").unlink(), ["teacher"]),
         (lambda: Path("runs/x/report.json").unlink(), ["evaluate"]),
+        (lambda: Path("runs/x/.steps/align.json").write_text("{"), ["align"]),
     ],
-    ids=["yaml", "last", "script", "library", "outside", "by hand", "artefact gone", "report gone"],
+    ids=["yaml", "last", "script", "library", "outside", "by hand", "artefact gone", "report gone", "record broken"],
 )
 def test_what_changed_runs_again(house, change, again):
     run()
@@ -97,8 +119,8 @@ def test_what_changed_runs_again(house, change, again):
 def test_a_failed_step_ends_the_run_and_the_next_goes_on_there(house, capfd):
     (house / "configs/align.yaml").write_text(SETTINGS["align"] + "fail: 3\n")
     assert run() == (3, ["make_catalogue", "teacher", "align"])
-    out = capfd.readouterr().out
-    assert "error: step align ended with status 3" in out and "recipes/align.py --config configs/align.yaml" in out
+    error = capfd.readouterr().err
+    assert "error: step align ended with status 3" in error and "recipes/align.py --config configs/align.yaml" in error
     (house / "configs/align.yaml").write_text(SETTINGS["align"] + "kill: true\n")
     assert run() == (128 + 9, ["align"])
     (house / "configs/align.yaml").write_text(SETTINGS["align"])
@@ -121,13 +143,15 @@ def test_timings_cover_all_steps_and_say_whether_they_are_of_one_run(house):
 def test_peak_memory_is_the_steps_own():
     # From a small process, as the script is one: Linux counts what the starting process held as the child's own.
     code = (
-        "import sys; from recipes.quickstart import run\n"
+        "import sys; from pathlib import Path; from recipes import quickstart\n"
         "for size in (300, 0):\n"
-        "    print(*run([sys.executable, '-c', f'x = bytearray({size} * 2**20)'])[1].values())"
+        "    quickstart.command = lambda *_: [sys.executable, '-c', f'x = bytearray({size} * 2**20)']\n"
+        "    step = quickstart.Step('align', 'align', Path('align.yaml'), Path('out'))\n"
+        "    print(*quickstart.run_step(quickstart.Supervisor(), step, 1)[1].values())"
     )
     root = Path(quickstart.__file__).parent.parent
     shown = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
-    large, small = (float(line.split()[1]) for line in shown.stdout.splitlines())
+    large, small = (float(line.split()[1]) for line in shown.stdout.splitlines() if line[0].isdigit())
     assert 0.29 < large < 0.5 and small < 0.1
 
 
@@ -161,3 +185,174 @@ def test_skipping_loads_nothing_heavy():
 def test_every_step_has_its_script():
     assert all((quickstart.RECIPES / f"{script}.py").is_file() for _, script in quickstart.STEPS)
     assert len(dict(quickstart.STEPS)) == len(quickstart.STEPS)
+
+
+# Ends
+
+
+def started(house, *flags, **more):
+    """The script itself, as a process of its own, over the house's recipes."""
+    copy = house / "recipes/quickstart.py"
+    copy.write_text(Path(quickstart.__file__).read_text())
+    variables = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, str(copy), "--configs", "configs", *flags], cwd=house, env=variables, text=True, **more
+    )
+
+
+def pids_of(house, ranks=1):
+    """Whoever a long step says that it started; waits for them."""
+    paths = [house / f"pids-{rank}" for rank in range(ranks)]
+    wait_until(lambda: all(path.exists() for path in paths))
+    return [int(pid) for path in paths for pid in path.read_text().split()]
+
+
+def wait_until(done, seconds=60):
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def runs(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state not in "ZX"
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and only Linux ends a child with its parent")
+
+
+@pytest.fixture
+def long_step(house):
+    (house / "recipes/teacher.py").write_text(LONG + RECIPE)
+    yield house
+    for path in house.glob("pids-*"):
+        for pid in map(int, path.read_text().split()):
+            if runs(pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+@linux
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT"])
+def test_a_signal_ends_the_step_and_what_it_started(long_step, name):
+    process = started(long_step, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    pids = pids_of(long_step)
+    process.send_signal(getattr(signal, name))
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + getattr(signal, name)
+    assert not any(map(runs, pids)), "left running"
+    assert f"{name}: step teacher has ended as well; the same command goes on" in error
+    assert not (long_step / "runs/x/teacher").exists() and not (long_step / "runs/x/.steps/.lock").exists()
+    (long_step / "go on").touch()
+    (long_step / "log").write_text("")
+    assert started(long_step, stdout=subprocess.DEVNULL).wait(60) == 0
+    assert (long_step / "log").read_text().split() == ["teacher", *LAST]
+
+
+@linux
+def test_a_killed_run_takes_its_step_with_it(long_step):
+    process = started(long_step, stdout=subprocess.DEVNULL)
+    step, _ = pids_of(long_step)
+    process.kill()
+    process.wait()
+    wait_until(lambda: not runs(step))
+
+
+@linux
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
+def test_a_step_under_the_launcher_ends_with_all_its_processes(long_step, name):
+    process = started(long_step, "--processes", "2", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first, _, second, _ = pids_of(long_step, ranks=2)
+    process.send_signal(getattr(signal, name))
+    assert process.wait(60) == (143 if name == "SIGTERM" else -9)
+    wait_until(lambda: not runs(first) and not runs(second))
+
+
+@linux
+def test_a_stopped_run_stops_its_step_and_goes_on_with_it(long_step):
+    process = started(long_step, stdout=subprocess.DEVNULL)
+    step, _ = pids_of(long_step)
+    beat = long_step / "beat"
+    process.send_signal(signal.SIGTSTP)
+    wait_until(lambda: Path(f"/proc/{step}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T")
+    seen = beat.read_text()
+    time.sleep(0.2)
+    assert beat.read_text() == seen
+    process.send_signal(signal.SIGCONT)
+    wait_until(lambda: beat.read_text() not in ("", seen))
+    (long_step / "go on").touch()
+    assert process.wait(60) == 0
+
+
+@linux
+def test_a_signal_that_was_ignored_stays_ignored(long_step):
+    process = started(
+        long_step, stdout=subprocess.DEVNULL, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    )
+    pids_of(long_step)
+    process.send_signal(signal.SIGHUP)  # as nohup has it
+    (long_step / "go on").touch()
+    assert process.wait(60) == 0
+
+
+@linux
+def test_what_a_failed_step_left_running_is_ended(long_step, capfd):
+    (long_step / "recipes/teacher.py").write_text(
+        LONG.replace('while not pathlib.Path("go on").exists():', "sys.exit(5)\nif 0:")
+    )
+    assert quickstart.main(["--configs", "configs"]) == 5
+    assert not runs(pids_of(long_step)[1])
+
+
+@linux
+def test_a_second_run_is_told_who_runs(long_step):
+    first = started(long_step, stdout=subprocess.DEVNULL)
+    pids_of(long_step)
+    second = started(long_step, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    _, error = second.communicate(timeout=60)
+    assert second.returncode == 2 and error.startswith("error: ") and len(error.splitlines()) == 1
+    assert f"process {first.pid} " in error and "the steps of" in error
+    (long_step / "go on").touch()
+    assert first.wait(60) == 0 and json.loads((long_step / "runs/x/timings.json").read_text())["in_one_run"]
+
+
+def test_a_reader_that_went_away_ends_it_quietly(house):
+    reader, writer = os.pipe()
+    process = started(house, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    os.close(reader)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 141 and error == ""
+
+
+def test_an_output_that_is_anothers_is_refused_before_any_step(house):
+    for folder, file, step in (("aligned", "thesis.txt", "align"), (".", "report.png", "evaluate")):
+        Path("runs/x", folder).mkdir(parents=True)
+        Path("runs/x", folder, file).write_text("somebody's")
+        Path("log").write_text("")
+        with pytest.raises(HlmError, match=rf"step {step} \(configs/{step}.yaml\): .*{file}"):
+            quickstart.main(["--configs", "configs"])
+        assert Path("log").read_text() == "" and Path("runs/x", folder, file).read_text() == "somebody's"
+        shutil.rmtree("runs")
+    Path("runs/x/teacher").mkdir(parents=True)
+    Path("runs/x/teacher/hlm.json").write_text('{"kind": "student"}')
+    with pytest.raises(HlmError, match="step teacher.*'teacher'.*'student'"):
+        quickstart.main(["--configs", "configs"])
+
+
+def test_a_home_or_a_long_text_in_a_yaml_is_read_as_such(house, monkeypatch):
+    monkeypatch.setenv("HOME", str(house))
+    (house / "configs/teacher.yaml").write_text(
+        "backbone: ~/base.txt\nprompt: " + "long " * 200 + "\noutput: ~/runs/t\n"
+    )
+    for name in ("align", "evaluate", "benchmark"):
+        (house / f"configs/{name}.yaml").unlink()
+    (house / "recipes/teacher.py").write_text(
+        "import os\n" + RECIPE.replace('(values["output"])', '(os.path.expanduser(values["output"]))')
+    )
+    assert run() == (0, ["make_catalogue", "teacher"]) and run() == (0, [])
+    (house / "base.txt").write_text("other weights")
+    assert run() == (0, ["teacher"])

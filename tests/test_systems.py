@@ -1,8 +1,11 @@
 """hlm.systems: what is measured, loaded by path or from an object, and cold starts in fresh processes."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +145,35 @@ def test_cold_starts_are_fresh_processes_and_take_turns(tiny_bert):
     assert systems.cold_starts({"tiny": {"model": tiny_bert}}, "red shoe", 0) == {}
     with pytest.raises(HlmError, match="cold start of x: the process ended with 1: .*backend: expected one of"):
         systems.cold_start({"model": "x", "backend": "onnx"}, "red shoe")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
+def test_a_cold_start_ends_with_the_measurement(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(  # the cold start, and it alone, says who it is, and takes long
+        "import os, sys\n"
+        "if 'hlm.systems' in sys.orig_argv:\n"
+        "    import time, hlm.processes as processes\n"
+        "    end = processes.end_with_parent\n"
+        "    def late(parent):\n"
+        "        end(parent)\n"
+        "        open('pid', 'w').write(str(os.getpid()))\n"
+        "        time.sleep(600)\n"
+        "    processes.end_with_parent = late\n"
+    )
+    code = "from hlm import systems; systems.cold_start({'model': 'x'}, 'q')"
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(systems.__file__).parent.parent)])}
+    measuring = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=variables)
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert measuring.poll() is None
+        time.sleep(0.05)
+    measuring.kill()
+    measuring.wait()
+    stat = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
+    for _ in range(500):
+        if not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            return
+        time.sleep(0.02)
+    pytest.fail("left running")
 
 
 def test_medians_over_cold_starts(monkeypatch):

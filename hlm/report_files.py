@@ -1,0 +1,71 @@
+"""The files of a report: whose they are, so that nobody else's are overwritten, and who writes them now."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from hlm.artefacts import HlmError
+from hlm.locks import locked
+
+# The report -> what is written beside it. The report comes first and says whose the others are.
+FILES = {"report.json": ("report.png", "per_query.parquet"), "latency.json": ("latency.png",)}
+# What every report of the name has had, in all versions.
+_KEYS = {
+    "report.json": {"dataset", "split", "k", "systems", "recovery"},
+    "latency.json": {"data", "reference", "settings", "systems", "blocks"},
+}
+
+
+def check_report(folder: str | Path, name: str) -> Path:
+    """Refuses, before any work, a folder whose files of these names are not a report of HLM; other files may lie there.
+
+    Args:
+        folder: may start with `~` and lie behind a symbolic link.
+        name: "report.json" or "latency.json".
+
+    Returns:
+        The folder: absolute, links followed.
+
+    Raises:
+        HlmError: somebody else's files, a file instead of a folder, or one that cannot be written to.
+    """
+    try:
+        target = Path(folder).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a circle of links, no home, a NUL character
+        raise HlmError(f"output: expected a folder for {name}, found {str(folder)!r} ({error}); correct it") from error
+    existing = next(path for path in (target, *target.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        what = "a folder that this user cannot write to" if existing.is_dir() else "a file"
+        raise HlmError(f"output: expected a folder for {name} at {target}, found {what} at {existing}; name another")
+    found = [file for file in (name, *FILES[name]) if os.path.lexists(target / file)]
+    if found and not _is_report(target / name):
+        raise HlmError(
+            f"output: expected a folder for {name}, found {', '.join(found)} in {target}, which HLM did not write; "
+            "nothing was touched: name another output, or move these files"
+        )
+    return target
+
+
+@contextlib.contextmanager
+def claimed_report(folder: str | Path, name: str) -> Iterator[Path]:
+    """`check_report`, and nobody else writes this report while the block runs. Makes and yields the folder.
+
+    Raises:
+        HlmError: as `check_report`; or another process writes it: the message says which.
+    """
+    target = check_report(folder, name)
+    target.mkdir(parents=True, exist_ok=True)
+    with locked(target / f".{name}.lock", str(target / name)):
+        yield target
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(report, dict) and _KEYS[path.name] <= report.keys()
