@@ -45,6 +45,61 @@ def resolve(name_or_path: str) -> str:
     return str(folder)
 
 
+def devices() -> str:
+    """What torch could compute on here, for messages."""
+    if not torch.accelerator.is_available():
+        built = "" if torch.version.cuda or torch.version.hip else ", a build for the CPU alone"
+        return f"no GPU that torch {torch.__version__} can use{built}"
+    kind, count = torch.accelerator.current_accelerator().type, torch.accelerator.device_count()
+    return f"{kind}:0" if count == 1 else f"{kind}:0 to {kind}:{count - 1}"
+
+
+def check_device(device: str | None, setting: str = "device") -> None:
+    """Refuses a device that is not there, before any work.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1", "mps" ..., "accelerator" for whatever GPU there is; None is always fine.
+        setting: its name in the message.
+
+    Raises:
+        HlmError: names what there is.
+    """
+    if device is None:
+        return
+    here = torch.accelerator.is_available()
+    if device != "accelerator":
+        try:
+            wanted = torch.device(device)
+        except RuntimeError as error:
+            raise HlmError(f"{setting}: expected cpu, cuda or cuda:<number>, found {device!r}") from error
+        if wanted.type in ("cpu", "meta"):
+            return
+        here = here and wanted.type == torch.accelerator.current_accelerator().type
+        here = here and (wanted.index or 0) < torch.accelerator.device_count()
+    if not here:
+        asked = "a GPU" if device == "accelerator" else device
+        raise HlmError(f"{setting}: expected {asked}, found {devices()}; leave it out, or run where there is one")
+
+
+def find_encoder(name_or_path: str) -> str:
+    """What `load_encoder` would load, without loading it: a sentence-transformers folder that is there, or a Hub id.
+
+    Raises:
+        HlmError: no such folder or package, or a bare backbone.
+    """
+    source = resolve(str(name_or_path))
+    folder = Path(source)
+    if folder.is_dir():
+        if not (folder / "modules.json").is_file():
+            raise HlmError(
+                f"expected a sentence-transformers folder at {folder}, found no modules.json; a bare backbone would be "
+                "loaded with mean pooling and no normalisation: save the whole SentenceTransformer there"
+            )
+    elif source.startswith((".", "/")) or source.count("/") > 1:
+        raise HlmError(f"expected a model folder at {source}, found none; run the step that writes it")
+    return source
+
+
 def load_encoder(
     name_or_path: str,
     *,
@@ -63,20 +118,13 @@ def load_encoder(
         revision: Branch, tag or commit of a Hub repository.
 
     Raises:
-        HlmError: nothing to load there, a bare backbone (whose pooling would be guessed), or an unknown dtype.
+        HlmError: nothing to load there, a bare backbone (whose pooling would be guessed), an unknown dtype, or a device
+            that is not there.
     """
+    check_device(device)
     if dtype not in DTYPES:
         raise HlmError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
-    source = resolve(str(name_or_path))
-    folder = Path(source)
-    if folder.is_dir():
-        if not (folder / "modules.json").is_file():
-            raise HlmError(
-                f"expected a sentence-transformers folder at {folder}, found no modules.json; a bare backbone would be "
-                "loaded with mean pooling and no normalisation: save the whole SentenceTransformer there"
-            )
-    elif source.startswith((".", "/")) or source.count("/") > 1:
-        raise HlmError(f"expected a model folder at {source}, found none; run the step that writes it")
+    source = find_encoder(name_or_path)
     try:
         model = SentenceTransformer(
             source, device=device, revision=revision, model_kwargs={"dtype": DTYPES[dtype]}, trust_remote_code=False

@@ -43,6 +43,22 @@ def metric_names(k: int = 10, *, incomplete: bool = False) -> list[str]:
     return names + ([f"condensed_ndcg@{k}", f"judged@{k}"] if incomplete else [])
 
 
+def check_judgements(qrels: Qrels, k: int, relevance_level: int) -> None:
+    """Refuses judgements that no run can be scored by: what `per_query` refuses whatever the run is.
+
+    Raises:
+        HlmError: k below 1, no judgements, or no document as relevant as asked for.
+    """
+    if k < 1:
+        raise HlmError(f"k: expected 1 or more, found {k}")
+    if not qrels:
+        raise HlmError("expected judgements of at least one query, found none; choose another split")
+    if not any(grade >= relevance_level for judged in qrels.values() for grade in judged.values()):
+        raise HlmError(
+            f"no document is judged {relevance_level} or more; choose a lower relevance_level or another split"
+        )
+
+
 def per_query(
     run: Run,
     qrels: Qrels,
@@ -73,18 +89,13 @@ def per_query(
         HlmError: k below 1, no judgements, no query in common, no document as relevant as asked for, or a score that
             is not finite.
     """
-    if k < 1:
-        raise HlmError(f"k: expected 1 or more, found {k}")
-    if not qrels:
-        raise HlmError("expected judgements of at least one query, found none; choose another split")
+    level = relevance_threshold(qrels) if relevance_level is None else relevance_level
+    check_judgements(qrels, k, level)
     if not qrels.keys() & run.keys():
         raise HlmError(
             f"none of the run's {len(run)} queries has a judgement (the run has {_few(run)}, the judgements "
             f"{_few(qrels)}); choose the split that belongs to these queries"
         )
-    level = relevance_threshold(qrels) if relevance_level is None else relevance_level
-    if not any(grade >= level for judged in qrels.values() for grade in judged.values()):
-        raise HlmError(f"no document is judged {level} or more; choose a lower relevance_level or another split")
     for query, documents in run.items():
         if not np.isfinite(list(documents.values())).all():
             raise HlmError(f"the run has a score that is not finite for query '{query}'; check the encoder")

@@ -7,28 +7,41 @@ Under `output`: report.json, report.png, per_query.parquet, and what a rerun nee
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from huggingface_hub import hf_hub_download
 
-from hlm.artefacts import HlmError, atomic_file, fingerprint_json, fingerprint_texts, write_json
-from hlm.config import closest, parse, run_recipe
+from hlm.artefacts import (
+    MANIFEST,
+    HlmError,
+    atomic_file,
+    fingerprint_json,
+    fingerprint_texts,
+    read_manifest,
+    write_json,
+)
+from hlm.config import closest, parse, read_section, run_recipe
 from hlm.data import RetrievalData, document_text, load
-from hlm.encoders import encode, fingerprint, load_encoder
-from hlm.evaluation import Run, bm25_run, dense_run
+from hlm.encoders import check_device, encode, find_encoder, fingerprint, load_encoder
+from hlm.evaluation import Run, bm25_run, check_judgements, dense_run, relevance_threshold
 from hlm.index import AdIndex
 from hlm.pruning import parameter_counts
 from hlm.report import STUDENTS, SYSTEMS, build_report, command_line, environment, format_table, plot
+from hlm.report_files import claimed_report
 from hlm.store import VectorStore, write_store
 from hlm.training import check_student
 
 logger = logging.getLogger(__name__)
+
+COMMAND = "recipes/evaluate.py"
 
 
 @dataclass
@@ -59,17 +72,33 @@ class System:
     corpus: str | None = None  # store of document vectors; encoded here (backbone, teacher) or the teacher's (students)
     oracle: bool = False  # the teacher's queries are read with their oracle column
     prompt_name: str | None = "query"
-    dtype: str = "float32"  # what the model computes in
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # what the model computes in
     max_seq_length: int | None = None  # the model's own; must be what the store was made with
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     (config,) = parse(EvaluateConfig, argv=argv)
+    check_device(config.device)
     if os.environ.get("RANK", "0") != "0":
         return  # nothing here is distributed: under a multi-process launch the first process does it all
     systems = read_systems(config)
+    stores = find_inputs(systems)
+    with claimed_report(config.output, "report.json") as output:
+        check_runs(output, systems)
+        report = evaluate(replace(config, output=str(output)), systems, stores, command_line(COMMAND, argv))
+    print(format_table(report))
+
+
+def evaluate(
+    config: EvaluateConfig, systems: dict[str, System | None], stores: dict[str, VectorStore], command: str
+) -> dict[str, Any]:
+    """Searches with every system and writes the report's files."""
     data = load(config.data, revision=config.revision, splits=(config.split,))
-    queries = data.split_queries(config.split)
+    queries, qrels = data.split_queries(config.split), data.qrels[config.split]
+    level = relevance_threshold(qrels) if config.relevance_level is None else config.relevance_level
+    check_judgements(qrels, config.k, level)
+    for store in stores.values():
+        store.check(source=data.fingerprint("corpus"))
 
     runs, parameters, encoders = {}, {}, {}
     teacher = None
@@ -81,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             system.model, device=config.device, dtype=system.dtype, max_seq_length=system.max_seq_length
         )
         encoders[name], parameters[name] = fingerprint(model), parameter_counts(model)
-        catalogue = open_catalogue(config, data, name, system, model, encoders[name], teacher)
+        catalogue = open_catalogue(config, data, name, system, model, encoders[name], teacher, stores.get(name))
         if name == "teacher":
             teacher = catalogue
         runs[name] = search(config, data, name, system, model, encoders[name], catalogue)
@@ -89,32 +118,35 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     report, scores = build_report(
         runs,
-        data.qrels[config.split],
+        qrels,
         dataset=config.data,
         split=config.split,
         parameters=parameters,
         texts=dict(queries),
         kinds=query_kinds(data),
         k=config.k,
-        relevance_level=config.relevance_level,
+        relevance_level=level,
         incomplete=config.incomplete,
         samples=config.bootstrap_samples,
         seed=config.bootstrap_seed,
-        environment=environment(command_line("recipes/evaluate.py", argv))
-        | {"encoders": encoders, "corpus": data.fingerprint("corpus")},
+        environment=environment(command) | {"encoders": encoders, "corpus": data.fingerprint("corpus")},
     )
     output = Path(config.output)
+    write_json(output / "report.json", report)  # first: it says that the files beside it are HLM's
     write_parquet(output / "per_query.parquet", scores)
     plot(report, output / "report.png")
-    write_json(output / "report.json", report)
-    print(format_table(report))
+    return report
 
 
 def read_systems(config: EvaluateConfig) -> dict[str, System | None]:
     """The checked `systems` in the report's order, in which the teacher comes before the students."""
+    for name in ("k", "bootstrap_samples"):
+        if getattr(config, name) < 1:
+            raise HlmError(f"{name}: expected 1 or more, found {getattr(config, name)}")
     if config.depth < max(100, config.k):
         raise HlmError(f"depth: expected {max(100, config.k)} or more (recall@100, k={config.k}), found {config.depth}")
-    names = [known.name for known in fields(System)]
+    if not config.systems:
+        raise HlmError(f"systems: expected some of {', '.join(SYSTEMS)}, found none")
     systems: dict[str, System | None] = {}
     for name, given in config.systems.items():
         if name not in SYSTEMS:
@@ -127,12 +159,76 @@ def read_systems(config: EvaluateConfig) -> dict[str, System | None]:
         entry = {"model": given} if isinstance(given, str) else given
         if not isinstance(entry, dict) or not isinstance(entry.get("model"), str):
             raise HlmError(f"systems: expected a model for '{name}', found {given!r}; write `{name}: path/to/model`")
-        for key in entry.keys() - set(names):
-            raise HlmError(
-                f"systems: '{name}' has no setting '{key}'{closest(key, names)}; it takes {', '.join(names)}"
-            )
-        systems[name] = System(**entry)
+        systems[name] = read_section(System, entry, f"systems: '{name}'")
     return {name: systems[name] for name in SYSTEMS if name in systems}
+
+
+def find_inputs(systems: dict[str, System | None]) -> dict[str, VectorStore]:
+    """The store that each system searches, where one is named. Refuses, before anything is encoded, a model or a store
+    that is not there, and those whose manifests say that they do not belong together.
+
+    Raises:
+        HlmError: names the system.
+    """
+    stores: dict[str, VectorStore] = {}
+    known: dict[str, str] = {}  # encoders whose fingerprint is on record
+    for name, system in systems.items():
+        if system is None:
+            continue
+        try:
+            source = find_encoder(system.model)
+            if not Path(source).is_dir():
+                find_on_hub(source)
+            elif system.max_seq_length is None and (encoder := recorded_encoder(Path(source))):
+                known[name] = encoder
+            if system.corpus is not None:
+                stores[name] = VectorStore.open(system.corpus)
+            if name in STUDENTS:
+                if name not in stores and "teacher" not in systems:
+                    raise HlmError("it searches the teacher's vectors: add `teacher`, or give it a `corpus`")
+                searched = stores.get(name) or stores.get("teacher")
+                teacher = searched.encoder if searched else known.get("teacher")
+                # Of a teacher without a record nothing is known yet; that this is a student is.
+                check_student(source, teacher) if teacher else read_manifest(source, "student")
+            elif name in stores and name in known:
+                stores[name].check(encoder=known[name])
+        except HlmError as error:
+            raise HlmError(f"systems: '{name}': {error}") from error
+    return stores
+
+
+def find_on_hub(model: str) -> None:
+    """Refuses a Hub id that is not there, or not a whole sentence-transformers model, for the price of a small file."""
+    try:
+        hf_hub_download(model, "modules.json")
+    except (OSError, ValueError) as error:
+        found = str(error).strip().splitlines()[0]
+        raise HlmError(
+            f"expected a folder or a sentence-transformers model on the Hub, found no modules.json of '{model}' "
+            f"({found}); correct the name, or run the step that writes it"
+        ) from error
+
+
+def recorded_encoder(folder: Path) -> str | None:
+    """The fingerprint that the manifest of a folder of HLM's gives; None where there is none."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise HlmError(f"cannot read {folder / MANIFEST} ({error}); run the step that writes it again") from error
+    return manifest.get("encoder") if isinstance(manifest, dict) else None
+
+
+def check_runs(output: Path, systems: dict[str, System | None]) -> None:
+    """Refuses to overwrite a table that is not a run kept by this recipe."""
+    for name in systems:
+        path = run_path(output, name)
+        if os.path.lexists(path) and run_key(path) is None:
+            raise HlmError(
+                f"expected a run of '{name}' at {path}, found a file that HLM did not write; move it, or name another "
+                "output"
+            )
 
 
 def bm25(config: EvaluateConfig, data: RetrievalData, queries: list[tuple[str, str]]) -> Run:
@@ -140,7 +236,7 @@ def bm25(config: EvaluateConfig, data: RetrievalData, queries: list[tuple[str, s
     corpus = data.corpus.select_columns(["_id", "title", "text"])
     key = [data.fingerprint("corpus"), queries_fingerprint(queries), config.depth, config.bm25_k1, config.bm25_b]
     return cached_run(
-        Path(config.output) / "runs" / "bm25.parquet",
+        run_path(config.output, "bm25"),
         key,
         [query for query, _ in queries],
         lambda: bm25_run(corpus, queries, config.depth, k1=config.bm25_k1, b=config.bm25_b),
@@ -168,19 +264,15 @@ def open_catalogue(
     model: Any,
     encoder: str,
     teacher: Catalogue | None,
+    store: VectorStore | None,
 ) -> Catalogue:
     """The document vectors that `name` searches; refuses those of another encoder or another corpus."""
     source = data.fingerprint("corpus")
     if name in STUDENTS:
-        if system.corpus is None and teacher is None:
-            raise HlmError(f"systems: '{name}' searches the teacher's vectors: add `teacher`, or give it a `corpus`")
-        catalogue = Catalogue(VectorStore.open(system.corpus)) if system.corpus else teacher
+        catalogue = Catalogue(store) if store else teacher
         check_student(system.model, catalogue.store.encoder)
-        catalogue.store.check(source=source)
         return catalogue
-    if system.corpus is not None:
-        store = VectorStore.open(system.corpus)
-    else:
+    if store is None:
         # Named after what it holds: another model or corpus gets a folder of its own.
         corpus = data.corpus.select_columns(["_id", "title", "text"])
         folder = Path(config.output) / "stores" / f"{name}-{encoder}-{source}"
@@ -217,20 +309,31 @@ def search(
         return dense_run(vectors, catalogue.index(vectors.shape[1]), ids, config.depth)
 
     key = [encoder, catalogue.store.fingerprint, queries_fingerprint(queries), system.prompt_name, config.depth]
-    return cached_run(Path(config.output) / "runs" / f"{name}.parquet", key, ids, make)
+    return cached_run(run_path(config.output, name), key, ids, make)
+
+
+def run_path(output: str | Path, name: str) -> Path:
+    return Path(output) / "runs" / f"{name}.parquet"
+
+
+def run_key(path: Path) -> str | None:
+    """What a run that was kept was made from; None of any other file."""
+    try:
+        return (pq.read_schema(path).metadata or {}).get(b"hlm_key", b"").decode() or None
+    except (pa.ArrowException, OSError):
+        return None
 
 
 def cached_run(path: Path, key: list[Any], queries: list[str], make: Callable[[], Run]) -> Run:
     """The run kept at `path` if it was made from the same `key`; otherwise makes and keeps it."""
     stamp = fingerprint_json(key)
-    if path.is_file():
+    if run_key(path) == stamp:
         table = pq.read_table(path)
-        if (table.schema.metadata or {}).get(b"hlm_key") == stamp.encode():
-            logger.info("%s is up to date", path)
-            run: Run = {query: {} for query in queries}
-            for query, document, score in zip(*(table[name].to_pylist() for name in table.column_names), strict=True):
-                run[query][document] = score
-            return run
+        logger.info("%s is up to date", path)
+        run: Run = {query: {} for query in queries}
+        for query, document, score in zip(*(table[name].to_pylist() for name in table.column_names), strict=True):
+            run[query][document] = score
+        return run
     run = make()
     rows = [(query, document, score) for query in run for document, score in run[query].items()]
     schema = pa.schema(

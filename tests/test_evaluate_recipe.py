@@ -1,9 +1,11 @@
 """recipes/evaluate.py end to end on a small catalogue with real, tiny encoders."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -91,7 +93,7 @@ def inputs(tmp_path_factory):
     return root
 
 
-def run(inputs, output, systems, **settings):
+def run(inputs, output, systems, /, **settings):
     config = {"data": str(inputs / "data"), "output": str(output), "bootstrap_samples": 200, "systems": systems}
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.yaml").write_text(yaml.safe_dump(config | settings))
@@ -196,16 +198,103 @@ def test_only_the_first_process_works(inputs, tmp_path, monkeypatch):
         (lambda root: {"backbone": {"model": str(root / "backbone"), "corpus": str(root / "store")}}, {}, "encoder"),
         (lambda root: {"studnet": "x"}, {}, "did you mean 'student'"),
         (lambda root: {"student": None}, {}, "expected a model for 'student'"),
-        (lambda root: {"student": {"model": "x", "corpsu": "y"}}, {}, "no setting 'corpsu'.*'corpus'"),
+        (lambda root: {"student": {"model": "x", "corpsu": "y"}}, {}, "unknown key 'corpsu'; did you mean 'corpus'"),
+        (lambda root: {"student": {"model": "x", "dtype": "fp8"}}, {}, "'student': dtype: expected one of 'float32'"),
+        (lambda root: {"student": {"model": "x", "oracle": "no"}}, {}, "'student': oracle: expected true or false"),
+        (lambda root: {"student": str(root / "nowhere")}, {}, "'student': expected a model folder at .*nowhere"),
+        (lambda root: {"student": "nobody/nothing"}, {}, "'student': .*found no modules.json of 'nobody/nothing'"),
+        (lambda root: {"student": str(root / "backbone-body")}, {}, "'student': .*found no modules.json"),
+        (lambda root: {"contrastive_only": str(root / "backbone")}, {}, "'contrastive_only': .*kind 'student'"),
+        (lambda root: {"backbone": "package:no_such/model"}, {}, "'backbone': expected an installed package"),
+        (
+            lambda root: {"student": {"model": str(root / "good"), "corpus": str(root / "x")}},
+            {},
+            "'student': .*hlm.json",
+        ),
+        (
+            lambda root: {"teacher": {"model": str(root / "teacher"), "corpus": str(root / "data")}},
+            {},
+            "'teacher': exp",
+        ),
+        (lambda root: {}, {"systems": {}}, "systems: expected some of bm25"),
+        (lambda root: {}, {"k": 0}, "k: expected 1 or more, found 0"),
+        (lambda root: {}, {"bootstrap_samples": 0}, "bootstrap_samples: expected 1 or more"),
+        (lambda root: {}, {"device": "cuda:99"}, "device: expected cuda:99"),
+        (lambda root: {}, {"device": "gpu"}, "device: expected cpu, cuda"),
         (lambda root: {"bm25": "x"}, {}, "bm25 takes nothing"),
         (lambda root: {}, {"depth": 50}, "depth: expected 100"),
         (lambda root: {}, {"split": "dev"}, "split 'dev'"),
         (lambda root: {}, {"relevance_level": 9}, "judged 9 or more"),
     ],
 )
-def test_refuses(inputs, tmp_path, change, settings, message):
+def test_refuses_before_anything_is_searched(inputs, tmp_path, monkeypatch, change, settings, message):
+    monkeypatch.setattr(evaluate, "bm25", lambda *_: pytest.fail("searched"))
+    if "encoder" != message:  # known of a model without a manifest once it is loaded
+        monkeypatch.setattr(evaluate, "load_encoder", lambda *_, **__: pytest.fail("loaded"))
+    else:
+        monkeypatch.setattr(evaluate, "bm25", lambda *_: {})
     with pytest.raises(HlmError, match=message):
         run(inputs, tmp_path, all_systems(inputs) | change(inputs), **settings)
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_what_is_on_record_is_compared_before_anything_is_searched(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "bm25", lambda *_: pytest.fail("searched"))
+    recorded = shutil.copytree(inputs / "backbone", tmp_path / "recorded")
+    write_manifest(recorded, "teacher", inputs={}, config={}, encoder="0123456789abcdef")
+    other = {"model": str(recorded), "corpus": str(inputs / "store")}
+    with pytest.raises(HlmError, match="'teacher': .*0123456789abcdef"):
+        run(inputs, tmp_path / "a", all_systems(inputs) | {"teacher": other})
+    # Without vectors of its own the teacher's record says whose the students are to be.
+    with pytest.raises(HlmError, match="'student': .*0123456789abcdef"):
+        run(inputs, tmp_path / "b", all_systems(inputs) | {"teacher": str(recorded)})
+    data = shutil.copytree(inputs / "data", tmp_path / "data")
+    with open(data / "corpus.jsonl", "a") as file:
+        file.write(json.dumps({"_id": "one more", "title": "red shoe", "text": ""}) + "\n")
+    with pytest.raises(HlmError, match="source"):
+        run(inputs, tmp_path / "c", all_systems(inputs), data=str(data))
+
+
+@pytest.mark.parametrize("name", ["report.json", "report.png", "per_query.parquet", "runs/bm25.parquet"])
+def test_somebody_elses_file_is_not_overwritten(inputs, tmp_path, name):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / name).write_text('{"systems": "mine"}')
+    with pytest.raises(HlmError, match=f"found .*HLM did not write|{name}, found a file that HLM did not write"):
+        run(inputs, tmp_path, {"bm25": None})
+    assert (tmp_path / name).read_text() == '{"systems": "mine"}'
+
+
+def test_a_home_of_other_files_and_an_older_report_are_fine(inputs, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "letter.txt").write_text("dear")
+    for _ in range(2):
+        run(inputs, tmp_path, {"bm25": None}, output="~")
+    assert (tmp_path / "letter.txt").read_text() == "dear"
+    kept = json.loads((tmp_path / "report.json").read_text())
+    assert list(kept["systems"]) == ["bm25"] and sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.yaml", "letter.txt", "per_query.parquet", "report.json", "report.png", "runs"
+    ]  # fmt: skip
+
+
+def test_a_second_evaluation_of_one_output_is_told_who_runs(inputs, tmp_path):
+    hold = "import sys; from hlm.report_files import claimed_report\n"
+    hold += "with claimed_report(sys.argv[1], 'report.json'): print('held', flush=True); sys.stdin.read()"
+    variables = os.environ | {"PYTHONPATH": str(Path(evaluate.__file__).parent.parent)}
+    command = [sys.executable, "-c", hold, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=variables) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(HlmError, match=f"process {other.pid} "):
+            run(inputs, tmp_path, {"bm25": None})
+        other.stdin.close()
+    run(inputs, tmp_path, {"bm25": None})
+
+
+@pytest.mark.parametrize("output", ["file", "file/below"])
+def test_an_output_that_cannot_be_is_refused_first(inputs, tmp_path, monkeypatch, output):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(evaluate, "load", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(HlmError, match="found a file at .*/file"):
+        run(inputs, tmp_path / "x", {"bm25": None}, output=str(tmp_path / output))
 
 
 def test_a_student_needs_the_teachers_vectors(inputs, tmp_path):
