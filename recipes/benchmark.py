@@ -29,6 +29,7 @@ from hlm.artefacts import HlmError, write_json
 from hlm.budgets import BUDGETS, check_budgets, failures, inconclusive, read_budgets
 from hlm.config import Pairs, closest, parse, read_section, run_recipe
 from hlm.data import RetrievalData, load
+from hlm.encoders import check_device, find_encoder
 from hlm.evaluation import length_slice
 from hlm.footprint import backbone_config
 from hlm.latency import Block, derive, measure, new_words, ratios, summarise
@@ -39,6 +40,7 @@ from hlm.machine import facts
 from hlm.qwen_tokenizer import find_tokenizer
 from hlm.random_weights import RANDOM_IDS, Derivation, shape_config, shape_systems
 from hlm.report import command_line, environment
+from hlm.report_files import claimed_report
 from hlm.sample_catalogue import write_catalogue
 from hlm.store import VectorStore
 from hlm.systems import HLM, SENTENCE_TRANSFORMERS, TORCH_BACKENDS, System, cold_starts, load_system
@@ -105,9 +107,11 @@ class Entry:
 
 def main(argv: Sequence[str] | None = None) -> None:
     (config,) = parse(BenchmarkConfig, argv=argv)
+    check_device(config.device)
     if os.environ.get("RANK", "0") != "0":
         return  # nothing here is distributed
     entries = read_entries(config)
+    check_models(entries)
     reference = named(config.reference, entries, "reference", 0)
     budgets = read_budgets(config.budgets, list(entries), named(config.candidate, entries, "candidate", -1))
     evaluated = read_report(config, entries)
@@ -115,8 +119,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     store = VectorStore.open(config.corpus) if config.corpus else None
     measurable = find_measurable(config, entries, qualities, store)
     check_figures(config, entries, qualities, measurable, budgets)
-    queries, data = read_queries(config)
+    with claimed_report(config.output, "latency.json") as output:
+        report = run(config, entries, reference, budgets, qualities, measurable, store, evaluated)
+        report["environment"] = environment(command_line("recipes/benchmark.py", argv)) | facts()
+        write_json(output / "latency.json", report)  # first: it says that the plot beside it is HLM's
+        plot(report, output / "latency.png")
+    print(format_table(report))
+    end_as_a_gate(report["budgets"])
 
+
+def run(
+    config: BenchmarkConfig,
+    entries: dict[str, Entry],
+    reference: str,
+    budgets: list[tuple[str, str, float]],
+    qualities: dict[str, dict[str, Any]],
+    measurable: list[str],
+    store: VectorStore | None,
+    evaluated: dict[str, Any],
+) -> dict[str, Any]:
+    """Loads and measures everything; latency.json less its environment."""
+    queries, data = read_queries(config)
     systems, derived = load_systems(config, entries)
     models = {name: model_settings(config, entry) for name, entry in entries.items() if entry.model}
     starts = cold_starts(models, queries[0], config.cold_starts, max_other_load=config.max_other_load)
@@ -147,12 +170,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     report["rates"] = rates
     for name, work in works.items():
         report["systems"][name]["floor"] = floor_of(work, rates, report["systems"][name])
-    report["environment"] = environment(command_line("recipes/benchmark.py", argv)) | facts()
     report["budgets"] = check_budgets(report, budgets)
-    write_json(Path(config.output) / "latency.json", report)
-    plot(report, Path(config.output) / "latency.png")
-    print(format_table(report))
-    end_as_a_gate(report["budgets"])
+    return report
 
 
 def end_as_a_gate(checked: list[dict[str, Any]]) -> None:
@@ -202,6 +221,16 @@ def read_entry(config: BenchmarkConfig, name: str, given: Any) -> Entry:
             kind = "a shape" if entry.shape else "a model"
             raise HlmError(f"systems: '{name}': '{key}' does not apply to {kind} under backend '{entry.backend}'")
     return entry
+
+
+def check_models(entries: dict[str, Entry]) -> None:
+    """Refuses a folder or a package that is not there before the first system is loaded."""
+    for name, entry in entries.items():
+        try:
+            if entry.model is not None:
+                find_encoder(entry.model)
+        except HlmError as error:
+            raise HlmError(f"systems: '{name}': {error}") from error
 
 
 def named(name: str | None, entries: dict[str, Entry], what: str, default: int) -> str:

@@ -66,12 +66,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=1, help="processes to launch each training step on")
     options = parser.parse_args(argv)
     steps = read_steps(Path(options.configs))
-    for step in steps:  # before the first one has worked for an hour
-        check_step(step)
     home = steps[-1].output if steps[-1].name in REPORTS else steps[-1].output.parent  # beside what the steps make
     skipped: list[str] = []
     records: dict[str, dict[str, Any]] = {}
     with alone(home), Supervisor() as supervisor:
+        for step in steps:  # before the first one has worked for an hour
+            check_step(step)
         before = ""
         for step in steps:
             path = home / ".steps" / f"{step.name}.json"
@@ -134,7 +134,13 @@ def alone(home: Path) -> Iterator[None]:
         HlmError: somebody does; the message says which process.
     """
     folder = home / ".steps"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HlmError(
+            f"expected a folder for the records of the steps at {folder}, found {error.strerror}; correct `output` in "
+            "the steps' YAML, or make it writable"
+        ) from error
     with locked(folder / ".lock", f"the steps of {home}"):
         yield
 

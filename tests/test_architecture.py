@@ -14,7 +14,7 @@ LAYERS = [
     {"outputs"},
     {"integrity"},
     {"artefacts"},
-    {"processes", "report_files"},
+    {"processes", "report_files", "endings"},
     {"config", "tables", "data", "spelling", "keywords", "sample_vocabulary", "sample_catalogue", "losses",
      "gradcache", "store_writer", "store"},
     {"layout"},

@@ -205,6 +205,21 @@ def test_a_budget_on_an_undefined_recovery_is_inconclusive(run, inputs, tmp_path
     assert stop.value.code == 3 and "found no figure: the teacher scores 0 on all 80" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["latency.json", "latency.png"])
+def test_somebody_elses_file_is_not_overwritten(run, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(benchmark, "load_system", lambda **_: pytest.fail("loaded"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("{}")
+    with pytest.raises(HlmError, match=f"found {name} in .*/out, which HLM did not write"):
+        run()
+    assert (tmp_path / "out" / name).read_text() == "{}"
+
+
+def test_an_older_report_is_replaced(run):
+    run(repeats=1)
+    assert run(repeats=1, seed=1)["settings"]["seed"] == 1
+
+
 def test_as_a_script_an_unknown_budget_ends_at_once(monkeypatch, capsys):
     words = ["benchmark.py", "--systems", '{"a": "nowhere"}', "--budget", "p99=3"]
     monkeypatch.setattr(sys, "argv", words)
@@ -243,6 +258,8 @@ def test_as_a_script_an_unknown_budget_ends_at_once(monkeypatch, capsys):
         ({"a": {"model": "x", "quality": "b"}}, {}, "set `report`"),
         ({"a": "x"}, {"report": "nowhere.json"}, "cannot read nowhere.json"),
         ({"a": "x"}, {"queries": 0}, "queries: expected 1 or more"),
+        ({"a": "x", "b": "./no/such/student"}, {}, "'b': expected a model folder at ./no/such/student, found none"),
+        ({"a": "x"}, {"device": "cuda:99"}, "device: expected cuda:99"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_measured(run, monkeypatch, systems, settings, words):

@@ -337,6 +337,10 @@ def test_an_output_that_is_anothers_is_refused_before_any_step(house):
             quickstart.main(["--configs", "configs"])
         assert Path("log").read_text() == "" and Path("runs/x", folder, file).read_text() == "somebody's"
         shutil.rmtree("runs")
+    Path("runs").touch()
+    with pytest.raises(HlmError, match="records of the steps at runs/x/.steps, found Not a directory"):
+        quickstart.main(["--configs", "configs"])
+    Path("runs").unlink()
     Path("runs/x/teacher").mkdir(parents=True)
     Path("runs/x/teacher/hlm.json").write_text('{"kind": "student"}')
     with pytest.raises(HlmError, match="step teacher.*'teacher'.*'student'"):
