@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from hlm.artefacts import HlmError
 from hlm.config import closest
 
+INCONCLUSIVE = 3  # exit status; 2 is bad input's
 # Budget -> where its figure stands in a system's entry, whether the budget is the most or the least allowed, and which
 # measurement of time the figure rests on; "" where the load of other processes does not change it.
 BUDGETS: dict[str, tuple[tuple[str, ...], str, str]] = {
@@ -104,6 +105,17 @@ def _over(entry: Mapping[str, Any], measured: str) -> str | None:
     if measured == "throughput":
         return entry["throughput"][str(entry["best_batch_size"])]["over"]
     return entry["cold_start"]["over"] if measured == "cold start" else None
+
+
+def gate(checked: Sequence[Mapping[str, Any]], out: TextIO) -> int:
+    """Writes a line to `out` for each budget that is not kept. Returns the exit status: 0 where all are, 1 where one is
+    broken, `INCONCLUSIVE` where none is and one can be called neither."""
+    failed, undecided = failures(checked), inconclusive(checked)
+    for line in failed:
+        print(f"budget failed: {line}", file=out)
+    for line in undecided:
+        print(f"budget inconclusive: {line}", file=out)
+    return 1 if failed else INCONCLUSIVE if undecided else 0
 
 
 def failures(checked: Sequence[Mapping[str, Any]]) -> list[str]:

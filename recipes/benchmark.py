@@ -3,7 +3,7 @@
     python recipes/benchmark.py --config recipes/configs/quickstart/benchmark.yaml --budget p99_ms=15
 
 Under `output`: latency.json and latency.png. Exit status 1 says that a budget was not kept, 3 that of a budget neither
-this nor the opposite can be said, as its figure is undefined or other processes took the CPUs. Without weights at hand:
+this nor the opposite can be said, as its figure is undefined or other processes took the CPUs. Without weights:
 
     python recipes/benchmark.py --random_weights --output runs/shapes \
         --shape Qwen/Qwen3-Embedding-8B:dtype=bfloat16 --shape Qwen/Qwen3-Embedding-0.6B:layers=4,ffn=768
@@ -26,7 +26,7 @@ import torch
 import yaml
 
 from hlm.artefacts import HlmError, write_json
-from hlm.budgets import BUDGETS, check_budgets, failures, inconclusive, read_budgets
+from hlm.budgets import BUDGETS, check_budgets, gate, read_budgets
 from hlm.config import Pairs, closest, parse, read_section, run_recipe
 from hlm.data import RetrievalData, load
 from hlm.encoders import check_device, find_encoder
@@ -46,8 +46,6 @@ from hlm.store import VectorStore
 from hlm.systems import HLM, SENTENCE_TRANSFORMERS, TORCH_BACKENDS, System, cold_starts, load_system
 
 logger = logging.getLogger(__name__)
-
-INCONCLUSIVE = 3  # exit status; 2 is bad input's
 
 
 @dataclass
@@ -111,7 +109,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if os.environ.get("RANK", "0") != "0":
         return  # nothing here is distributed
     entries = read_entries(config)
-    check_models(entries)
+    for model in [entry.model for entry in entries.values() if entry.model]:
+        find_encoder(model)  # before the first one is loaded
     reference = named(config.reference, entries, "reference", 0)
     budgets = read_budgets(config.budgets, list(entries), named(config.candidate, entries, "candidate", -1))
     evaluated = read_report(config, entries)
@@ -125,7 +124,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_json(output / "latency.json", report)  # first: it says that the plot beside it is HLM's
         plot(report, output / "latency.png")
     print(format_table(report))
-    end_as_a_gate(report["budgets"])
+    if status := gate(report["budgets"], sys.stderr):
+        raise SystemExit(status)
 
 
 def run(
@@ -174,17 +174,6 @@ def run(
     return report
 
 
-def end_as_a_gate(checked: list[dict[str, Any]]) -> None:
-    """Exit status 1 where a budget was not kept, else 3 where one is inconclusive."""
-    failed, open_ = failures(checked), inconclusive(checked)
-    for line in failed:
-        print(f"budget failed: {line}", file=sys.stderr)
-    for line in open_:
-        print(f"budget inconclusive: {line}", file=sys.stderr)
-    if failed or open_:
-        raise SystemExit(1 if failed else INCONCLUSIVE)
-
-
 def read_entries(config: BenchmarkConfig) -> dict[str, Entry]:
     """The checked systems, those of `shape` last."""
     given = dict(config.systems)
@@ -221,16 +210,6 @@ def read_entry(config: BenchmarkConfig, name: str, given: Any) -> Entry:
             kind = "a shape" if entry.shape else "a model"
             raise HlmError(f"systems: '{name}': '{key}' does not apply to {kind} under backend '{entry.backend}'")
     return entry
-
-
-def check_models(entries: dict[str, Entry]) -> None:
-    """Refuses a folder or a package that is not there before the first system is loaded."""
-    for name, entry in entries.items():
-        try:
-            if entry.model is not None:
-                find_encoder(entry.model)
-        except HlmError as error:
-            raise HlmError(f"systems: '{name}': {error}") from error
 
 
 def named(name: str | None, entries: dict[str, Entry], what: str, default: int) -> str:

@@ -179,7 +179,7 @@ def find_inputs(systems: dict[str, System | None]) -> dict[str, VectorStore]:
             source = find_encoder(system.model)
             if not Path(source).is_dir():
                 find_on_hub(source)
-            elif system.max_seq_length is None and (encoder := recorded_encoder(Path(source))):
+            elif encoder := recorded_encoder(Path(source), system):
                 known[name] = encoder
             if system.corpus is not None:
                 stores[name] = VectorStore.open(system.corpus)
@@ -202,22 +202,28 @@ def find_on_hub(model: str) -> None:
     try:
         hf_hub_download(model, "modules.json")
     except (OSError, ValueError) as error:
-        found = str(error).strip().splitlines()[0]
+        found = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise HlmError(
             f"expected a folder or a sentence-transformers model on the Hub, found no modules.json of '{model}' "
             f"({found}); correct the name, or run the step that writes it"
         ) from error
 
 
-def recorded_encoder(folder: Path) -> str | None:
-    """The fingerprint that the manifest of a folder of HLM's gives; None where there is none."""
-    if not (folder / MANIFEST).is_file():
-        return None
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise HlmError(f"cannot read {folder / MANIFEST} ({error}); run the step that writes it again") from error
-    return manifest.get("encoder") if isinstance(manifest, dict) else None
+def recorded_encoder(folder: Path, system: System) -> str | None:
+    """The fingerprint that the manifest of a folder of HLM's gives, where the model is read as it was saved; None where
+    there is none, or another dtype or limit of tokens makes it another encoder."""
+    found = {}
+    for name in (MANIFEST, "config.json"):
+        try:
+            found[name] = json.loads((folder / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise HlmError(f"cannot read {folder / name} ({error}); run the step that writes it again") from error
+    if not all(isinstance(one, dict) for one in found.values()):
+        raise HlmError(f"{folder}: expected mappings in {' and '.join(found)}; run the step that writes it again")
+    saved = found["config.json"].get("dtype") or found["config.json"].get("torch_dtype")
+    return found[MANIFEST].get("encoder") if saved == system.dtype and system.max_seq_length is None else None
 
 
 def check_runs(output: Path, systems: dict[str, System | None]) -> None:

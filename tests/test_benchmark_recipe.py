@@ -258,7 +258,7 @@ def test_as_a_script_an_unknown_budget_ends_at_once(monkeypatch, capsys):
         ({"a": {"model": "x", "quality": "b"}}, {}, "set `report`"),
         ({"a": "x"}, {"report": "nowhere.json"}, "cannot read nowhere.json"),
         ({"a": "x"}, {"queries": 0}, "queries: expected 1 or more"),
-        ({"a": "x", "b": "./no/such/student"}, {}, "'b': expected a model folder at ./no/such/student, found none"),
+        ({"a": "x", "b": "./no/such/student"}, {}, "expected a model folder at ./no/such/student, found none"),
         ({"a": "x"}, {"device": "cuda:99"}, "device: expected cuda:99"),
     ],
 )

@@ -245,6 +245,9 @@ def test_what_is_on_record_is_compared_before_anything_is_searched(inputs, tmp_p
     other = {"model": str(recorded), "corpus": str(inputs / "store")}
     with pytest.raises(HlmError, match="'teacher': .*0123456789abcdef"):
         run(inputs, tmp_path / "a", all_systems(inputs) | {"teacher": other})
+    # Read in another dtype it is another encoder than the one on record.
+    halved = {"model": str(recorded), "dtype": "bfloat16", "corpus": str(inputs / "store")}
+    assert evaluate.find_inputs({"teacher": evaluate.System(**halved)})["teacher"].dim == 32
     # Without vectors of its own the teacher's record says whose the students are to be.
     with pytest.raises(HlmError, match="'student': .*0123456789abcdef"):
         run(inputs, tmp_path / "b", all_systems(inputs) | {"teacher": str(recorded)})
