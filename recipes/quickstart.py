@@ -49,7 +49,7 @@ STEPS = [
 ]
 REPORTS = {"evaluate": "report.json", "benchmark": "latency.json"}  # these steps write files, not artefacts
 KINDS = {"make_catalogue": "catalogue", "prepare_catalogue_queries": "dataset", "teacher": "teacher"}  # else a student
-PARTS = {"corpus": "vectors", "unlabelled": "vectors", "queries": "vectors", "index": "index"}  # embed's, in its output
+PARTS = ("corpus", "unlabelled", "queries")  # embed's stores, beside its index
 RECIPES = Path(__file__).resolve().parent
 
 
@@ -117,9 +117,11 @@ def check_step(step: Step) -> None:
         if step.name in REPORTS:
             check_report(step.output, REPORTS[step.name])
         elif step.script == "embed":
-            for part, kind in PARTS.items():
-                if not any((step.output / part).glob("vectors-*")):  # a store that is half written goes on
-                    check_output(step.output / part, kind)
+            from hlm.store import check_store_output  # numpy and pyarrow come with it
+
+            for part in PARTS:
+                check_store_output(step.output / part)
+            check_output(step.output / "index", "index")
         else:
             check_output(step.output, KINDS.get(step.script, "student"))
     except HlmError as error:

@@ -276,6 +276,7 @@ def test_a_stopped_run_stops_its_step_and_goes_on_with_it(long_step):
     process = started(long_step, stdout=subprocess.DEVNULL)
     step, _ = pids_of(long_step)
     beat = long_step / "beat"
+    wait_until(beat.exists)
     process.send_signal(signal.SIGTSTP)
     wait_until(lambda: Path(f"/proc/{step}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T")
     seen = beat.read_text()
@@ -341,6 +342,14 @@ def test_an_output_that_is_anothers_is_refused_before_any_step(house):
     with pytest.raises(HlmError, match="records of the steps at runs/x/.steps, found Not a directory"):
         quickstart.main(["--configs", "configs"])
     Path("runs").unlink()
+    (house / "configs/embed.yaml").write_text("output: runs/x/vectors\n")
+    for part in ("corpus", "index"):
+        Path("runs/x/vectors", part).mkdir(parents=True)
+        Path("runs/x/vectors", part, "thesis.txt").touch()
+        with pytest.raises(HlmError, match=f"step embed .*vectors/{part}.*thesis.txt"):
+            quickstart.main(["--configs", "configs"])
+        shutil.rmtree("runs")
+    (house / "configs/embed.yaml").unlink()
     Path("runs/x/teacher").mkdir(parents=True)
     Path("runs/x/teacher/hlm.json").write_text('{"kind": "student"}')
     with pytest.raises(HlmError, match="step teacher.*'teacher'.*'student'"):
