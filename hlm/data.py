@@ -6,7 +6,10 @@ the judgements tie them together.
 
 from __future__ import annotations
 
+import logging
 import math
+import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +19,12 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hlm.artefacts import HlmError, fingerprint_file, fingerprint_json, fingerprint_texts
-from hlm.tables import SUFFIXES, TEXTS, Row, Table, checked_dataset, find_table, identifier, read_rows
+from hlm.artefacts import HlmError, fingerprint_texts
+from hlm.readers import SUFFIXES, Row, qrels_row
+from hlm.sources import folder_tables, hub_tables
+from hlm.tables import TEXTS, Table, checked_dataset, identifier
 
-_HUB_SPLITS = {"dev": ("dev", "validation", "valid")}
+logger = logging.getLogger(__name__)
 
 Qrels = dict[str, dict[str, int]]
 
@@ -98,6 +103,7 @@ def load(
     revision: str | None = None,
     splits: Sequence[str] = ("train", "dev", "test"),
     cache_dir: str | Path | None = None,
+    skip_bad_rows: bool = False,
 ) -> RetrievalData:
     """Loads and checks a dataset in the contract's layout.
 
@@ -106,23 +112,34 @@ def load(
         revision: the Hub revision; refused for a folder.
         splits: the qrels splits to load where the source has them.
         cache_dir: where the Arrow files go; the datasets library's cache by default.
+        skip_bad_rows: leave out documents and queries without a text, and judgements of documents or queries that
+            are not there, as public datasets have them; the log says how many. Everything else that breaks the
+            contract is refused all the same.
 
     Raises:
         HlmError: a table is missing, empty or breaks the contract; names the file, the line, what was expected and
-            found, and what to do.
+            found, and what to do. Or the cache cannot be written.
     """
     if Path(source).is_dir():
-        tables = _folder_tables(source, revision, splits)
+        if revision is not None:
+            raise HlmError(f"revision '{revision}' was given for the folder {source}; it is for Hub datasets only")
+        tables = folder_tables(source, splits)
     elif source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).exists():
         raise HlmError(f"expected a folder with corpus, queries and qrels, found none at '{source}'; correct the path")
     else:
-        tables = _hub_tables(source, revision, splits)
+        tables = hub_tables(source, revision, splits)
     cache = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "hlm")
-    loaded = {part: checked_dataset(tables[part], part, cache) for part in TEXTS if part in tables}
+    loaded = {
+        part: checked_dataset(tables[part], part, cache, skip_bad_rows=skip_bad_rows)
+        for part in TEXTS
+        if part in tables
+    }
     qrels = _Splits(source, tables)
     for split in splits:
         if f"qrels/{split}" in tables:
-            qrels[split] = _load_qrels(tables[f"qrels/{split}"], loaded["queries"], loaded["corpus"])
+            qrels[split] = _load_qrels(
+                tables[f"qrels/{split}"], loaded["queries"], loaded["corpus"], skip_bad_rows=skip_bad_rows
+            )
     return RetrievalData(source, loaded["corpus"], loaded["queries"], qrels, loaded.get("unlabelled"))
 
 
@@ -141,127 +158,14 @@ class _Splits(dict[str, Qrels]):
         )
 
 
-def _folder_tables(source: str, revision: str | None, splits: Sequence[str]) -> dict[str, Table]:
-    if revision is not None:
-        raise HlmError(f"revision '{revision}' was given for the folder {source}; it is for Hub datasets only")
-    tables = {}
-    for part in (*TEXTS, *(f"qrels/{split}" for split in splits)):
-        path = find_table(Path(source), part)
-        if path is not None:
-            tables[part] = Table(str(path), lambda path=path: read_rows(path), lambda path=path: fingerprint_file(path))
-    if (table := _sharded(Path(source), "unlabelled")) is not None:
-        if "unlabelled" in tables:
-            raise HlmError(f"expected one 'unlabelled' in {source}, found {tables['unlabelled'].name} and {table.name}")
-        tables["unlabelled"] = table
-    for part in ("corpus", "queries"):
-        if part not in tables:
-            tried = ", ".join(f"{part}{suffix}" for suffix in SUFFIXES)
-            found = ", ".join(sorted(p.name for p in Path(source).iterdir())) or "an empty folder"
-            raise HlmError(f"{source}: expected one of {tried}, found {found}; add the file or correct the path")
-    return tables
-
-
-def _sharded(folder: Path, part: str) -> Table | None:
-    """A table in many files, streamed: a folder `part` of shards in the order of their names, or `part.urls`, a text
-    file with an address a line (hf://datasets/owner/name/*.parquet, https://...)."""
-    listed, shards = folder / f"{part}.urls", folder / part
-    if listed.is_file():
-        return _addressed(listed)
-    if not shards.is_dir():
-        return None
-    paths = sorted(path for path in shards.iterdir() if path.suffix in SUFFIXES)
-    if not paths:
-        raise HlmError(f"{shards}: expected shards ({', '.join(SUFFIXES)}), found none; add them or remove the folder")
-
-    def rows() -> Iterator[tuple[str, Row]]:
-        return ((f"{path.name}, {place}", row) for path in paths for place, row in read_rows(path))
-
-    return Table(str(shards), rows, lambda: fingerprint_json([[path.name, fingerprint_file(path)] for path in paths]))
-
-
-def _addressed(path: Path) -> Table:
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    addresses = [line for line in lines if line and not line.startswith("#")]
-    kinds = {{".parquet": "parquet", ".jsonl": "json", ".csv": "csv"}.get(Path(one).suffix) for one in addresses}
-    if len(kinds) != 1 or None in kinds:
-        raise HlmError(
-            f"{path}: expected addresses of .parquet, .jsonl or .csv files, all of one kind, found "
-            f"{', '.join(addresses[:3]) or 'none'}; write one a line"
-        )
-    try:
-        builder = datasets.load_dataset_builder(kinds.pop(), data_files={"train": addresses})
-        streamed = builder.as_streaming_dataset(split="train")
-    except (OSError, ValueError, StopIteration) as error:  # the last: a pattern of JSON Lines that nothing meets
-        raise HlmError(f"{path}: expected files at its addresses, found none ({error}); correct them") from error
-
-    def rows() -> Iterator[tuple[str, Row]]:
-        return ((f"row {number}", row) for number, row in enumerate(streamed, start=1))
-
-    files = builder.config.data_files["train"]  # origin_metadata: what tells another version of a file
-    return Table(str(path), rows, lambda: fingerprint_json([list(files), [list(one) for one in files.origin_metadata]]))
-
-
-def _hub_tables(source: str, revision: str | None, splits: Sequence[str]) -> dict[str, Table]:
-    def configs_of(repo: str) -> list[str]:
-        try:
-            return datasets.get_dataset_config_names(repo, revision=revision if repo == source else None)
-        except (OSError, ValueError) as error:
-            raise HlmError(
-                f"expected a folder or a Hub dataset id, found '{source}': no such folder here, and the Hub says "
-                f"{type(error).__name__}: {error}; correct the path or the id, or check the connection"
-            ) from error
-
-    def splits_of(repo: str, config: str) -> datasets.DatasetDict:
-        try:
-            return datasets.load_dataset(repo, config, revision=revision if repo == source else None)
-        except (OSError, ValueError) as error:
-            raise HlmError(f"Hub dataset {repo}: config '{config}' does not load ({error})") from error
-
-    def table(repo: str, config: str, split: str, dataset: datasets.Dataset) -> Table:
-        def rows() -> Iterator[tuple[str, Row]]:
-            return ((f"row {number}", row) for number, row in enumerate(iterate(dataset), start=1))
-
-        return Table(
-            f"Hub dataset {repo} (config '{config}', split '{split}')",
-            rows,
-            lambda: fingerprint_json([repo, config, split, dataset._fingerprint]),
-        )
-
-    configs = configs_of(source)
-    tables = {}
-    for part in TEXTS:
-        if part in configs:
-            loaded = splits_of(source, part)
-            if len(loaded) != 1:
-                raise HlmError(f"Hub dataset {source}: config '{part}' has splits {list(loaded)}, expected one")
-            tables[part] = table(source, part, *next(iter(loaded.items())))
-        elif part != "unlabelled":
-            raise HlmError(f"Hub dataset {source}: expected a config '{part}', found {configs}; use the BEIR layout")
-    qrels_config = next((name for name in ("qrels", "default") if name in configs), None)
-    # BEIR keeps the judgements of `id` in a second repository, `id-qrels`.
-    repo = source if qrels_config else f"{source}-qrels"
-    config = qrels_config or configs_of(repo)[0]
-    loaded = splits_of(repo, config)
-    for split in splits:
-        for name in _HUB_SPLITS.get(split, (split,)):
-            if name in loaded:
-                tables.setdefault(f"qrels/{split}", table(repo, config, name, loaded[name]))
-    return tables
-
-
-def _load_qrels(table: Table, queries: datasets.Dataset, corpus: datasets.Dataset) -> Qrels:
+def _load_qrels(
+    table: Table, queries: datasets.Dataset, corpus: datasets.Dataset, *, skip_bad_rows: bool = False
+) -> Qrels:
     """The judgements of one split, every id checked against the tables."""
     qrels: Qrels = {}
     for place, row in table.rows():
         where = f"{table.name}, {place}"
-        absent = [name for name in ("query-id", "corpus-id", "score") if name not in row]
-        if absent:
-            raise HlmError(
-                f"{where}: expected the columns query-id, corpus-id, score, found {', '.join(row)}; rename the columns"
-            )
-        query_id = identifier(row["query-id"], f"{where}, column query-id")
-        document_id = identifier(row["corpus-id"], f"{where}, column corpus-id")
-        grade = _grade(row["score"], where)
+        query_id, document_id, grade = _judgement(qrels_row(row), where)
         documents = qrels.setdefault(query_id, {})
         if documents.setdefault(document_id, grade) != grade:
             raise HlmError(
@@ -273,15 +177,71 @@ def _load_qrels(table: Table, queries: datasets.Dataset, corpus: datasets.Datase
     document_ids = pa.array({document_id for documents in qrels.values() for document_id in documents}, pa.string())
     lost_queries = _not_in(pa.array(list(qrels), pa.string()), queries)
     lost_documents = _not_in(document_ids, corpus)
+    if skip_bad_rows:
+        return _without(qrels, lost_queries, lost_documents, table.name)
     if lost_queries or lost_documents:
         for place, row in table.rows():  # read again for the place: only the error pays for it
-            for column, lost, part in (("query-id", lost_queries, "queries"), ("corpus-id", lost_documents, "corpus")):
-                if str(row[column]) in lost:
+            query_id, document_id, _ = _judgement(qrels_row(row), table.name)
+            for column, value, lost, part, known in (
+                ("query-id", query_id, lost_queries, "queries", queries),
+                ("corpus-id", document_id, lost_documents, "corpus", corpus),
+            ):
+                if value in lost:
                     raise HlmError(
-                        f"{table.name}, {place}: expected a {column} of the {part} table, found '{row[column]}', which "
-                        f"is not there; add it to {part} or remove the line ({len(lost)} such ids in all)"
+                        f"{table.name}, {place}: expected a {column} of the {part} table, found "
+                        f"{_beside(value, known)}; correct it, add it to {part}, remove the line, or leave all such "
+                        f"judgements out with skip_bad_rows ({len(lost)} such ids in all)"
                     )
     return qrels
+
+
+def _judgement(row: Row, where: str) -> tuple[str, str, int]:
+    absent = [name for name in ("query-id", "corpus-id", "score") if name not in row]
+    if absent:
+        raise HlmError(
+            f"{where}: expected the columns query-id, corpus-id, score, found {', '.join(row)}; rename the columns, or "
+            "add the header line if the file has none"
+        )
+    query_id = identifier(row["query-id"], f"{where}, column query-id")
+    return query_id, identifier(row["corpus-id"], f"{where}, column corpus-id"), _grade(row["score"], where)
+
+
+def _without(qrels: Qrels, lost_queries: set[str], lost_documents: set[str], name: str) -> Qrels:
+    """The judgements whose query and document are there; the log says how many are not."""
+    kept = {
+        query_id: left
+        for query_id, documents in qrels.items()
+        if query_id not in lost_queries
+        and (left := {document: grade for document, grade in documents.items() if document not in lost_documents})
+    }
+    of_queries = sum(len(qrels[query_id]) for query_id in lost_queries)
+    of_documents = sum(map(len, qrels.values())) - sum(map(len, kept.values())) - of_queries
+    if of_queries or of_documents:
+        logger.warning(
+            "%s: left out %d judgements of queries that are not in queries, %d of documents that are not in corpus; "
+            "%d of %d queries are left",
+            name, of_queries, of_documents, len(kept), len(qrels),
+        )  # fmt: skip
+    if not kept:
+        raise HlmError(f"{name}: expected judgements of this data, found none; choose the judgements that belong to it")
+    return kept
+
+
+def _beside(value: str, dataset: datasets.Dataset) -> str:
+    """An id that is not there, for an error: beside the one that looks like it, or else the table's first ones."""
+    wanted, ids = _look(value), dataset.data.column("_id")
+    alike = [known for chunk in ids.chunks for known in chunk.to_pylist() if _look(known) == wanted]
+    if alike:
+        return f"{ascii(value)}, which is not there, but {ascii(alike[0])} is"
+    first = ", ".join(f"'{known}'" for known in ids[:3].to_pylist())
+    return f"'{value}', which is not there (its first ids are {first})"
+
+
+def _look(value: str) -> str:
+    """The same for ids that look alike: spaces, invisible characters, forms of Unicode, case, 7, 007 and 7.0."""
+    shown = "".join(c for c in unicodedata.normalize("NFKC", value) if unicodedata.category(c) not in ("Cf", "Cc"))
+    shown = "".join(shown.split()).casefold()
+    return re.sub(r"^0+(?=\d)|(?<=\d)\.0+$", "", shown)
 
 
 def _grade(value: Any, where: str) -> int:

@@ -185,7 +185,8 @@ def stage_dataset(config: PublishConfig, repositories: dict, done: dict, home: P
 
 
 def stage_tables(data: Path, home: Path, unlabelled: bool) -> None:
-    """Links to the tables; where they are of several formats, which `datasets` does not read, all of them as JSONL."""
+    """Links to the tables; where they are compressed, or of several formats, which `datasets` does not read, all of
+    them as JSONL."""
     texts = ["corpus", "queries", *(["unlabelled"] if unlabelled else [])]
     found = {part: find_table(data, part) for part in (*texts, *(f"qrels/{split}" for split in SPLITS))}
     found = {part: path for part, path in found.items() if path}
@@ -197,7 +198,8 @@ def stage_tables(data: Path, home: Path, unlabelled: bool) -> None:
     (home / "qrels").mkdir(parents=True)
     if (data / MANIFEST).is_file():
         (home / MANIFEST).symlink_to((data / MANIFEST).resolve())
-    if len({path.suffix for path in found.values()}) == 1:
+    kinds = {path.suffix for path in found.values()}
+    if len(kinds) == 1 and kinds <= {".jsonl", ".parquet", ".tsv", ".csv"}:  # and neither compressed nor TREC's
         for part, path in found.items():
             (home / part).with_suffix(path.suffix).symlink_to(path.resolve())
         return

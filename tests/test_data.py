@@ -164,8 +164,19 @@ BAD = [
     ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td1\t0.5\n", ["line 2", "score", "'0.5'"]),
     ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td1\n", ["line 2", "3 cells", "found 2"]),
     ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td1\t2\n", ["line 3", "one grade"]),
-    ("qrels/test.tsv", "qid\tdid\tscore\nq1\td1\t1\n", ["query-id", "qid, did, score"]),
-    ("qrels/test.tsv", 'query-id\tcorpus-id\tscore\n"q1"x\td1\t1\n', ["line 2", "quoting"]),
+    ("qrels/test.tsv", "one\ttwo\tscore\nq1\td1\t1\n", ["query-id", "one, two, score", "header"]),
+    ("qrels/test.tsv", "qid\tquery-id\tdid\tscore\nq1\tq2\td1\t1\n", ["query-id", "qid, query-id, did, score"]),
+    ("qrels/test.tsv", 'query-id\tcorpus-id\tscore\n"q1"x\td1\t1\n', ["line 2", "'\"q1\"x'", "'q1', 'q2'"]),
+    ("qrels/test.tsv", "q1\t0\td1\t1\nq1\td2\t1\n", ["line 2", "expected 4 cells", "found 3"]),
+    ("qrels/test.tsv", "q1\td1\thigh\nq1\td2\tlow\n", ["query-id", "q1, d1, high", "header"]),
+    ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td1 \t1\n", ["'d1 '", "'d1' is"]),
+    ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td\u200b1\t1\n", ["'d\\u200b1'", "'d1' is"]),
+    ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\tD1\t1\n", ["'D1'", "'d1' is"]),
+    ("queries.jsonl", '{"_id": "q1", "text": "\\u200b\\u00a0"}\n', ["line 1", "text", "empty", "skip_bad_rows"]),
+    ("corpus.jsonl", '[{"_id": "d1", "title": "a"}]\n', ["line 1", "one object a line"]),
+    ("corpus.jsonl", '[\n{"_id": "d1", "title": "a"}\n]\n', ["line 1", "one object a line"]),
+    ("corpus.jsonl", '{"_id": 1.5, "title": "a"}\n', ["line 1", "an id", "1.5"]),
+    ("corpus.jsonl", "_id,title\n".encode("utf-16"), ["line 1", "UTF-16"]),
 ]  # fmt: skip
 
 
@@ -192,13 +203,22 @@ def test_missing_files_say_what_was_tried(folder, read, tmp_path):
     with pytest.raises(HlmError, match=r"split 'train'.*qrels/test.*qrels/train"):
         read(folder).qrels["train"]
     (folder / "queries.jsonl").unlink()
-    with pytest.raises(HlmError, match="queries.jsonl, queries.parquet, queries.tsv, queries.csv, found corpus.jsonl"):
+    with pytest.raises(HlmError, match="queries.jsonl, queries.json, queries.parquet, .*, found c"):
         read(folder)
     with pytest.raises(HlmError, match="expected a folder"):
         read(tmp_path / "nowhere")
     (folder / "corpus.csv").write_text("_id,title\nd1,a\n")
-    with pytest.raises(HlmError, match="corpus.jsonl, corpus.csv; keep one"):
+    with pytest.raises(HlmError, match="corpus.csv, corpus.jsonl; keep one"):
         read(folder)
+
+
+@pytest.mark.parametrize(("known", "judged"), [("cafe\u0301", "caf\u00e9"), ("7", "007"), ("7", "7.0"), ("Ａ1", "a1")])
+def test_ids_that_look_alike_are_told_apart(folder, read, known, judged):
+    write_jsonl(folder / "corpus.jsonl", [{"_id": known, "title": "a"}])
+    write_qrels(folder, [("q1", judged, 1)])
+    with pytest.raises(HlmError) as error:
+        read(folder)
+    assert f"found {ascii(judged)}, which is not there, but {ascii(known)} is" in str(error.value)
 
 
 def test_whole_number_ids_become_text(folder, read):
@@ -210,8 +230,8 @@ def test_whole_number_ids_become_text(folder, read):
 
 def test_the_hub_layout(tmp_path):
     """The datasets library reads a local repository exactly as one on the Hub."""
-    from hlm.data import TEXTS, _hub_tables
-    from hlm.tables import checked_dataset
+    from hlm.sources import hub_tables
+    from hlm.tables import TEXTS, checked_dataset
 
     repo = tmp_path / "repo"
     (repo / "qrels").mkdir(parents=True)
@@ -223,7 +243,7 @@ def test_the_hub_layout(tmp_path):
         "- config_name: corpus\n  data_files:\n  - split: corpus\n    path: corpus.jsonl\n"
         "- config_name: queries\n  data_files:\n  - split: queries\n    path: queries.jsonl\n---\n"
     )
-    tables = _hub_tables(str(repo), None, ("train", "dev", "test"))
+    tables = hub_tables(str(repo), None, ("train", "dev", "test"))
     assert set(tables) == {"corpus", "queries", "qrels/dev"}
     loaded = {part: checked_dataset(tables[part], part, tmp_path / "c") for part in TEXTS if part in tables}
     assert loaded["corpus"]["_id"] == ["d1", "d2", "d3"]
@@ -259,13 +279,5 @@ def test_unlabelled_queries_in_shards(catalogue_200, tmp_path, way, suffix):
     assert load(str(folder), cache_dir=cache).fingerprint("unlabelled") != before
     for path in shards.glob("*"):
         path.unlink()
-    with pytest.raises(HlmError, match="expected (shards|files at its addresses)"):
+    with pytest.raises(HlmError, match="expected (shards|files at file:)"):
         load(str(folder), cache_dir=cache)
-
-
-def test_addresses_of_two_kinds_are_refused(catalogue_200, tmp_path):
-    shutil.copytree(catalogue_200, tmp_path / "data")
-    (tmp_path / "data/unlabelled.jsonl").unlink()
-    (tmp_path / "data/unlabelled.urls").write_text("hf://datasets/a/b/c.parquet\nhf://datasets/a/b/c.jsonl\n")
-    with pytest.raises(HlmError, match="all of one kind"):
-        load(str(tmp_path / "data"), cache_dir=tmp_path)
