@@ -6,8 +6,6 @@ that ties break the same way everywhere.
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +16,7 @@ import pytrec_eval
 from hlm.artefacts import HlmError
 from hlm.data import Row, document_text
 from hlm.index import AdIndex
+from hlm.words import count_words, terms
 
 Run = dict[str, dict[str, float]]
 Qrels = dict[str, dict[str, int]]
@@ -213,8 +212,8 @@ def overlap(run_a: Run, run_b: Run, k: int = 10) -> Scores:
 
 
 def length_slice(text: str) -> str:
-    """The slice of a query by its number of words: "1", "2", "3-4" or "5+"."""
-    words = len(text.split())
+    """The slice of a query by its number of words (`count_words`): "1", "2", "3-4" or "5+"."""
+    words = count_words(text)
     return "1" if words <= 1 else "2" if words == 2 else "3-4" if words <= 4 else "5+"
 
 
@@ -270,13 +269,14 @@ def dense_run(query_vectors: np.ndarray, index: AdIndex, query_ids: Sequence[str
     }
 
 
-def tokenise(text: str, *, stem: bool = True) -> list[str]:
-    """Lower-cased words and numbers for BM25: "WH-1000XM4, 15.6\\"" -> wh, 1000xm4, 15.6.
+def tokenise(text: str, *, stem: bool = True, single: bool = False) -> list[str]:
+    """Words and numbers for BM25, case folded: "WH-1000XM4, 15.6\\"" -> wh, 1000xm4, 15.6; see `hlm.words.terms`.
 
-    Punctuation separates, except inside a decimal number. `stem` folds English plurals only (Harman's S stemmer,
-    JASIS 1991): a full stemmer would also rewrite brands and model names.
+    Punctuation separates, except inside a decimal number. Scripts without spaces, and Korean, come as pairs of
+    characters; with `single`, for documents, one by one as well. `stem` folds English plurals only (Harman's S
+    stemmer, JASIS 1991): a full stemmer would also rewrite brands and model names.
     """
-    words = re.findall(r"\d+(?:[.,]\d+)+\w*|\w+", unicodedata.normalize("NFKC", text).lower())
+    words = terms(text, single=single)
     return [_singular(word) for word in words] if stem else words
 
 
@@ -320,7 +320,8 @@ def bm25_run(
     for row in corpus:
         ids.append(row["_id"])
         # The dictionary's own integers are shared: a token costs 8 bytes, not 40.
-        documents.append([vocabulary.setdefault(w, len(vocabulary)) for w in tokenise(document_text(row), stem=stem)])
+        words = tokenise(document_text(row), stem=stem, single=True)
+        documents.append([vocabulary.setdefault(word, len(vocabulary)) for word in words])
     if not vocabulary:
         raise HlmError(f"BM25 found no word in {len(ids)} documents; check the corpus")
     engine = bm25s.BM25(method="lucene", k1=k1, b=b)

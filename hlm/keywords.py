@@ -20,6 +20,7 @@ from typing import Any
 
 from hlm.artefacts import HlmError
 from hlm.spelling import UNIT, WORD, canonical, match_key, normalise, plural_of, singular, vary_units, words_of
+from hlm.words import lower
 
 Row = dict[str, Any]
 
@@ -221,21 +222,22 @@ class Catalogue:
         at_start = True
         for segment in _BREAK.split(text.replace("(s)", "s")):
             run: list[str] = []
-            lower = after_number = False
-            for word in WORD.findall(unicodedata.normalize("NFKC", segment)):
+            small = after_number = False
+            for written in WORD.findall(unicodedata.normalize("NFKC", segment)):
+                word = lower(written)
                 # "toner cartridge Original": from small letters to a capital the phrase has ended.
-                ends = any(c.isdigit() for c in word) or word.lower() in self._boundary or (lower and word[0].isupper())
+                ends = any(c.isdigit() for c in word) or word in self._boundary or (small and written[0].isupper())
                 if ends and run:
                     yield run, at_start
                     run = []
                 if ends:
                     at_start = False
-                if word.lower() in self._boundary or any(c.isdigit() for c in word):
-                    lower, after_number = False, word.replace(".", "").isdigit()
+                if word in self._boundary or any(c.isdigit() for c in word):
+                    small, after_number = False, word.replace(".", "").isdigit()
                     continue
-                lower = word[0].islower()
-                if not (after_number and (UNIT.match(word.lower()) or _COUNTED.match(word.lower()))):
-                    run.append(singular(word.lower()))
+                small = written[0].islower()
+                if not (after_number and (UNIT.match(word) or _COUNTED.match(word))):
+                    run.append(singular(word))
                 after_number = False
             if run:
                 yield run, at_start

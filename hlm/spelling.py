@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import random
 import re
-import unicodedata
 
-WORD = re.compile(r"[^\W_]+(?:[.\-/+'][^\W_]+)*\+?")
+import regex
+
+from hlm.words import fold, lower
+
+# Letters, digits and vowel signs; a sign does not begin a word.
+WORD = regex.compile(r"(?V1)(?!\p{M})[[\w\p{N}]--\p{Pc}]+(?:[.\-/+'][[\w\p{N}]--\p{Pc}]+)*\+?")
+_ASCII_WORD = re.compile(r"[^\W_]+(?:[.\-/+'][^\W_]+)*\+?")  # the same of ASCII, twice as fast
 UNIT = re.compile(r"^(?:mm|cm|m|ft|in|inch|kg|g|w|v|va|mah|gb|tb|mb|ghz|mhz|hz|ml|l|dpi|ppm|mp)$")
 
 
@@ -16,7 +21,7 @@ def normalise(text: str) -> str:
 
 
 def canonical(text: str) -> str:
-    """The same for texts that differ only in the order of their words, singular and plural, hyphens."""
+    """The same for texts that differ only in the order of their words, singular and plural, hyphens, case."""
     return "".join(sorted(_parts(text)))
 
 
@@ -26,8 +31,10 @@ def spellings(text: str) -> frozenset[str]:
 
 
 def words_of(text: str) -> list[str]:
-    """The lower-case words; "usb-c", "2.0" and "802.11n" stay whole."""
-    return WORD.findall(unicodedata.normalize("NFKC", text).lower().replace("®", " ").replace("™", " "))
+    """The lower-case words; "usb-c", "2.0" and "802.11n" stay whole, and so do runs of scripts without spaces."""
+    if text.isascii():
+        return _ASCII_WORD.findall(text.lower())
+    return WORD.findall(lower(text).replace("®", " ").replace("™", " "))
 
 
 def match_key(text: str) -> str:
@@ -36,7 +43,7 @@ def match_key(text: str) -> str:
 
 
 def _parts(text: str) -> list[str]:
-    return [singular(part) for word in words_of(text) for part in re.split(r"[-/]", word)]
+    return [singular(part) for word in words_of(fold(text)) for part in re.split(r"[-/]", word)]
 
 
 def singular(word: str) -> str:
