@@ -14,24 +14,17 @@ import json
 import logging
 import random
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hlm.artefacts import (
-    MANIFEST,
-    HlmError,
-    atomic_folder,
-    check_output,
-    fingerprint_file,
-    read_manifest,
-    write_manifest,
-)
+from hlm.artefacts import MANIFEST, HlmError, atomic_folder, claimed, fingerprint_file, read_manifest, write_manifest
 from hlm.config import parse, run_recipe
 from hlm.data import RetrievalData, iterate, load
 from hlm.keywords import Catalogue, Keyword
-from hlm.spelling import canonical, normalise, spellings
+from hlm.spelling import canonical, normalise, spellings, words_of
 from hlm.tables import find_table, read_rows
 
 logger = logging.getLogger(__name__)
@@ -42,6 +35,9 @@ class PrepareConfig:
     source: str = field(metadata={"help": "catalogue in HLM's layout: folder or Hub dataset id"})
     output: str = field(metadata={"help": "folder to write"})
     revision: str | None = field(default=None, metadata={"help": "revision of a Hub dataset"})
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "leave out rows without text, and judgements of what is not there"}
+    )
     general_queries: str | None = field(
         default=None, metadata={"help": "table with a `text` column of general queries, mixed into unlabelled"}
     )
@@ -75,14 +71,19 @@ class _Rows:
 
 def main(argv: list[str] | None = None) -> None:
     (config,) = parse(PrepareConfig, argv=argv)
-    check_output(config.output, "dataset")
-    data = load(config.source, revision=config.revision)
+    with claimed(config.output, "dataset") as output:
+        prepare(config, output)
+
+
+def prepare(config: PrepareConfig, output: Path) -> None:
+    """Writes the dataset to `output`, unless it is there already."""
+    data = load(config.source, revision=config.revision, skip_bad_rows=config.skip_bad_rows)
     if "train" in data.qrels:
         raise HlmError(f"{config.source} has a train split: expected a catalogue without one; train on it as it is")
     inputs = {name: data.fingerprint(name) for name in ("corpus", "queries", *(f"qrels/{s}" for s in data.qrels))}
     if config.general_queries:
         inputs["general_queries"] = fingerprint_file(_existing(config.general_queries))
-    if _up_to_date(config, inputs):
+    if _up_to_date(config, output, inputs):
         logger.info("%s is up to date", config.output)
         return
 
@@ -90,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     logger.info("%d product types, synonyms %s", len(catalogue.types), catalogue.synonyms or "none")
     train, dev, unlabelled = derive(catalogue, data, config)
     general = _general_queries(config, data)
-    with atomic_folder(config.output, "dataset") as folder:
+    with atomic_folder(output, "dataset") as folder:
         _write(folder, data, config, train, dev, unlabelled + general)
         counts = {"train": len(train), "dev": len(dev), "unlabelled": len(unlabelled), "general": len(general)}
         write_manifest(folder, "dataset", inputs=inputs, config=asdict(config), queries=counts)
@@ -107,8 +108,17 @@ def derive(
     train: list[Keyword] = []
     dev: list[Keyword] = []
     unlabelled: list[Keyword] = []
+    tries: Counter[str] = Counter()
     for keyword in _keywords(catalogue, data, config):
-        if keyword.text in seen or not keyword.text or spellings(keyword.text) & judged:
+        tries["all"] += 1
+        if keyword is None:
+            tries["met a product without the fields"] += 1
+            continue
+        if keyword.text in seen or not keyword.text:
+            tries["gave a query that was there"] += 1
+            continue
+        if spellings(keyword.text) & judged:
+            tries["gave a judged query"] += 1
             continue
         seen.add(keyword.text)
         # By canonical form, so that "usb hubs" is on the same side as "usb hub".
@@ -122,10 +132,30 @@ def derive(
             unlabelled.append(keyword)
         elif len(train) == config.train_queries and len(dev) == config.dev_queries:
             return train, dev, unlabelled
-    logger.warning("the catalogue gave %d train, %d dev, %d unlabelled queries", len(train), len(dev), len(unlabelled))
+    found = f"{len(train)} train, {len(dev)} dev, {len(unlabelled)} unlabelled queries"
+    why = _why_few(catalogue, data, config, tries)
     if not train or not dev:
-        raise HlmError(f"{config.source}: expected queries for train and dev, found too few; give a larger catalogue")
+        raise HlmError(f"{config.source}: expected queries for train and dev, found {found}: {why}")
+    logger.warning("the catalogue gave only %s: %s", found, why)
     return train, dev, unlabelled
+
+
+def _why_few(catalogue: Catalogue, data: RetrievalData, config: PrepareConfig, tries: Counter[str]) -> str:
+    """What of a catalogue leaves little to derive queries from, with numbers, and what to do."""
+    shows: Counter[str] = Counter()
+    for row in iterate(data.corpus):
+        shows["a brand"] += bool(row.get("brand"))
+        shows["a model"] += bool(row.get("model"))
+        shows[f"attributes in '{config.attributes_column}'"] += bool(catalogue.attributes(row))
+        shows["a product type"] += bool(catalogue.types_of(row))
+        shows["a title of more than one word"] += len(words_of(row.get("title") or row.get("text") or "")) > 1
+    counts = ", ".join(f"{shows[name]:,} {name}" for name in shows)
+    of_tries = ", ".join(f"{count:,} {name}" for name, count in tries.items() if name != "all")
+    return (
+        f"of {len(data.corpus):,} products {counts}; of {tries['all']:,} tries {of_tries or 'all gave new queries'}. "
+        "Give more products, fill those fields or name their columns (attributes_column, type_attribute), put spaces "
+        "between words where the script writes none, or ask for fewer queries"
+    )
 
 
 def judged_spellings(data: RetrievalData) -> frozenset[str]:
@@ -133,15 +163,14 @@ def judged_spellings(data: RetrievalData) -> frozenset[str]:
     return frozenset(key for text in data.queries["text"] for key in spellings(text))
 
 
-def _keywords(catalogue: Catalogue, data: RetrievalData, config: PrepareConfig) -> Iterator[Keyword]:
+def _keywords(catalogue: Catalogue, data: RetrievalData, config: PrepareConfig) -> Iterator[Keyword | None]:
     yield from catalogue.head_keywords()
     rng = random.Random(config.seed)
     for _ in range(config.passes):
         # Shuffled, so that a last round cut short does not favour the catalogue's beginning.
         order = data.corpus.add_column("_row", range(len(data.corpus))).shuffle(seed=rng.randrange(1 << 30))
         for row in iterate(order):
-            if keyword := catalogue.draw(row["_row"], row, rng):
-                yield keyword
+            yield catalogue.draw(row["_row"], row, rng)
 
 
 def _share(text: str, seed: int) -> float:
@@ -167,10 +196,10 @@ def _existing(path: str) -> Path:
     return Path(path)
 
 
-def _up_to_date(config: PrepareConfig, inputs: dict[str, str]) -> bool:
-    if not (Path(config.output) / MANIFEST).is_file():
+def _up_to_date(config: PrepareConfig, output: Path, inputs: dict[str, str]) -> bool:
+    if not (output / MANIFEST).is_file():
         return False
-    manifest = read_manifest(config.output, "dataset")
+    manifest = read_manifest(output, "dataset")
     return manifest["config"] == asdict(config) and manifest["inputs"] == inputs
 
 
@@ -183,7 +212,7 @@ def _write(
     unlabelled: list[Keyword],
 ) -> None:
     original = find_table(Path(config.source), "corpus") if Path(config.source).is_dir() else None
-    if original:
+    if original and not config.skip_bad_rows:
         shutil.copyfile(original, folder / original.name)
     else:
         data.corpus.to_parquet(folder / "corpus.parquet")

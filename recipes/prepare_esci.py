@@ -25,14 +25,16 @@ from hlm.artefacts import (
     MANIFEST,
     HlmError,
     atomic_folder,
-    check_output,
+    claimed,
     fingerprint_file,
     fingerprint_json,
     read_manifest,
     write_manifest,
 )
 from hlm.config import parse, run_recipe
-from hlm.tables import read_rows
+from hlm.readers import NOT_READ
+from hlm.sources import shards, streamed
+from hlm.tables import identifier, read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +57,7 @@ that are neither dev nor test queries{general}.
 @dataclass
 class PrepareEsciConfig:
     output: str = field(metadata={"help": "folder to write"})
-    source: str = field(
-        default="tasksource/esci", metadata={"help": "Hub dataset id, Parquet file, or folder of Parquet files"}
-    )
+    source: str = field(default="tasksource/esci", metadata={"help": "Hub dataset id, table file, or folder of shards"})
     revision: str | None = field(default=None, metadata={"help": "revision of a Hub dataset"})
     locale: str = field(default="us", metadata={"help": "product_locale to keep: us, es or jp"})
     small_version: bool = field(default=True, metadata={"help": "keep the rows of the reduced task only"})
@@ -84,17 +84,22 @@ class PrepareEsciConfig:
 
 def main(argv: list[str] | None = None) -> None:
     (config,) = parse(PrepareEsciConfig, argv=argv)
-    check_output(config.output, "dataset")
+    with claimed(config.output, "dataset") as output:
+        prepare(config, output)
+
+
+def prepare(config: PrepareEsciConfig, output: Path) -> None:
+    """Writes the dataset to `output`, unless it is there already."""
     inputs, rows = open_source(config)
     general: Rows = ()
     if config.general_queries:
         inputs["general_queries"], general = open_general(config)
-    if (Path(config.output) / MANIFEST).is_file():
-        manifest = read_manifest(config.output, "dataset")
+    if (output / MANIFEST).is_file():
+        manifest = read_manifest(output, "dataset")
         if manifest["config"] == asdict(config) and manifest["inputs"] == inputs:
             logger.info("%s is up to date", config.output)
             return
-    with atomic_folder(config.output, "dataset") as folder:
+    with atomic_folder(output, "dataset") as folder:
         counts = write_tables(rows, folder, config)
         counts["unlabelled"] = write_unlabelled(folder, general)
         also = f", and {config.general_queries}" if config.general_queries else ""
@@ -117,9 +122,7 @@ def open_source(config: PrepareEsciConfig) -> tuple[dict[str, str], Rows]:
     """(input fingerprints, (place, row) of the whole source, streamed)."""
     path = Path(config.source)
     if path.exists():
-        files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
-        if not files:
-            raise HlmError(f"{path}: expected *.parquet files, found none; give the folder that holds them")
+        files = [path] if path.is_file() else shards(path)
         inputs = {str(file): fingerprint_file(file) for file in files}
         rows = ((f"{file}, {place}", row) for file in files for place, row in read_rows(file))
     else:
@@ -147,19 +150,24 @@ def open_general(config: PrepareEsciConfig) -> tuple[str, Rows]:
     if path.is_file():
         rows: Rows = read_rows(path)
         found = fingerprint_file(path)
+    elif path.is_dir():
+        chosen = config.general_files
+        files = sorted(filter(Path.is_file, path.glob(chosen))) if chosen else shards(path)
+        if not files:
+            raise HlmError(f"general_queries: expected shards in {path}, found none; correct general_files")
+        rows = ((f"{file.relative_to(path)}, {place}", row) for file in files for place, row in read_rows(file))
+        found = fingerprint_json([[str(file.relative_to(path)), fingerprint_file(file)] for file in files])
     else:
-        files = {"train": config.general_files} if config.general_files else None
+        wanted = {"train": config.general_files} if config.general_files else None
         try:
-            builder = datasets.load_dataset_builder(source, data_files=files, revision=config.general_revision)
-            streamed = builder.as_streaming_dataset(split="train")
-        except (OSError, ValueError) as error:
+            builder = datasets.load_dataset_builder(source, data_files=wanted, revision=config.general_revision)
+            table = streamed(source, builder.config.data_files["train"])
+        except (*NOT_READ, ValueError, KeyError, TypeError) as error:  # the last two: no files, or none of train
             raise HlmError(
                 f"general_queries: expected a table file, a folder of shards or a Hub dataset id, found '{source}' "
                 f"({error}); correct it, general_files or general_revision, or check the connection"
             ) from error
-        local = {str(file.relative_to(path)): fingerprint_file(file) for file in sorted(path.rglob("*.*"))}
-        found = fingerprint_json([local, config.general_files] if local else [builder.hash, config.general_revision])
-        rows = ((f"row {number}", row) for number, row in enumerate(streamed, start=1))
+        rows, found = table.rows(), table.digest()
     return found, ((f"{source}, {place}", {"text": row.get(column), "column": column}) for place, row in rows)
 
 
@@ -181,7 +189,7 @@ def write_tables(rows: Rows, folder: Path, config: PrepareEsciConfig) -> Counter
                 absent.append("small_version")
             if absent:
                 raise HlmError(f"{place}: expected the columns {absent} of ESCI, found {list(row)}; correct the source")
-            if row["product_locale"] != config.locale or (config.small_version and not row["small_version"]):
+            if row["product_locale"] != config.locale or (config.small_version and not _is_true(row["small_version"])):
                 continue
             grade, split = GRADES.get(row["esci_label"]), row["split"]
             if grade is None or split not in ("train", "test"):
@@ -189,14 +197,14 @@ def write_tables(rows: Rows, folder: Path, config: PrepareEsciConfig) -> Counter
                     f"{place}: expected esci_label {list(GRADES)} and split train or test, found "
                     f"{row['esci_label']!r} and {split!r}; correct the source"
                 )
-            product_id, query_id = str(row["product_id"]), str(row["query_id"])
+            product_id, query_id = (identifier(row[name], f"{place}, {name}") for name in ("product_id", "query_id"))
             if product_id not in products and product_id not in empty:
                 document = {
                     "_id": product_id,
                     "title": row["product_title"],
                     "text": render(row, config.max_text_chars),
                 }
-                if not (document["title"] or document["text"]).strip():
+                if not (document["title"] or document["text"] or "").strip():
                     empty.add(product_id)
                 else:
                     products.add(product_id)
@@ -219,6 +227,10 @@ def write_tables(rows: Rows, folder: Path, config: PrepareEsciConfig) -> Counter
     if not counts["qrels/dev"]:
         raise HlmError(f"no train query fell into dev: raise dev_fraction (now {config.dev_fraction})")
     return counts + Counter({"corpus": len(products), "queries": len(queries)})
+
+
+def _is_true(value: Any) -> bool:
+    return str(value).lower() in ("1", "1.0", "true")  # CSV says it in text
 
 
 def render(row: dict[str, Any], max_chars: int) -> str:

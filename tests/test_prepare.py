@@ -1,5 +1,7 @@
+import csv
 import json
 import random
+import unicodedata
 from collections import Counter
 
 import pyarrow as pa
@@ -203,7 +205,7 @@ def test_general_queries_stream_from_shards(esci, tmp_path, suffix):
     before = (tmp_path / "out/hlm.json").stat().st_mtime_ns
     prepare_esci.main([*argv, "utt"])
     assert (tmp_path / "out/hlm.json").stat().st_mtime_ns == before
-    with pytest.raises(HlmError, match="massive, row 1: expected a filled column 'query'.*general_column"):
+    with pytest.raises(HlmError, match="massive, train/0000.*expected a filled column 'query'.*general_column"):
         prepare_esci.main([*argv, "query"])
     with pytest.raises(HlmError, match="general_queries: .*general_files"):
         prepare_esci.main([*argv, "utt", "--general_files", "nothing/*.parquet"])
@@ -237,6 +239,69 @@ def test_a_catalogue_becomes_training_data(shop, tmp_path, monkeypatch):
     assert (output / "hlm.json").stat().st_mtime_ns == before
 
 
+SHOPS = {
+    "Hindi": (["लाल", "नीला", "हरा", "सफ़ेद"], ["किताब", "जूता", "कुर्सी", "मेज़", "घड़ी"], ["टाटा", "बाटा", "गोदरेज"]),
+    "Thai": (["สีแดง", "สีเขียว", "สีน้ำเงิน", "สีขาว"], ["รองเท้า", "เก้าอี้", "กาต้มน้ำ"], ["ช้าง", "สิงห์", "น้ำทิพย์"]),
+    "Japanese": (["赤", "青い", "ｸﾞﾘｰﾝ", "白"], ["防水イヤホン", "木製テーブル", "革靴"], ["ソニー", "無印", "象印"]),
+    "Tamil": (["சிவப்பு", "நீலம்", "பச்சை"], ["காலணி", "குடை", "நாற்காலி"], ["டாடா", "பாடா", "கோத்ரெஜ்"]),
+    "Arabic": (["أحمر", "أزرق", "أخضر"], ["كِتاب", "كرسي", "ساعة"], ["سامسونغ", "توشيبا", "شارب"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("language", SHOPS)
+def test_derived_queries_are_words_of_the_catalogue_in_every_script(tmp_path, language):
+    colours, things, brands = SHOPS[language]
+    rows = [
+        {"_id": f"d{colour}{thing}{brand}", "title": f"{brand} M{len(thing)} {thing}", "text": f"{colour} {thing}",
+         "brand": brand, "model": f"M{len(thing)}", "attrs": {"product_type": thing, "colour": colour}}
+        for colour in colours for thing in things for brand in brands
+    ]  # fmt: skip
+    folder = tmp_path / "shop"
+    (folder / "qrels").mkdir(parents=True)
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    (folder / "queries.jsonl").write_text(json.dumps({"_id": "q1", "text": things[0]}) + "\n")
+    (folder / "qrels/test.tsv").write_text(f"query-id\tcorpus-id\tscore\nq1\t{rows[0]['_id']}\t1\n")
+    prepare(folder, tmp_path / "out", "--train_queries", "25", "--dev_queries", "3", "--unlabelled_queries", "30")
+    data = load(str(tmp_path / "out"), cache_dir=tmp_path / "cache")
+    words = {word for row in rows for word in normalise(f"{row['title']} {row['text']}").split()}
+    written = {unicodedata.normalize("NFKC", f"{row['title']} {row['text']}".lower()) for row in rows}
+    assert words <= {word for text in written for word in text.split()}
+    found = data.unlabelled["text"][:]
+    assert len(found) >= 15 and {word for text in found for word in text.split()} <= words
+
+
+def test_a_catalogue_that_gives_few_queries_says_why(shop, tmp_path, caplog):
+    prepare(shop, tmp_path / "out", "--unlabelled_queries", "5000", "--passes", "2")
+    assert "of 165 products 165 a brand, 165 a model, 150 attributes in 'attrs'" in caplog.text
+    assert "gave a query that was there" in caplog.text and "ask for fewer queries" in caplog.text
+    (shop / "corpus.jsonl").write_text('{"_id": "p0", "title": "防水"}\n')
+    (shop / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\tp0\t3\n")
+    with pytest.raises(HlmError, match="of 1 products 0 a brand.* 0 a title of more than one word.*put spaces between"):
+        prepare(shop, tmp_path / "other")
+
+
+def test_bad_rows_are_left_out_of_what_is_prepared(shop, tmp_path):
+    with open(shop / "corpus.jsonl", "a") as file:
+        file.write('{"_id": "empty", "title": ""}\n')
+    with pytest.raises(HlmError, match="skip_bad_rows"):
+        prepare(shop, tmp_path / "out")
+    prepare(shop, tmp_path / "out", "--skip_bad_rows", "true")
+    assert len(load(str(tmp_path / "out"), cache_dir=tmp_path / "cache").corpus) == 165
+
+
+def test_esci_in_csv_reads_its_flags_and_ids_as_they_are_meant(esci, tmp_path):
+    table = pq.read_table(next(esci.rglob("*.parquet")) if esci.is_dir() else esci)
+    rows = table.to_pylist()
+    with open(tmp_path / "esci.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    for name, source in (("csv", tmp_path / "esci.csv"), ("parquet", esci)):
+        prepare_esci.main(["--source", str(source), "--output", str(tmp_path / name), "--dev_fraction", "0.2"])
+    first, second = (load(str(tmp_path / name), cache_dir=tmp_path / "cache") for name in ("csv", "parquet"))
+    assert first.corpus["_id"][:] == second.corpus["_id"][:] and first.qrels == second.qrels
+
+
 def test_the_same_seed_gives_the_same_files(shop, tmp_path):
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         prepare(shop, tmp_path / name, "--seed", seed)
@@ -249,9 +314,11 @@ def test_refusals(shop, tmp_path):
     with pytest.raises(HlmError, match="general_queries.*nowhere"):
         prepare(shop, tmp_path / "out", "--general_queries", "nowhere.jsonl")
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/notes.txt").write_text("years")
-    with pytest.raises(HlmError, match="found a folder with other files"):
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    with pytest.raises(HlmError, match="a folder with other files .thesis.txt"):
         prepare(shop, tmp_path / "mine")
+    with pytest.raises(HlmError, match="a folder with other files .thesis.txt"):
+        prepare_esci.main(["--source", str(tmp_path), "--output", str(tmp_path / "mine")])
     (shop / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq1\tp0\t3\n")
     with pytest.raises(HlmError, match="has a train split"):
         prepare(shop, tmp_path / "out")
