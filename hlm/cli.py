@@ -198,7 +198,7 @@ def read_titles(source: str, ids: list[str]) -> list[str]:
 
     from hlm.data import load
 
-    corpus = load(source, splits=()).corpus
+    corpus = load(source, splits=(), skip_bad_rows=True).corpus
     columns = [name for name in ("_id", "title", "text") if name in corpus.column_names]
     wanted, found = pa.array(ids, pa.string()), {}
     for block in corpus.select_columns(columns).with_format("arrow").iter(batch_size=65_536):

@@ -280,7 +280,9 @@ def load_demo(config: DemoConfig) -> Demo:
     where = config.place("student")
     student = QueryEncoder.from_pretrained(where, precision=config.precision)
     source = str(config.data)
-    data = load(source, revision=None if Path(source).is_dir() else config.revisions.get("data"), splits=())
+    data = load(
+        source, revision=None if Path(source).is_dir() else config.revisions.get("data"), splits=(), skip_bad_rows=True
+    )
     indexes: dict[str, Callable[[], Any]] = {}
     if config.index:
         saved = AdIndex.load(config.place("index", "index"), expect_encoder=student.teacher)

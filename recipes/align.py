@@ -49,6 +49,9 @@ class AlignConfig:
     data: str = field(metadata={"help": "the dataset: a folder or a Hub id"})
     vectors: str = field(metadata={"help": "the teacher's stores, as recipes/embed.py writes them"})
     output: str = field(metadata={"help": "folder for the aligned student"})
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "leave out rows without text, and judgements of what is not in the data"}
+    )
     cascade: list[dict] = field(
         default_factory=list, metadata={"help": "stages: {layers: 4 or [0, 1, 4, 5], ffn: 1024, epochs: 2}, in order"}
     )
@@ -73,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     stages = config.cascade or [{}]
     check_cascade(stages)
     args.check_hardware("align", config)
-    data = load(config.data, splits=("train", "dev"))
+    data = load(config.data, splits=("train", "dev"), skip_bad_rows=config.skip_bad_rows)
     queries = Queries(config, data)
     documents = VectorStore.open(Path(config.vectors) / "corpus")
     documents.check(encoder=queries.encoder, source=data.fingerprint("corpus"))

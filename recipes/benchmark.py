@@ -50,6 +50,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class BenchmarkConfig:
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "leave out rows without text, and judgements of what is not in the data"}
+    )
     systems: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "name -> a model, or settings: those of `Entry`; in the table's order"}
     )
@@ -301,7 +304,7 @@ def read_queries(config: BenchmarkConfig) -> tuple[list[str], RetrievalData | No
             write_catalogue(data, ads=200, unlabelled=10, train_queries=10, dev_queries=10, test_queries=200, seed=0)
             texts = [json.loads(line)["text"] for line in (data / "queries.jsonl").read_text().splitlines()]
     else:
-        loaded = load(config.data, revision=config.revision, splits=(config.split,))
+        loaded = load(config.data, revision=config.revision, splits=(config.split,), skip_bad_rows=config.skip_bad_rows)
         texts = [text for _, text in loaded.split_queries(config.split)]
     if len(texts) > config.queries:
         texts = [texts[place] for place in sorted(random.Random(config.seed).sample(range(len(texts)), config.queries))]

@@ -48,6 +48,9 @@ class EmbedConfig:
     model: str = field(metadata={"help": "the teacher: a folder, a Hub id or package:<package>/<folder in it>"})
     data: str = field(metadata={"help": "the dataset: a folder or a Hub id"})
     output: str = field(metadata={"help": "folder for the stores, one a part"})
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "leave out rows without text, and judgements of what is not in the data"}
+    )
     parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": f"which of {', '.join(PARTS)}"})
     index: str | None = field(
         default=None, metadata={"help": "FAISS factory string, e.g. Flat or HNSW32: builds output/index over the ads"}
@@ -75,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if config.index:
             check_output(Path(config.output) / "index", "index")
     with process.local_main_process_first():  # the others find the checked tables in the cache
-        data = load(config.data, revision=config.data_revision, splits=())
+        data = load(config.data, revision=config.data_revision, splits=(), skip_bad_rows=config.skip_bad_rows)
     dim = check_dim(config.dim, encoder_width(config.model, revision=config.model_revision))
     check_dim(config.index_dim, dim, "index_dim")
     tables = {part: getattr(data, part) for part in config.parts}

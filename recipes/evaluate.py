@@ -50,6 +50,9 @@ class EvaluateConfig:
     systems: dict[str, Any] = field(
         metadata={"help": "name -> nothing (bm25), a model, or {model, corpus (store), oracle, prompt_name}"}
     )
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "leave out rows without text, and judgements of what is not in the data"}
+    )
     output: str = field(default="runs/quickstart", metadata={"help": "folder for the report"})
     revision: str | None = field(default=None, metadata={"help": "Hub revision of the data"})
     split: str = "test"
@@ -93,7 +96,7 @@ def evaluate(
     config: EvaluateConfig, systems: dict[str, System | None], stores: dict[str, VectorStore], command: str
 ) -> dict[str, Any]:
     """Searches with every system and writes the report's files."""
-    data = load(config.data, revision=config.revision, splits=(config.split,))
+    data = load(config.data, revision=config.revision, splits=(config.split,), skip_bad_rows=config.skip_bad_rows)
     queries, qrels = data.split_queries(config.split), data.qrels[config.split]
     level = relevance_threshold(qrels) if config.relevance_level is None else config.relevance_level
     check_judgements(qrels, config.k, level)

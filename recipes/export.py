@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 class ExportConfig:
     student: str = field(metadata={"help": "the student's folder"})
     output: str = field(metadata={"help": "the online folder"})
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "leave out rows without text, and judgements of what is not in the data"}
+    )
     data: str | None = field(default=None, metadata={"help": "dataset whose queries the int8 file is judged on"})
     vectors: str | None = field(default=None, metadata={"help": "the teacher's stores, searched for that"})
     split: str = "test"
@@ -70,7 +73,7 @@ def export(config: ExportConfig) -> None:
 
 def int8_overlap(config: ExportConfig, model, folder: Path) -> float:
     """Mean share of the first k documents that int8 and the fp32 model have in common, over the split's queries."""
-    queries = load(config.data, splits=(config.split,)).split_queries(config.split)
+    queries = load(config.data, splits=(config.split,), skip_bad_rows=config.skip_bad_rows).split_queries(config.split)
     ids, texts = [query for query, _ in queries], [text for _, text in queries]
     index = AdIndex.build(VectorStore.open(Path(config.vectors) / "corpus"), dim=model.get_embedding_dimension())
     quantised = QueryEncoder.from_pretrained(folder, precision="int8").encode(texts)

@@ -33,6 +33,9 @@ class PruneConfig:
     data: str = field(metadata={"help": "the dataset whose queries layers and FFN units are scored on"})
     vectors: str = field(metadata={"help": "the teacher's stores: which teacher's space the student searches"})
     output: str = field(metadata={"help": "folder for the pruned student"})
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "leave out rows without text, and judgements of what is not in the data"}
+    )
     layers: list[int] = field(default_factory=list, metadata={"help": "layers to keep; empty: `keep` chooses"})
     keep: int | None = field(default=None, metadata={"help": "how many layers to keep, chosen by `method`"})
     method: Literal["middle_skip", "norm_ratio"] = field(default="middle_skip")
@@ -49,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def prune(config: PruneConfig) -> None:
     layers = config.layers or config.keep
     cascade(backbone_config(config.model), [{"layers": layers, "ffn": config.ffn}])  # before any weights load
-    data = load(config.data, splits=())
+    data = load(config.data, splits=(), skip_bad_rows=config.skip_bad_rows)
     teacher = VectorStore.open(Path(config.vectors) / "corpus").encoder
     model = load_encoder(config.model)
     identity = {"inputs": {"student": fingerprint(model), "teacher": teacher}, "config": as_config(config)}

@@ -55,6 +55,9 @@ class RefineConfig:
     data: str = field(metadata={"help": "the dataset: a folder or a Hub id"})
     vectors: str = field(metadata={"help": "the teacher's stores, as recipes/embed.py writes them"})
     output: str = field(metadata={"help": "folder for the refined student"})
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "leave out rows without text, and judgements of what is not in the data"}
+    )
     min_score: int = field(default=1, metadata={"help": "lowest grade that makes a training pair"})
     pool: int = field(
         default=16384, metadata={"help": "ads a step draws as negatives; the whole corpus if it is smaller"}
@@ -76,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, args = parse(RefineConfig, TrainingArguments, argv=argv)
     args.output_dir = f"{config.output}.training"
     args.check_hardware("refine", config)
-    data = load(config.data, splits=("train", "dev"))
+    data = load(config.data, splits=("train", "dev"), skip_bad_rows=config.skip_bad_rows)
     model = load_encoder(config.student)
     documents = VectorStore.open(Path(config.vectors) / "corpus")
     documents.check(source=data.fingerprint("corpus"))

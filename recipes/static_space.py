@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     student = QueryEncoder.from_pretrained(config.student, precision=config.precision)
     store = open_fitting(Path(config.vectors) / "corpus", read_student(config.student), "vectors")
-    data = load(config.data, splits=())
+    data = load(config.data, splits=(), skip_bad_rows=True)
     store.check(source=data.fingerprint("corpus"))
     with atomic_folder(config.output) as folder:
         shutil.copytree(PAGE, folder, dirs_exist_ok=True)

@@ -58,6 +58,9 @@ class TeacherConfig:
     backbone: str = field(metadata={"help": "what is tuned: a folder, a Hub id or package:<package>/<folder in it>"})
     data: str = field(metadata={"help": "the dataset: a folder or a Hub id"})
     output: str = field(metadata={"help": "folder for the merged teacher"})
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "leave out rows without text, and judgements of what is not in the data"}
+    )
     min_score: int = field(default=1, metadata={"help": "lowest grade that makes a training pair"})
     pairs_per_query: int | None = field(default=None, metadata={"help": "at most so many pairs of one query, the best"})
     hard_negatives: int = field(default=1, metadata={"help": "documents mined a pair with the backbone; 0: none"})
@@ -88,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise HlmError(f"merge_weight: expected above 0 and up to 1, found {config.merge_weight}")
     args.output_dir = f"{config.output}.training"
     args.check_hardware("teacher", config)
-    data = load(config.data, splits=("train", "dev"))
+    data = load(config.data, splits=("train", "dev"), skip_bad_rows=config.skip_bad_rows)
     model = load_encoder(config.backbone, dtype=config.dtype, max_seq_length=config.max_seq_length)
     parts = ("corpus", "queries", "qrels/train")
     identity = {

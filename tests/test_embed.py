@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -229,3 +230,16 @@ def test_two_processes_write_the_same_bytes_as_one(tiny_bert, shop, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "3 of 5 vectors written by the first process" in done.stderr  # shards 0 and 2; shard 1 is the other's
     assert content(tmp_path / "two") == content(tmp_path / "one")
+
+
+def test_ads_without_text_are_left_out_on_request(tiny_bert, catalogue_200, tmp_path):
+    shutil.copytree(catalogue_200, tmp_path / "data")
+    corpus = next((tmp_path / "data").glob("corpus.*"))
+    with open(corpus, "a") as file:
+        file.write('{"_id": "empty", "title": "", "text": ""}\n')
+    argv = ["--model", str(tiny_bert), "--data", str(tmp_path / "data"), "--output", str(tmp_path / "out")]
+    argv += ["--parts", "corpus"]
+    with pytest.raises(HlmError, match="line 201: .*skip_bad_rows"):
+        embed.main(argv)
+    embed.main([*argv, "--skip_bad_rows", "true"])
+    assert len(VectorStore.open(tmp_path / "out/corpus")) == 200
