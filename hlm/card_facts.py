@@ -10,23 +10,13 @@ from typing import Any
 
 from hlm import latency_report
 from hlm.artefacts import MANIFEST, HlmError, read_manifest
+from hlm.redaction import public, public_manifest
 from hlm.report import SYSTEMS
 
-PATH = re.compile(r"""(?<![\w:/.~-])(?:~|/|[A-Za-z]:\\)[^\s'"|,;]*[/\\]([^\s'"|,;/\\]*)""")
-TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{8,}|(?<=token[= ])\S+", re.IGNORECASE)
 PARTS = ("corpus", "queries", "unlabelled")
 QRELS = ("train", "dev", "test")
 POOLING = {"mean_tokens": "mean", "cls_token": "cls", "lasttoken": "last token"}
 SUFFIXES = (".parquet", ".jsonl", ".tsv", ".csv")
-
-
-def public(value: Any) -> Any:
-    """`value` with every absolute path cut to its last part and every token struck out, in all its texts."""
-    if isinstance(value, str):
-        return TOKEN.sub("***", PATH.sub(r"\1", value))
-    if isinstance(value, dict):
-        return {public(key): public(item) for key, item in value.items()}
-    return [public(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def data_name(source: str, repo: str | None) -> str:
@@ -201,11 +191,12 @@ def dataset_facts(folder: str | Path) -> dict[str, Any]:
         HlmError: it has neither a corpus nor a manifest.
     """
     folder = Path(folder)
-    manifest = public(_json(folder / MANIFEST)) if (folder / MANIFEST).is_file() else {}
+    manifest = public_manifest(_json(folder / MANIFEST)) if (folder / MANIFEST).is_file() else {}
     stores = {}
     for path in sorted(folder.glob(f"vectors/*/{MANIFEST}")):
-        stores[path.parent.name] = public(read_manifest(path.parent, "vectors"))
-    index = public(read_manifest(folder / "index", "index")) if (folder / "index" / MANIFEST).is_file() else None
+        stores[path.parent.name] = public_manifest(read_manifest(path.parent, "vectors"))
+    built = (folder / "index" / MANIFEST).is_file()
+    index = public_manifest(read_manifest(folder / "index", "index")) if built else None
     configs = []
     for part in PARTS:
         if found := _data_files(folder, part):

@@ -1,7 +1,7 @@
 """Model and dataset cards: the templates in `model_cards/`, filled from what a run wrote and from nothing else.
 
-Whatever comes out of a manifest or report is data: it is escaped in prose, quoted in code, and scrubbed of absolute
-paths and tokens. A section whose JSON is missing says that it was not measured.
+Whatever comes out of a manifest or report is data: it is escaped in prose, quoted in code, and made `public`: paths are
+cut to their last names, tokens struck out. A section whose JSON is missing says that it was not measured.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from huggingface_hub import DatasetCardData, EvalResult, ModelCardData, get_token
+from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
 
 from hlm.artefacts import HlmError, read_manifest
 from hlm.card_facts import (
@@ -22,18 +22,17 @@ from hlm.card_facts import (
     dataset_facts,
     encoder_facts,
     latency_facts,
-    public,
     report_facts,
     system_of,
     training_steps,
 )
 from hlm.lineage import read_student
+from hlm.redaction import machine_names, public, public_command, public_manifest, refuse_secrets
 
 # In a checkout beside hlm/, in an installed package inside it.
 TEMPLATES = (Path(__file__).resolve().parent.parent / "model_cards", Path(__file__).resolve().parent / "model_cards")
 TAGS = ["sentence-transformers", "feature-extraction", "sentence-similarity", "retrieval", "sponsored-search", "hlm"]
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-SECRET = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{16,}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +49,7 @@ class About:
         language: ISO 639 codes of the texts; empty: not stated.
         command: what makes the artefact again; None: the report's own command.
         commit: of the code; None: the report's.
+        public_names: names of this machine, its user or home folder that the card may tell.
     """
 
     repo_id: str
@@ -63,8 +63,11 @@ class About:
     language: Sequence[str] = ()
     command: str | None = None
     commit: str | None = None
+    public_names: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        for name in ("report", "latency"):
+            object.__setattr__(self, name, public(getattr(self, name)))
         for name in ("repo_id", "teacher_repo", "student_repo", "dataset_repo", "base_model"):
             value = getattr(self, name)
             if value is not None and not REPO_ID.fullmatch(value):
@@ -83,7 +86,7 @@ def student_card(folder: str | Path, **about: Any) -> str:
     Raises:
         HlmError: no student there, or a report of another encoder than this one.
     """
-    given, manifest = About(**about), public(read_student(folder))
+    given, manifest = About(**about), public_manifest(read_student(folder))
     system = system_of(given.report, manifest["encoder"], "student")
     steps = training_steps(folder)
     base = given.base_model or _hub_base(steps)
@@ -103,7 +106,7 @@ def student_card(folder: str | Path, **about: Any) -> str:
 def teacher_card(folder: str | Path, **about: Any) -> str:
     """The card of a teacher's LoRA adapter, from the folder of the merged teacher that it lies in; else as
     `student_card`."""
-    given, manifest = About(**about), public(read_manifest(folder, "teacher"))
+    given, manifest = About(**about), public_manifest(read_manifest(folder, "teacher"))
     system = system_of(given.report, manifest["encoder"], "teacher")
     base = given.base_model or _hub_base(training_steps(folder))
     front = ModelCardData(
@@ -114,7 +117,7 @@ def teacher_card(folder: str | Path, **about: Any) -> str:
         **_common(given, system),
         tags=[*TAGS, "lora"],
     )
-    configured = str(read_manifest(folder, "teacher").get("config", {}).get("backbone", ""))
+    configured = str(manifest.get("config", {}).get("backbone", ""))
     package = configured if configured.startswith("package:") and not given.base_model else None
     facts = encoder_facts(folder, manifest) | {"steps": training_steps(folder), "base": base or package}
     facts |= {"packaged": bool(package)}
@@ -145,6 +148,7 @@ def eval_results(report: dict[str, Any], *, dataset_repo: str, repo_id: str, rev
     import yaml
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
+    report = public(report)
     entries = [
         EvalResultEntry(
             dataset_id=dataset_repo,
@@ -265,26 +269,20 @@ def _render(name: str, front: Any, given: About, facts: dict[str, Any], system: 
         keep_trailing_newline=True,
     )
     environment.filters |= {"code": code, "fenced": fenced, "python": python, "js": js, "table": table}
-    report = public(given.report) if given.report else None
+    report = given.report
     made = (report or {}).get("environment") or {}
     text = environment.get_template(name).render(
         front=Raw(front.to_yaml()),
         given=given,
         report=report and report_facts(report, system, given.dataset_repo),
-        latency=given.latency and latency_facts(public(given.latency), given.dataset_repo),
-        command=public(given.command) or made.get("command"),
+        latency=given.latency and latency_facts(given.latency, given.dataset_repo),
+        command=public_command(given.command) if given.command else made.get("command"),
         commit=given.commit or made.get("git_commit"),
         made=made,
         **facts,
     )
-    _refuse_secrets(text)
+    named = (given.repo_id, given.teacher_repo, given.student_repo, given.dataset_repo, given.base_model)
+    known = [part for repo in named if repo for part in repo.split("/")]
+    remedy = "it stands in the run's manifests or reports, or among the card's own arguments: take it out there"
+    refuse_secrets("README.md", text, machine_names([*known, *given.public_names]), remedy)
     return re.sub(r"\n{3,}", "\n\n", text)
-
-
-def _refuse_secrets(text: str) -> None:
-    token, home = get_token(), str(Path.home())
-    if SECRET.search(text) or (token and token in text) or (len(home) > 1 and f"{home}/" in text):
-        raise HlmError(
-            "a token or a path of the home folder would be written into the card; it stands in the run's manifests or "
-            "reports, or among the card's own arguments: take it out there"
-        )

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hlm import __version__
 from hlm.artefacts import HlmError
 from hlm.hub_cache import local_folder
+from hlm.hub_changes import CARD, Changes
+from hlm.hub_files import folder_files
 from hlm.hub_repository import Repository
 
 # huggingface_hub, torch and faiss are imported where they are used: a folder is found without them.
@@ -28,11 +30,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Published:
-    """A repository as it stands after publishing, or as it would: `commit` is None after a dry run.
+    """A repository as it stands after publishing, or as it would.
 
     Attributes:
-        files: path -> bytes, of everything in the repository that HLM put there.
+        files: path -> bytes, of everything in the repository that HLM put there, beside its record of them.
+        commit: None after a dry run, except where all of this is published already.
         changed: whether this call made the commit; False where the same content stood there before.
+        changes: what was done, or would be; None where a dry run could not compare, for the reason in `not_compared`.
     """
 
     repo_id: str
@@ -41,6 +45,8 @@ class Published:
     card: str
     commit: str | None = None
     changed: bool = False
+    changes: Changes | None = None
+    not_compared: str | None = None
 
 
 def publish_folder(
@@ -58,8 +64,14 @@ def publish_folder(
     endpoint: str | None = None,
     dry_run: bool = False,
     teacher: str | None = None,
+    delete_others: bool = False,
+    overwrite_edited: bool = False,
+    sources: Sequence[str | Path] = (),
+    public_names: Iterable[str] = (),
 ) -> Published:
     """Verifies a folder and publishes its documented files as one commit; the same content twice makes no second one.
+
+    What HLM published there before and is no longer in the folder is deleted; what others added on the Hub stays.
 
     Args:
         folder: a student's or teacher's folder (of a teacher the LoRA adapter is published), a dataset's (tables,
@@ -69,35 +81,56 @@ def publish_folder(
         card: the text of README.md; None: the folder's own.
         tag: name of the release; refused where it stands on another commit.
         defer_tag: whether `tag` is only checked, for `Repository.tag` to set it once a release of several is whole.
-        dry_run: nothing is sent nor asked; what would be published is returned.
+        dry_run: nothing is sent; what would be published is returned, and what that would change, if the Hub answers.
         teacher: fingerprint of its teacher, where a student is given as an object.
+        delete_others: files are deleted that others added on the Hub.
+        overwrite_edited: files are overwritten that others edited on the Hub, such as the card; without it that is
+            refused before anything is sent.
+        sources: folders and files that links in `folder` may point to.
+        public_names: names of this machine, its user or the home folder that may be published; the repository's owner
+            and name always may.
 
     Raises:
         HlmError: damaged, not of the kind, files that have no place there, a secret in one, or the Hub's refusal.
     """
-    from hlm.hub_files import CARD, release_files, size_of
+    from hlm.hub_files import release_files, size_of
 
     to = Repository(repo_id, repo_type, private, revision, token, endpoint)
-    with _as_folder(folder, teacher) as source:
+    with _as_folder(folder, teacher) as (source, linked):
         kind = repo_type if repo_type != "model" else _kind_of(source)
-        files = release_files(source, kind, card)
+        names = [*public_names, *repo_id.split("/")]
+        files = release_files(source, kind, card, sources=[*sources, *linked], public_names=names)
         sizes = {name: size_of(content) for name, content in files.items()}
         written = files.get(CARD, b"")
         text = (written if isinstance(written, bytes) else written.read_bytes()).decode()
+        flags = {"delete_others": delete_others, "overwrite_edited": overwrite_edited}
         if dry_run:
-            return Published(repo_id, repo_type, sizes, text)
+            return _planned(to, files, flags, Published(repo_id, repo_type, sizes, text))
         to.create()
-        commit, changed = to.write(files, message or f"{kind}, written by HLM {__version__}", tag)
+        changes = to.changes(files).asked(**flags)
+        title = message or f"{kind}, written by HLM {__version__}"
+        commit, changed = to.write(files, title, tag, changes=changes)
     if tag is not None and not defer_tag:
         to.tag(tag, commit)
-    logger.info("%s: %s %s", to.name, "commit" if changed else "unchanged at", commit)
-    return Published(repo_id, repo_type, sizes, text, commit, changed)
+    logger.info("%s: %s %s; %s", to.name, "commit" if changed else "unchanged at", commit, "; ".join(changes.lines()))
+    return Published(repo_id, repo_type, sizes, text, commit, changed, changes)
+
+
+def _planned(
+    to: Repository, files: dict[str, Path | bytes], flags: dict[str, bool], planned: Published
+) -> Published:
+    try:
+        changes = to.changes(files).asked(**flags)
+    except HlmError as error:
+        return replace(planned, not_compared=str(error))
+    return replace(planned, changes=changes, commit=None if changes.any else changes.head)
 
 
 @contextlib.contextmanager
-def _as_folder(thing: Any, teacher: str | None) -> Iterator[Path]:
+def _as_folder(thing: Any, teacher: str | None) -> Iterator[tuple[Path, list[Path]]]:
+    """(folder, what the links in it point to)."""
     if isinstance(thing, (str, Path)):
-        yield Path(thing)
+        yield Path(thing), []
         return
     from hlm.index import AdIndex
     from hlm.store import VectorStore
@@ -114,17 +147,21 @@ def _as_folder(thing: Any, teacher: str | None) -> Iterator[Path]:
             from hlm.encoders import save_encoder
 
             save_encoder(thing, folder, "student", inputs={"teacher": teacher}, config={})
-        yield folder
+        yield folder, [thing.folder] if isinstance(thing, VectorStore) else []
 
 
 def link_files(source: str | Path, target: str | Path) -> None:
-    """Puts links to the files of the folder `source` into `target`: a view of it that costs no disk."""
+    """Puts links to the files of the folder `source` into `target`: a view of it that costs no disk. Hidden files are
+    left out.
+
+    Raises:
+        HlmError: a link in `source` leads out of it.
+    """
     Path(target).mkdir(parents=True)
-    for path in Path(source).iterdir():
-        if path.is_dir():
-            link_files(path, Path(target) / path.name)
-        else:
-            (Path(target) / path.name).symlink_to(path.resolve())
+    for name, path in folder_files(source):
+        link = Path(target) / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path.resolve())
 
 
 def _kind_of(folder: Path) -> str:

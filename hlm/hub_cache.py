@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from hlm.artefacts import HlmError
-from hlm.hub_repository import AGAIN, hub_errors, same_content
+from hlm.hub_changes import same_content
+from hlm.hub_repository import AGAIN, check_id, hub_errors
 
 
 def local_folder(
@@ -38,12 +40,18 @@ def local_folder(
     """
     name = str(id_or_folder)
     root = Path(name)
-    if not root.is_dir():
+    if subfolder is not None and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
+        raise HlmError(f"subfolder: expected a folder inside {name}, found {subfolder!r}; correct the path")
+    if not os.path.isdir(name):
         if name.startswith((".", "/", "~")) or name.count("/") != 1:
             raise HlmError(
                 f"expected a folder or a Hub id (owner/name) at {name}, found neither; run the step that writes it, or "
                 "correct the path"
             )
+        try:
+            check_id(name, repo_type)
+        except HlmError as error:
+            raise HlmError(f"expected a folder or a Hub id (owner/name) at {name!r}, found neither: {error}") from error
         from huggingface_hub import constants, snapshot_download
         from huggingface_hub.file_download import repo_folder_name
 

@@ -1,21 +1,23 @@
 """Which files of a folder go to the Hub: those that are documented, verified, without paths and tokens of the machine.
 
-Anything else stops the publishing, by name: a checkpoint's optimizer, a pickle or a log has no business there.
+Anything else stops the publishing, by name: a checkpoint's optimizer, a pickle, a log or a link to somewhere else has
+no business there.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import get_token
-
 from hlm.artefacts import MANIFEST, HlmError, read_manifest
+from hlm.hub_changes import CARD
+from hlm.redaction import machine_names, public, public_manifest, refuse_secrets
 
-CARD, RESULTS = "README.md", ".eval_results/hlm.yaml"
+RESULTS = ".eval_results/hlm.yaml"
 _TABLE = r"\.(jsonl|parquet|tsv|csv)"
 _STORE = rf"({re.escape(MANIFEST)}|vectors-\d+\.safetensors|ids-\d+\.parquet)"
 _INDEX = rf"({re.escape(MANIFEST)}|index\.faiss|ids\.parquet)"
@@ -37,26 +39,38 @@ ALLOWED = {
     ],
 }  # fmt: skip
 ALWAYS = [re.escape(CARD), r"LICENSE(\.\w+)?", re.escape(RESULTS)]
-WORDS = re.compile(r"(tokenizer|vocab)\.json|vocab\.txt|merges\.txt")  # single tokens may look like anything
-SECRET = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{16,}")
+BINARY = re.compile(r".*\.(safetensors|parquet|faiss|onnx|onnx_data|png)")  # nothing is searched in them
+DATA = re.compile(rf".*{_TABLE}|.*/?(tokenizer|vocab)\.json|.*/?(vocab|merges)\.txt|.*\.model|LICENSE.*")
+ADAPTER = "adapter_config.json"
 
 
-def release_files(folder: str | Path, kind: str, card: str | None = None) -> dict[str, Path | bytes]:
+def release_files(
+    folder: str | Path,
+    kind: str,
+    card: str | None = None,
+    *,
+    sources: Sequence[str | Path] = (),
+    public_names: Iterable[str] = (),
+) -> dict[str, Path | bytes]:
     """What is uploaded of a verified folder: path in the repository -> a file, or content that differs from the file.
 
-    Absolute paths and tokens in manifests' settings and in reports are cut out, as in the cards.
+    Paths and tokens in manifests' settings and in reports are cut out, as in the cards (`hlm.redaction.public`).
 
     Args:
         kind: "student", "teacher" (of whose folder only the LoRA adapter is published), "dataset" or "space".
         card: becomes README.md, in place of the folder's own.
+        sources: folders and files that links in `folder` may point to, as those of `link_files` do.
+        public_names: what may be published though it names this machine, its user or the home folder.
 
     Raises:
-        HlmError: damaged or not of this kind, a file that has no place there, or a secret in one.
+        HlmError: damaged or not of this kind, a file that has no place there, a link that leads out of the folder, or a
+            secret, the home folder, the user's or this machine's name in a text.
     """
     folder = Path(folder)
+    found = sorted(_walk(folder, kind, sources))
     _verify(folder, kind)
     files: dict[str, Path | bytes] = {}
-    for name, path in sorted(_walk(folder, kind)):
+    for name, path in found:
         if not any(re.fullmatch(pattern, name) for pattern in ALLOWED[kind] + ALWAYS):
             raise HlmError(
                 f"{path}: expected only the documented files of a {kind}, found '{name}'; move it out of the folder, "
@@ -65,8 +79,11 @@ def release_files(folder: str | Path, kind: str, card: str | None = None) -> dic
         files[name] = _public(name, path)
     if card is not None:
         files[CARD] = card.encode()
+    known = list(public_names)
+    in_data, in_texts = machine_names(known, in_data=True), machine_names(known)
     for name, content in files.items():
-        _refuse_secrets(name, content)
+        if not BINARY.fullmatch(name):
+            refuse_secrets(name, content, in_data if DATA.fullmatch(name) else in_texts)
     return files
 
 
@@ -74,43 +91,77 @@ def size_of(content: Path | bytes) -> int:
     return len(content) if isinstance(content, bytes) else content.stat().st_size
 
 
-def _walk(folder: Path, kind: str) -> Iterator[tuple[str, Path]]:
-    """(path in the repository, file); hidden files are left out, as the Hub's and the system's own marks are hidden."""
-    if kind == "teacher":
-        manifest, adapter = folder / MANIFEST, folder / "adapter"
-        yield MANIFEST, manifest
-        yield from ((path.name, path) for path in adapter.iterdir() if path.name != CARD)
+def folder_files(folder: str | Path, sources: Sequence[str | Path] = ()) -> Iterator[tuple[str, Path]]:
+    """(path inside the folder, file) of all files that are not hidden; `.eval_results/hlm.yaml` is one of them.
+
+    Hidden are names with a leading dot, as the marks of the Hub and of the system, and `__pycache__`.
+
+    Args:
+        sources: folders and files outside that links may point to.
+
+    Raises:
+        HlmError: a link to something outside the folder or to nothing, a linked folder, or what is no file.
+    """
+    folder = Path(folder)
+    for root, folders, names in os.walk(folder, onerror=_unreadable):
+        for name in [*folders, *names]:
+            path = Path(root) / name
+            short = path.relative_to(folder).as_posix()
+            hidden = any(part.startswith(".") or part == "__pycache__" for part in short.split("/"))
+            if hidden and short not in (RESULTS, RESULTS.split("/")[0]):
+                continue
+            own_file(path, [folder, *sources])
+            if path.is_file():
+                yield short, path
+            elif not path.is_dir():
+                raise HlmError(f"{path}: expected a file, found none that can be read; move it out of the folder")
+        folders[:] = [name for name in folders if not name.startswith(".") or name == RESULTS.split("/")[0]]
+
+
+def _unreadable(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):  # that nothing is there at all is told by what looks for its files
+        raise HlmError(f"{error.filename}: expected a folder that can be read, found {error.strerror}") from error
+
+
+def own_file(path: Path, roots: Iterable[str | Path]) -> None:
+    """Refuses a link that leads out of all `roots`, over however many other links, and a linked folder."""
+    inside = [Path(os.path.realpath(root)) for root in roots]
+    # A snapshot in the Hub's cache consists of links to the repository's blobs beside it.
+    inside += [root.parent.parent / "blobs" for root in inside if root.parent.name == "snapshots"]
+    target = Path(os.path.realpath(path))
+    if path.is_symlink() and (path.is_dir() or not any(target.is_relative_to(root) for root in inside)):
+        raise HlmError(
+            f"{path}: expected a file or folder of its own, found a link to {os.readlink(path)}; put a copy of what "
+            "belongs there in its place, nothing is published meanwhile"
+        )
+
+
+def _walk(folder: Path, kind: str, sources: Sequence[str | Path]) -> Iterator[tuple[str, Path]]:
+    """(path in the repository, file)."""
+    if kind != "teacher":
+        yield from folder_files(folder, sources)
         return
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder).as_posix()
-        hidden = any(part.startswith(".") or part == "__pycache__" for part in name.split("/"))
-        if path.is_file() and (not hidden or name == RESULTS):
+    for name, path in folder_files(folder, sources):
+        if name == MANIFEST:
             yield name, path
+        elif name.startswith("adapter/") and name != f"adapter/{CARD}":
+            yield name.removeprefix("adapter/"), path
 
 
 def _public(name: str, path: Path) -> Path | bytes:
-    from hlm.card_facts import public
-
-    if path.suffix != ".json" or not (path.name == MANIFEST or name.startswith("reports/") or "adapter_config" in name):
+    if name not in (ADAPTER, MANIFEST) and not name.endswith(f"/{MANIFEST}") and not re.match(r"reports/.*json", name):
         return path
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise HlmError(f"{path}: expected JSON, found none to read ({error}); write the folder again") from error
-    # A manifest's further facts are fingerprints, sizes and canary queries: those stay to the letter.
-    clean = value | {"config": public(value.get("config"))} if path.name == MANIFEST else public(value)
+    if not isinstance(value, dict):
+        raise HlmError(f"{path}: expected a JSON object, found {type(value).__name__}; write the folder again")
+    if name == ADAPTER:  # its patterns of layers are no paths, whatever they begin with
+        clean = value | {key: public(item, key) for key, item in value.items() if not re.search("module|pattern", key)}
+    else:
+        clean = public_manifest(value) if path.name == MANIFEST else public(value)
     return path if clean == value else (json.dumps(clean, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _refuse_secrets(name: str, content: Path | bytes) -> None:
-    if not re.search(r"\.(json|md|txt|ya?ml|py|jinja)$", name) or WORDS.fullmatch(name):
-        return
-    text = (content if isinstance(content, bytes) else content.read_bytes()).decode(errors="replace")
-    token, home = get_token(), str(Path.home())
-    if SECRET.search(text) or (token and token in text) or (len(home) > 1 and f"{home}/" in text):
-        raise HlmError(
-            f"{name}: expected nothing secret, found a token or a path of the home folder; take it out there"
-        )
 
 
 def _verify(folder: Path, kind: str) -> None:

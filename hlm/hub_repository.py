@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hlm import __version__
-from hlm.artefacts import MANIFEST, HlmError
+from hlm.artefacts import HlmError
+from hlm.hub_changes import ATTRIBUTES, CARD, RECORD, Changes, compare, foreign, make_record, same_content
 
 # huggingface_hub is imported where it is used: a folder is found without it.
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 AGAIN = "run it again: what has arrived is not sent again, and nothing is half there meanwhile"
+TIMEOUT_S = 10.0  # for the first question: a dry run without a network does not wait for long
 REMEDIES = {
     401: "log in with `hf auth login` or set HF_TOKEN",
     402: "the Hub asks for payment, as for Spaces that compute: subscribe, or leave that repository out",
@@ -48,6 +50,9 @@ class Repository:
     revision: str = "main"
     token: str | None = field(default=None, repr=False)
     endpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        check_id(self.repo_id, self.repo_type)
 
     @property
     def name(self) -> str:
@@ -97,8 +102,47 @@ class Repository:
             with hub_errors(f"{self.name}, commit {commit}, could not be tagged {name}"):
                 self.api().create_tag(**self.where, tag=name, revision=commit)
 
-    def write(self, files: Mapping[str, Path | bytes], message: str, tag: str | None = None) -> tuple[str, bool]:
-        """Makes the branch hold exactly `files` (and the Hub's own .gitattributes), in one commit or none.
+    def changes(self, files: Mapping[str, Path | bytes]) -> Changes:
+        """What `write` would do, by asking alone; a branch that is not there yet is compared with main.
+
+        Raises:
+            HlmError: not written by HLM before, or the Hub cannot be reached.
+        """
+        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+        api = self.api()
+        with hub_errors(f"{self.name} could not be compared"):
+            try:
+                try:
+                    head = api.repo_info(**self.where, revision=self.revision, timeout=TIMEOUT_S).sha
+                except RevisionNotFoundError:
+                    head = api.repo_info(**self.where, timeout=TIMEOUT_S).sha
+            except RepositoryNotFoundError:
+                return Changes(None, added=tuple(files), record=make_record(files))
+            there = self.hashes(head)
+            if others := foreign(there):
+                raise HlmError(
+                    f"expected {self.name} to be new or written by HLM before, found other files there "
+                    f"({', '.join(others[:3])}); choose another name, or empty it by hand"
+                )
+            record = self._read(RECORD, head, there[RECORD]) if RECORD in there else None
+            # The Hub makes a Space with a card of its own, which nobody wrote.
+            new = CARD in there and set(there) <= {ATTRIBUTES, CARD}
+            untouched = new and len(api.list_repo_commits(**self.where, revision=head)) == 1
+        return compare(head, there, files, record, untouched)
+
+    def write(
+        self,
+        files: Mapping[str, Path | bytes],
+        message: str,
+        tag: str | None = None,
+        *,
+        delete_others: bool = False,
+        overwrite_edited: bool = False,
+        changes: Changes | None = None,
+    ) -> tuple[str, bool]:
+        """Makes the branch hold `files`, in one commit or none: what HLM put there before and is not among them is
+        deleted, what others added is kept, and what others edited is not overwritten.
 
         Large files go first and the commit last, so that a failure leaves the branch as it was; what has arrived is
         not sent again. Files equal to the repository's own are left out, and with nothing left no commit is made.
@@ -106,51 +150,61 @@ class Repository:
         Args:
             files: path in the repository -> a file or its content.
             tag: refused before anything is sent where it stands on another commit than the one to come.
+            delete_others: what others added is deleted: the branch then holds exactly `files`, the record of them
+                (`.hlm-published.json`) and the Hub's own .gitattributes.
+            overwrite_edited: what others edited is overwritten.
+            changes: of `changes(files)`, where the caller has asked already.
 
         Returns:
             The commit, and whether it was made now.
 
         Raises:
-            HlmError: not written by HLM before, changed by someone else meanwhile, or the Hub cannot be reached.
+            HlmError: not written by HLM before, edited by others, changed by someone else meanwhile, or the Hub cannot
+                be reached.
         """
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-        api = self.api()
+        changes = changes or self.changes(files)
+        changes = changes.asked(delete_others=delete_others, overwrite_edited=overwrite_edited)
+        changes.refuse_edited(self.name)
+        if changes.head is None:
+            raise HlmError(f"expected {self.name} on the Hub, found none that this login may write to; {REMEDIES[404]}")
+        if tag is not None:
+            self._refuse_taken(tag, None if changes.any else changes.head)
+        if not changes.any:
+            return changes.head, False
+        sent = {path: files[path] for path in files if path in {*changes.added, *changes.changed}}
+        if changes.outdated:
+            sent[RECORD] = changes.record
+        operations: list[Any] = [
+            CommitOperationAdd(path, content if isinstance(content, bytes) else str(content))
+            for path, content in sent.items()
+        ]
+        operations += [CommitOperationDelete(path, is_folder=False) for path in changes.deleted]
         with hub_errors(f"{self.name} was not changed"):
-            head = api.repo_info(**self.where, revision=self.revision).sha
-            there = self.hashes(head)
-            ours = any(path.endswith(MANIFEST) or path.startswith("hlm/") for path in there)
-            foreign = sorted(set(there) - {".gitattributes", "README.md"})
-            if foreign and not ours:
-                raise HlmError(
-                    f"expected {self.name} to be new or written by HLM before, found other files there "
-                    f"({', '.join(foreign[:3])}); choose another name, or empty it by hand"
-                )
-            added = [path for path, content in files.items() if not same_content(content, there.get(path))]
-            gone = [path for path in there if path not in files and path != ".gitattributes"]
-            changed = bool(added or gone)
-            if tag is not None:
-                self._refuse_taken(tag, None if changed else head)
-            if not changed:
-                return head, False
-            operations: list[Any] = [
-                CommitOperationAdd(path, content if isinstance(content, bytes) else str(content))
-                for path, content in files.items()
-                if path in added
-            ]
-            operations += [CommitOperationDelete(path, is_folder=False) for path in gone]
-            commit = api.create_commit(
-                **self.where, operations=operations, commit_message=message, revision=self.revision, parent_commit=head
-            ).oid
+            commit = self.api().create_commit(
+                **self.where, operations=operations, commit_message=message, revision=self.revision,
+                parent_commit=changes.head,
+            ).oid  # fmt: skip
         with hub_errors(f"{self.name}, commit {commit}, was written and could not be compared with what was sent"):
             there = self.hashes(commit)
-            wrong = [path for path, content in files.items() if not same_content(content, there.get(path))]
+            expected = {**files, RECORD: changes.record}
+            wrong = [path for path, content in expected.items() if not same_content(content, there.get(path))]
         if wrong:
             raise HlmError(
                 f"{self.name}, commit {commit}: expected what was sent, found other content of {', '.join(wrong[:3])}; "
                 f"{AGAIN}"
             )
         return commit, True
+
+    def _read(self, path: str, commit: str, expected: str) -> bytes:
+        """A small file's content, past the cache."""
+        with tempfile.TemporaryDirectory(prefix="hlm-") as temporary:
+            file = self.api().hf_hub_download(**self.where, filename=path, revision=commit, cache_dir=temporary)
+            content = Path(file).read_bytes()
+        if not same_content(content, expected):
+            raise HlmError(f"{self.name}: expected {path} as the Hub has it, found it damaged on arrival; {AGAIN}")
+        return content
 
     def hashes(self, commit: str) -> dict[str, str]:
         """Path -> SHA-256 of a large file, Git's hash of a small one."""
@@ -191,19 +245,21 @@ def collect(title: str, repositories: Sequence[Repository], description: str | N
     return collection.slug
 
 
-def same_content(content: Path | bytes, found: str | None) -> bool:
-    """Whether the repository's hash, of either kind, is the content's."""
-    if found is None:
-        return False
-    if len(found) == 64:
-        if isinstance(content, bytes):
-            return hashlib.sha256(content).hexdigest() == found
-        with open(content, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == found
-    size = len(content) if isinstance(content, bytes) else content.stat().st_size
-    digest = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    digest.update(content if isinstance(content, bytes) else content.read_bytes())
-    return digest.hexdigest() == found
+def check_id(repo_id: str, repo_type: str) -> None:
+    """Raises an HlmError where the Hub could have no repository of this name and type."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if repo_type not in ("model", "dataset", "space"):
+        raise HlmError(f"repo_type: expected model, dataset or space, found {repo_type!r}; correct it")
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise HlmError(
+            f"expected a Hub id (owner/name), found {repo_id!r} ({_line(error)}); correct the name"
+        ) from error
+    if repo_id.count("/") != 1:
+        raise HlmError(f"expected a Hub id (owner/name), found {repo_id!r}; name the owner too")
 
 
 @contextlib.contextmanager
@@ -234,8 +290,12 @@ def _reason(error: BaseException) -> str:
     """Type and text of what happened first: an upload's error is wrapped in ones that say less."""
     status, found = _status(error)
     cause = found or next((e for e in _chain(error) if isinstance(e, OSError) and e.errno), None) or error
-    text = " ".join(str(cause).split()) or "no further text"
+    text = _line(cause) or "no further text"
     return f"{type(cause).__name__}{f', HTTP {status}' if status else ''}: {text[:300]}"
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _status(error: BaseException) -> tuple[int | None, BaseException | None]:
@@ -266,5 +326,7 @@ def _redacted(text: str) -> str:
     """Without tokens, and without the queries of addresses, which carry signatures."""
     from huggingface_hub import get_token
 
-    text = re.sub(r"(https?://[^\s?]+)\?\S+", r"\1?...", re.sub(r"\b(hf|api_org)_[A-Za-z0-9]+", "***", text))
-    return text.replace(token, "***") if (token := get_token()) else text
+    from hlm.redaction import HIDDEN, without_secrets
+
+    text = re.sub(r"(https?://[^\s?]+)\?\S+", r"\1?...", without_secrets(text))
+    return text.replace(token, HIDDEN) if (token := get_token()) else text

@@ -4,7 +4,8 @@
 
 Without --dry-run it does what that printed, with the token of `hf auth login` or HF_TOKEN. Everything is checked before
 anything is sent; each repository changes in one commit; what points to others comes after them, tags last. The same run
-published twice changes nothing, and after a failure the same command completes it.
+published twice changes nothing, and after a failure the same command completes it. What others added on the Hub stays,
+what they edited there is not overwritten: --delete_others and --overwrite_edited do so.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from hlm.cards import dataset_card, eval_results, student_card, teacher_card
 from hlm.config import parse, run_recipe
 from hlm.data import load
 from hlm.hub import Published, link_files, publish_folder
-from hlm.hub_files import RESULTS
+from hlm.hub_files import RESULTS, folder_files, own_file
 from hlm.hub_repository import Repository, collect
 from hlm.index import AdIndex
 from hlm.lineage import open_fitting, read_student, verify
@@ -67,18 +68,28 @@ class PublishConfig:
     )
     revision: str = field(default="main", metadata={"help": "branch to publish on, made where it is missing"})
     tag: str | None = field(default=None, metadata={"help": "the release's name, for example v1.0; never moved"})
-    dry_run: bool = field(default=False, metadata={"help": "print every file, its size and the cards; send nothing"})
+    delete_others: bool = field(default=False, metadata={"help": "delete files that others added on the Hub"})
+    overwrite_edited: bool = field(
+        default=False, metadata={"help": "overwrite cards and other files that others edited on the Hub"}
+    )
+    public_names: list[str] = field(
+        default_factory=list, metadata={"help": "names of the user, the home or the machine that may be published"}
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "print every file, its size, the cards and what would change; send nothing"}
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Published]:
     (config,) = parse(PublishConfig, argv=argv)
     repositories = repositories_of(config)
     with tempfile.TemporaryDirectory(prefix="hlm-publish-") as temporary:
-        # All is laid out and checked before the first request: what is refused then has left nothing anywhere.
+        # All is laid out, checked and compared before anything is sent: what is refused then has left nothing anywhere.
         planned = publish(config, repositories, Path(temporary) / "planned", {}, dry_run=True)
         if config.dry_run:
             print_plan(planned)
             return planned
+        check_plan(planned)
         done: dict[str, Published] = {}
         try:
             for repository in repositories.values():  # so that no card links to a repository that is not there
@@ -126,8 +137,32 @@ def publish(
         done[part] = publish_folder(
             home / part, repository.repo_id, repo_type=repository.repo_type, card=card, private=config.private,
             revision=config.revision, tag=config.tag, defer_tag=True, dry_run=dry_run,
+            delete_others=config.delete_others, overwrite_edited=config.overwrite_edited,
+            sources=sources(config, part), public_names=public_names(config, repositories),
         )  # fmt: skip
     return done
+
+
+def sources(config: PublishConfig, part: str) -> list[Path]:
+    """What the links in a part's folder point to."""
+    if part != "dataset":
+        return [Path(getattr(config, part))] if part != "space" else []
+    reports = [Path(path) for path in (config.report, config.latency) if path]
+    stores = [Path(config.vectors) / name for name in ("corpus", "queries", "index")]
+    return [*stores, Path(config.data), *reports, *(path.with_suffix(".png") for path in reports)]
+
+
+def public_names(config: PublishConfig, repositories: dict[str, Repository]) -> list[str]:
+    ids = [*(one.repo_id for one in repositories.values()), config.base_model or ""]
+    return [*config.public_names, *(name for one in ids for name in one.split("/"))]
+
+
+def check_plan(planned: dict[str, Published]) -> None:
+    """Refuses the whole release where one repository could not be compared, or holds what others edited."""
+    for one in planned.values():
+        if one.changes is None:
+            raise HlmError(one.not_compared)
+        one.changes.refuse_edited(f"{one.repo_type} {one.repo_id}")
 
 
 def check_teacher(config: PublishConfig) -> None:
@@ -141,7 +176,7 @@ def about(config: PublishConfig, repositories: dict[str, Repository], part: str)
     """What a card says beside the manifests."""
     others = {f"{one}_repo": repositories[one].repo_id for one in repositories if one != "space"}
     files = {name: read_json(getattr(config, name)) for name in ("report", "latency")}
-    given = {name: getattr(config, name) for name in ("base_model", "licence", "language")}
+    given = {name: getattr(config, name) for name in ("base_model", "licence", "language", "public_names")}
     return {"repo_id": repositories[part].repo_id, **others, **files, **given}
 
 
@@ -195,6 +230,8 @@ def stage_tables(data: Path, home: Path, unlabelled: bool) -> None:
             f"unlabelled: expected one table of them in {data}, found none; join shards into unlabelled.parquet, or "
             "leave unlabelled out"
         )
+    for path in found.values():
+        own_file(path, [data])
     (home / "qrels").mkdir(parents=True)
     if (data / MANIFEST).is_file():
         (home / MANIFEST).symlink_to((data / MANIFEST).resolve())
@@ -230,9 +267,8 @@ def stage_space(config: PublishConfig, repositories: dict, done: dict, home: Pat
     """The demo's folder with the package beside it; its settings and front matter name what was just published."""
     if not (Path(config.space) / "app.py").is_file():
         raise HlmError(f"space: expected the demo's folder at {config.space}, found no app.py there; correct the path")
-    shutil.copytree(config.space, home, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.png"))
-    package = Path(hlm.__file__).parent
-    shutil.copytree(package, home / "hlm", ignore=shutil.ignore_patterns(".*", "__pycache__"))
+    copy_files(Path(config.space), home)
+    copy_files(Path(hlm.__file__).parent, home / "hlm")
     student, dataset = done["student"], done["dataset"]
     commits = {"student": student.commit or UNKNOWN}
     ids: dict[str, str | None] = {"student": student.repo_id, "teacher": None}
@@ -249,6 +285,13 @@ def stage_space(config: PublishConfig, repositories: dict, done: dict, home: Pat
     return str(card)
 
 
+def copy_files(source: Path, target: Path) -> None:
+    for name, path in folder_files(source):
+        if path.suffix != ".png":
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / name)
+
+
 def examples(config: PublishConfig, wanted: list[str]) -> list[str]:
     """Those of the demo's examples that are queries of this data, as the teacher's vectors of others are not there;
     else its first ones."""
@@ -263,6 +306,11 @@ def print_plan(planned: dict[str, Published]) -> None:
             print(f"{size:>15,}  {name}")
         print(f"{sum(one.files.values()):>15,}  bytes in {len(one.files)} files")
         print(f"\n--- README.md ---\n{one.card}\n--- end ---")
+    print("\nWhat would change on the Hub")
+    for one in planned.values():
+        print(f"{one.repo_type} {one.repo_id}")
+        for line in one.changes.lines() if one.changes else [f"not compared with the Hub: {one.not_compared}"]:
+            print(f"  {line}")
     print("dry run: nothing was sent")
 
 
@@ -272,6 +320,8 @@ def print_table(done: dict[str, Published]) -> None:
         state = "" if one.changed else "  unchanged"
         size = sum(one.files.values())
         print(f"{one.repo_type + ' ' + one.repo_id:<50} {one.commit[:12]:<13} {len(one.files):>5} {size:>15,}{state}")
+        for line in one.changes.lines() if one.changes.any or one.changes.kept else ():
+            print(f"  {line}")
 
 
 if __name__ == "__main__":

@@ -178,7 +178,11 @@ class HubServer:
         if (kind, name) in self.state.repos:
             raise Refused(409, f"You already created this {kind[:-1]} repo", url=url)
         repo = Repo(asked.get("visibility") == "private" or asked.get("private") is True)
-        repo.write("main", {".gitattributes": Entry.small(GITATTRIBUTES.encode())}, "initial commit")
+        files = {".gitattributes": Entry.small(GITATTRIBUTES.encode())}
+        if kind == "spaces":
+            card = f"---\ntitle: {asked['name']}\nsdk: {asked['sdk']}\n---\n\nCheck out the configuration reference\n"
+            files["README.md"] = Entry.small(card.encode())
+        repo.write("main", files, "initial commit")
         self.state.repos[kind, name] = repo
         return Answer({"url": url, "name": name, "id": f"{len(self.state.repos):024x}"})
 
@@ -198,6 +202,12 @@ class HubServer:
             for where, ref, there in (("branches", "heads", repo.branches), ("tags", "tags", repo.tags))
         }
         return Answer(listed | {"converts": []})
+
+    def commits(self, request: Request, kind: str, name: str, revision: str) -> Answer:
+        repo = self.repo(request, kind, name)
+        made = list(repo.commits)[: list(repo.commits).index(repo.commit_of(revision)) + 1]
+        facts = {"title": "", "message": "", "authors": [], "date": DATE}
+        return Answer([{"id": commit, **facts} for commit in reversed(made)])
 
     def create_branch(self, request: Request, kind: str, name: str, branch: str) -> Answer:
         repo = self.repo(request, kind, name, write=True)
@@ -408,6 +418,7 @@ def _routes() -> list[tuple[str, re.Pattern[str], Callable[..., Answer]]]:
         ("POST", r"/api/repos/create", hub.create_repo),
         ("GET", rf"{api}(/revision/(?P<revision>[^/]+))?", hub.info),
         ("GET", rf"{api}/refs", hub.refs),
+        ("GET", rf"{api}/commits/(?P<revision>[^/]+)", hub.commits),
         ("POST", rf"{api}/branch/(?P<branch>[^/]+)", hub.create_branch),
         ("POST", rf"{api}/tag/(?P<revision>[^/]+)", hub.create_tag),
         ("POST", rf"{api}/preupload/(?P<revision>[^/]+)", hub.preupload),

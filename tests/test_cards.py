@@ -10,7 +10,7 @@ import pytest
 import yaml
 from huggingface_hub import DatasetCardData, ModelCard, ModelCardData, RepoCard, parse_eval_result_entries
 
-from hlm import cards
+from hlm import cards, redaction
 from hlm.artefacts import HlmError
 from hlm.cards import dataset_card, eval_results, student_card, teacher_card
 from hlm.encoders import add_head, add_lora, encode, fingerprint, load_encoder, merge_lora, save_encoder
@@ -275,7 +275,7 @@ def test_what_metadata_say_is_only_shown(house, about, evil, tmp_path):
     card = student_card(tmp_path / "bert", **about)
     assert {**front_of(card), "model-index": 0} == {**front_of(plain), "model-index": 0}
     for result in ModelCard(card).data.eval_results:
-        assert result.dataset_split == " ".join(evil.split())
+        assert result.dataset_split == " ".join(evil.replace("/etc/passwd", "passwd").split())
     body, usual = card.split("\n---\n", 1)[1], plain.split("\n---\n", 1)[1]
     for mark in (r"^#+ .*$", r"^```\w*$", r"^---$"):
         found, expected = (re.findall(mark, text, flags=re.MULTILINE) for text in (body, usual))
@@ -311,7 +311,7 @@ def test_no_path_and_no_token_reaches_a_card(house, about, monkeypatch):
     for secret in ("/srv", "private", "/home", "alice", "secret", "abc123", "hf_abc", str(house)):
         assert secret not in card
     assert "evaluate.yaml" in card and "git checkout 2f9a013fffd4f0b4d991e86eecb8ed5547437268" in card
-    monkeypatch.setattr(cards, "get_token", lambda: "plain-looking-token")
+    monkeypatch.setattr(redaction, "get_token", lambda: "plain-looking-token")
     with pytest.raises(HlmError, match="token"):
         student_card(house / "bert", **about, command="make quickstart KEY=plain-looking-token")
     with pytest.raises(HlmError, match="token"):

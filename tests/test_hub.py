@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.numpy import save_file
 
-from hlm import hub_files, hub_repository
+from hlm import hub_changes, redaction
 from hlm.artefacts import HlmError, read_manifest
 from hlm.data import document_text, iterate, load
 from hlm.encoders import encode, fingerprint, load_encoder, save_encoder
@@ -81,7 +81,7 @@ def test_no_path_of_the_machine_and_no_token_is_published(house):
 
 @pytest.mark.parametrize("token", [SECRET, "plain-looking-token"])
 def test_a_secret_anywhere_else_stops_it(mine, monkeypatch, token):
-    monkeypatch.setattr(hub_files, "get_token", lambda: "plain-looking-token")
+    monkeypatch.setattr(redaction, "get_token", lambda: "plain-looking-token")
     path = mine / "student/config_sentence_transformers.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"note": token}))
     with pytest.raises(HlmError, match="config_sentence_transformers.json: expected nothing secret") as caught:
@@ -179,7 +179,95 @@ def test_objects_are_published_as_their_folders_are(house):
 
 def test_a_linked_view_is_published_like_the_folder(house, tmp_path):
     link_files(house / "student", tmp_path / "view")
-    assert release_files(tmp_path / "view", "student").keys() == release_files(house / "student", "student").keys()
+    made = release_files(tmp_path / "view", "student", sources=[house / "student"])
+    assert made.keys() == release_files(house / "student", "student").keys()
+    with pytest.raises(HlmError, match="expected a file or folder of its own, found a link to"):
+        release_files(tmp_path / "view", "student")
+
+
+def linked(folder: Path, outside: Path) -> dict[str, tuple[Path, Path]]:
+    """Way out of the folder -> (link in it, what the link says)."""
+    (folder / "inner").symlink_to(outside / "secret.txt")
+    return {
+        "straight": (folder / "vocab.txt", outside / "secret.txt"),
+        "relative": (folder / "vocab.txt", Path("../outside/secret.txt")),
+        "by way of itself": (folder / "vocab.txt", Path("../student/../outside/secret.txt")),
+        "over a link inside": (folder / "vocab.txt", Path("inner")),
+        "a folder": (folder / "onnx2", outside),
+        "a folder inside": (folder / "again", folder / "1_Pooling"),
+        "to nothing": (folder / "vocab.txt", Path("nowhere")),
+        "to itself": (folder / "vocab.txt", Path("vocab.txt")),
+        "the card": (folder / "README.md", outside / "secret.txt"),
+        "results": (folder / ".eval_results", outside),
+    }
+
+
+WAYS = ["straight", "relative", "by way of itself", "over a link inside", "a folder", "a folder inside", "to nothing",
+        "to itself", "the card", "results"]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_link_that_leads_out_is_refused(mine, way):
+    outside = mine / "outside"
+    outside.mkdir()
+    (outside / "secret.txt").write_text("x\n")
+    (outside / "hlm.yaml").write_text("x\n")
+    folder = mine / "student"
+    link, target = linked(folder, outside)[way]
+    link.symlink_to(target)
+    if way != "over a link inside":
+        (folder / "inner").unlink()
+    for act in (lambda: release_files(folder, "student"), lambda: link_files(folder, mine / "view")):
+        with pytest.raises(HlmError, match="expected a file") as caught:
+            act()
+        assert str(link) in str(caught.value) or "inner" in str(caught.value)
+        shutil.rmtree(mine / "view", ignore_errors=True)
+
+
+def test_links_inside_and_a_snapshot_of_the_hubs_cache_are_published(mine):
+    folder, blobs = mine / "student", mine / "cache/blobs"
+    (folder / "LICENSE").write_text("Apache\n")
+    (folder / "LICENSE.md").symlink_to("LICENSE")
+    assert {"LICENSE", "LICENSE.md"} <= release_files(folder, "student").keys()
+    snapshot = mine / "cache/snapshots/0123"
+    shutil.copytree(folder, snapshot)
+    blobs.mkdir()
+    (snapshot / "config.json").rename(blobs / "0a1b")
+    (snapshot / "config.json").symlink_to("../../blobs/0a1b")
+    assert release_files(snapshot, "student").keys() == release_files(folder, "student").keys()
+    (mine / "adapter").mkdir()
+    (mine / "teacher/adapter").rename(mine / "elsewhere")
+    (mine / "teacher/adapter").symlink_to(mine / "elsewhere")
+    with pytest.raises(HlmError, match="teacher/adapter: expected a file or folder of its own"):
+        release_files(mine / "teacher", "teacher")
+
+
+@pytest.mark.parametrize(
+    "kind, name",
+    [("student", "LICENSE"), ("student", "vocab.txt"), ("student", "notes.model"), ("student", "README.md"),
+     ("student", "chat_template.jinja"), ("student", "LICENSE.key"), ("student", ".eval_results/hlm.yaml"),
+     ("dataset", "unlabelled.jsonl"), ("dataset", "LICENSE.txt"), ("teacher", "adapter/LICENSE")],
+)  # fmt: skip
+def test_secrets_are_found_in_every_text_that_is_allowed_by_name(mine, kind, name):
+    path = mine / kind / name
+    path.parent.mkdir(exist_ok=True)
+    for secret in (SECRET, "-----BEGIN RSA PRIVATE KEY-----", "AKIAIOSFODNN7EXAMPLE"):
+        path.write_text(json.dumps({"text": secret}) + "\n")
+        with pytest.raises(HlmError, match=f"{Path(name).name}: expected nothing secret, found a") as caught:
+            release_files(mine / kind, kind)
+        assert secret not in str(caught.value)
+
+
+def test_the_machines_names_are_refused_in_texts_but_not_in_tables_of_words(mine, monkeypatch):
+    monkeypatch.setattr(redaction, "_user", lambda: "janedoe")
+    folder = mine / "student"
+    for name in ("vocab.txt", "LICENSE"):
+        (folder / name).write_text("janedoe\n")
+    release_files(folder, "student")
+    with pytest.raises(HlmError, match="README.md: expected nothing secret, found the user's name, janedoe, in line 2"):
+        release_files(folder, "student", card="# x\nby janedoe\n")
+    publish_folder(folder, "janedoe/x", card="# janedoe/x\n", dry_run=True)  # the owner is read there anyway
+    publish_folder(folder, "acme/x", card="by janedoe\n", dry_run=True, public_names=["janedoe"])
 
 
 def status_error(status: int) -> HfHubHTTPError:
@@ -241,17 +329,27 @@ def test_content_is_compared_by_either_hash(tmp_path):
     git = "ce013625030ba8dba906f756967f9e9ca394464a"  # git hash-object
     large = "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03"  # sha256sum
     for content in (path, b"hello\n"):
-        assert hub_repository.same_content(content, git) and hub_repository.same_content(content, large)
-        assert not hub_repository.same_content(content, git[:-1] + "b") and not hub_repository.same_content(
+        assert hub_changes.same_content(content, git) and hub_changes.same_content(content, large)
+        assert not hub_changes.same_content(content, git[:-1] + "b") and not hub_changes.same_content(
             content, None
         )
 
 
 def test_a_name_that_is_nothing_is_one_clear_error(tmp_path):
-    for name in ("./nowhere", "/nowhere/at/all", "a/b/c", "nowhere"):
+    odd = ["acme/x y", "acme/..", "acme/x--y", "acme/-x", "acme/x.git", "acme/", "acme/x\n", "acm\u00e9/x", "C:/x"]
+    odd += [" /x", "a/" + "b" * 200, "a" * 5000, "x\0y/z", ""]
+    for name in ("./nowhere", "/nowhere/at/all", "a/b/c", "nowhere", *odd):
         with pytest.raises(HlmError, match="expected a folder or a Hub id"):
             local_folder(name)
     with pytest.raises(HlmError, match="expected a folder or a Hub dataset at acme/none, revision v1, found neither"):
         local_folder("acme/none", revision="v1", repo_type="dataset")  # offline, and not in the cache
+    for subfolder in ("../x", "/etc", "a/../../x"):
+        with pytest.raises(HlmError, match="subfolder: expected a folder inside"):
+            local_folder(tmp_path, subfolder=subfolder)
+    with pytest.raises(HlmError, match="repo_type: expected model, dataset or space, found 'modell'"):
+        local_folder("acme/none", repo_type="modell")
+    for name in ("acme/x y", "acme", "a/b/c"):
+        with pytest.raises(HlmError, match="expected a Hub id"):
+            publish_folder(tmp_path, name, dry_run=True)
     with pytest.raises(HlmError, match="expected a folder 'index'"):
         local_folder(tmp_path, subfolder="index")

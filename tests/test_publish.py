@@ -325,4 +325,4 @@ def test_what_arrives_damaged_is_removed_and_the_next_pull_is_whole(hub, publish
     assert "corrupt" in dict(hub.injected).values()
     hub.restart_log()
     (folder,) = client.run(PULL_ONE, xet=mode == "xet")
-    assert {path.name: path.read_bytes() for path in Path(folder).iterdir()} == right and len(right) == 5
+    assert {path.name: path.read_bytes() for path in Path(folder).iterdir()} == right and len(right) == 6
