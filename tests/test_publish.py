@@ -50,7 +50,7 @@ def arguments(home: Path, *more: str) -> list[str]:
             "--licence", "apache-2.0", "--language", "en", *more]  # fmt: skip
 
 
-def test_a_dry_run_prints_every_file_and_card_and_asks_nobody(home, capsys, monkeypatch):
+def test_a_dry_run_prints_every_file_and_card_and_sends_nothing(home, capsys, monkeypatch):
     def no_network(*args, **kwargs):
         raise AssertionError("a dry run sends nothing")
 
@@ -58,6 +58,9 @@ def test_a_dry_run_prints_every_file_and_card_and_asks_nobody(home, capsys, monk
     planned = publish.main(arguments(home, "--dry-run"))
     out = capsys.readouterr().out
     assert list(planned) == list(PARTS) and out.endswith("dry run: nothing was sent\n")
+    assert out.count("  not compared with the Hub: ") == 4 and "acme/tiny-space could not be compared (Offline" in out
+    with pytest.raises(HlmError, match="model acme/tiny-teacher could not be compared"):
+        publish.main(arguments(home))  # and without --dry-run nothing is begun
     for part, one in planned.items():
         assert one.commit is None and f"{one.repo_type} acme/tiny-{part}\n" in out and one.card in out
         for name, size in one.files.items():
@@ -119,6 +122,17 @@ def test_what_does_not_fit_stops_before_anything_is_sent(home, tmp_path, tiny_be
     (tmp_path / "online/scheduler.pt").write_bytes(b"x")
     with pytest.raises(HlmError, match="found 'scheduler.pt'"):
         publish.main(arguments(home, "--dry-run", "--student", str(tmp_path / "online")))
+    for folder, name, words in (
+        ("data", "corpus.jsonl", ["--data", str(tmp_path / "data")]),
+        ("online", "vocab.txt", ["--student", str(tmp_path / "online")]),
+        ("demo", "notes.txt", ["--space", str(tmp_path / "demo")]),
+    ):
+        shutil.rmtree(tmp_path / folder, ignore_errors=True)
+        shutil.copytree({"demo": ROOT / "spaces/query_to_ad"}.get(folder, home / folder), tmp_path / folder)
+        (tmp_path / folder / name).unlink(missing_ok=True)
+        (tmp_path / folder / name).symlink_to(home / "data/corpus.jsonl")
+        with pytest.raises(HlmError, match=f"{folder}/{name}: expected a file or folder of its own, found a link"):
+            publish.main(arguments(home, "--dry-run", *words))
     with pytest.raises(HlmError, match="space: expected the demo's folder"):
         publish.main(arguments(home, "--dry-run", "--space", str(tmp_path)))
 
@@ -280,6 +294,33 @@ def test_pulled_by_someone_else_vectors_are_equal(hub, home, published, tiny_ber
     (shown,) = client.run(SPACE, user=None, cwd=Path(found["space"]))
     assert shown[1:3] == [5, 5] and shown[3].endswith("reports/report.png")  # it runs on its own copy of the package
     assert TOKEN not in client.said + published[0].said
+
+
+EDIT = """
+import sys
+from huggingface_hub import HfApi
+for repo, kind, path in (("tiny-dataset", "dataset", "notes.md"), ("tiny-student", "model", "README.md")):
+    HfApi().upload_file(path_or_fileobj=b"by hand", path_in_repo=path, repo_id="acme/" + repo, repo_type=kind)
+"""
+
+
+def test_a_card_that_others_edited_stops_the_whole_release(home, tmp_path):
+    with HubServer(tmp_path / "hub") as hub:
+        client, other = Client(hub, tmp_path / "owner"), ["--licence", "mit"]
+        client.run(PUBLISH, json.dumps([arguments(home)]))
+        client.run(EDIT)
+        before = {part: hub.branch(kind, f"acme/tiny-{part}")[0] for part, kind in PARTS.items()}
+        runs = [arguments(home, "--dry-run"), arguments(home, *other, "--dry-run"), arguments(home, *other)]
+        same, dry, refused = client.run(PUBLISH, json.dumps(runs))
+        assert {part: hub.branch(kind, f"acme/tiny-{part}")[0] for part, kind in PARTS.items()} == before
+        assert same["teacher"] == [before["teacher"], False] and same["student"] == dry["teacher"] == [None, False]
+        assert "model acme/tiny-student was not changed: expected README.md there as HLM wrote it" in refused
+        assert "kept, as others wrote it: notes.md; --delete_others deletes it" in client.said
+        assert "refused, as others edited it on the Hub: README.md; --overwrite_edited" in client.said
+        (done,) = client.run(PUBLISH, json.dumps([arguments(home, *other, "--overwrite_edited")]))
+        assert all(changed for _, changed in done.values())
+        assert "notes.md" in hub.branch("datasets", "acme/tiny-dataset")[1]
+        assert b"by hand" not in hub.content(hub.branch("models", "acme/tiny-student")[1]["README.md"])
 
 
 def test_private_repositories_are_seen_with_a_token_alone(home, tmp_path):
