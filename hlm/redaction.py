@@ -54,7 +54,7 @@ SECRETS: list[tuple[str, tuple[str, ...], re.Pattern[str]]] = [
         ("a registry's token", ("npm_", "pypi-AgE"), r"\b(?:npm_[A-Za-z0-9]{36}|pypi-AgE[\w-]{50,})"),
         ("a SendGrid key", ("SG.",), r"\bSG\.[\w-]{16,32}\.[\w-]{16,64}"),
         ("a signed web token", ("eyJ",), r"\beyJ[\w-]{15,}\.eyJ[\w-]{15,}\.[\w-]{16,}"),
-        ("an address with a password", ("://",), r"\b[a-z][a-z0-9+.-]{0,20}://[^\s/:@\"'<>{}$*]+:[^\s/@\"'<>{}$*]+@[\w.-]+"),
+        ("an address with a password", ("://",), r"://[^\s/:@\"'<>{}$*]+:[^\s/@\"'<>{}$*]+@[\w.-]+"),
     )
 ]  # fmt: skip
 # Names of settings, options and variables whose values are secret.
