@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hlm.artefacts import MANIFEST, HlmError
+from hlm.errors import HlmError
+from hlm.outputs import MANIFEST
 
 RECORD = ".hlm-published.json"
 CARD, ATTRIBUTES = "README.md", ".gitattributes"

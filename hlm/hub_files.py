@@ -6,6 +6,7 @@ no business there.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from typing import Any
 
 from hlm.artefacts import MANIFEST, HlmError, read_manifest
 from hlm.hub_changes import CARD
+from hlm.integrity import known_fingerprint
 from hlm.redaction import machine_names, public, public_manifest, refuse_secrets
 
 RESULTS = ".eval_results/hlm.yaml"
@@ -79,6 +81,8 @@ def release_files(
         files[name] = _public(name, path)
     if card is not None:
         files[CARD] = card.encode()
+    for name in [name for name in files if name.split("/")[-1] == MANIFEST]:
+        files[name] = _recorded(name, files)
     known = list(public_names)
     in_data, in_texts = machine_names(known, in_data=True), machine_names(known)
     for name, content in files.items():
@@ -161,7 +165,27 @@ def _public(name: str, path: Path) -> Path | bytes:
         clean = value | {key: public(item, key) for key, item in value.items() if not re.search("module|pattern", key)}
     else:
         clean = public_manifest(value) if path.name == MANIFEST else public(value)
-    return path if clean == value else (json.dumps(clean, indent=2, ensure_ascii=False) + "\n").encode()
+    return path if clean == value else _json(clean)
+
+
+def _recorded(name: str, files: dict[str, Path | bytes]) -> Path | bytes:
+    """A manifest whose records of files are of what is published: of a teacher the adapter alone, without paths."""
+    content = files[name]
+    value = json.loads(content if isinstance(content, bytes) else content.read_text(encoding="utf-8"))
+    records = value.get("files")
+    if not isinstance(records, dict):
+        return content
+    found = {}
+    for path in records:
+        short = path.removeprefix("adapter/")
+        beside = name.removesuffix(MANIFEST) + short
+        if (one := files.get(beside)) is not None:
+            found[short] = hashlib.sha256(one).hexdigest()[:16] if isinstance(one, bytes) else known_fingerprint(one)
+    return content if found == records else _json(value | {"files": found})
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _verify(folder: Path, kind: str) -> None:

@@ -20,7 +20,7 @@ from urllib.parse import quote, unquote
 
 from huggingface_hub import get_token
 
-from hlm.artefacts import HlmError
+from hlm.errors import HlmError
 
 HIDDEN = "***"
 # (what it is, texts of which one is in it, its form). The forms are those that the providers document; they are meant

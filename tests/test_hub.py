@@ -1,6 +1,7 @@
 """What goes to the Hub and what does not: decided, checked and listed without any network."""
 
 import errno
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -222,6 +223,21 @@ def test_a_link_that_leads_out_is_refused(mine, way):
             act()
         assert str(link) in str(caught.value) or "inner" in str(caught.value)
         shutil.rmtree(mine / "view", ignore_errors=True)
+
+
+def test_what_a_manifest_records_of_files_is_what_is_published(mine):
+    manifest = read_manifest(mine / "teacher", "teacher")  # as recipes/teacher.py records it, the adapter too
+    manifest["files"] |= {f"adapter/adapter_{name}": "0" * 16 for name in ("config.json", "model.safetensors")}
+    (mine / "teacher/hlm.json").write_text(json.dumps(manifest))
+    for kind, count in (("student", 9), ("teacher", 2), ("dataset", 2)):
+        files = release_files(mine / kind, kind, card="# Card\n")
+        manifests = [name for name in files if name.endswith("hlm.json")]
+        raw = {name: one if isinstance(one, bytes) else one.read_bytes() for name, one in files.items()}
+        for name in manifests:
+            records = json.loads(raw[name]).get("files", {})
+            folder = name.removesuffix("hlm.json")
+            assert records == {short: hashlib.sha256(raw[folder + short]).hexdigest()[:16] for short in records}
+        assert sum(len(json.loads(raw[name]).get("files", {})) for name in manifests) >= count, kind
 
 
 def test_links_inside_and_a_snapshot_of_the_hubs_cache_are_published(mine):
