@@ -90,7 +90,7 @@ def compare(
         untouched: whether nobody wrote to the repository since the Hub made it, with a card of its own.
     """
     new, wrote = make_record(files), read_record(record)
-    same = {path for path, content in files.items() if same_content(content, there.get(path))}
+    same = {path for path, found in read_record(new).items() if there.get(path) in found}
     others = {path for path, found in there.items() if found not in wrote.get(path, ())} - {RECORD, ATTRIBUTES}
     changed = [path for path in files if path in there and path not in same]
     return Changes(

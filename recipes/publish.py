@@ -267,8 +267,12 @@ def stage_space(config: PublishConfig, repositories: dict, done: dict, home: Pat
     """The demo's folder with the package beside it; its settings and front matter name what was just published."""
     if not (Path(config.space) / "app.py").is_file():
         raise HlmError(f"space: expected the demo's folder at {config.space}, found no app.py there; correct the path")
-    copy_files(Path(config.space), home)
-    copy_files(Path(hlm.__file__).parent, home / "hlm")
+    for name, path in folder_files(config.space):
+        if path.suffix != ".png":
+            (home / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, home / name)
+    package = Path(hlm.__file__).parent
+    shutil.copytree(package, home / "hlm", ignore=shutil.ignore_patterns(".*", "__pycache__"))
     student, dataset = done["student"], done["dataset"]
     commits = {"student": student.commit or UNKNOWN}
     ids: dict[str, str | None] = {"student": student.repo_id, "teacher": None}
@@ -283,13 +287,6 @@ def stage_space(config: PublishConfig, repositories: dict, done: dict, home: Pat
     card.data.models, card.data.datasets = models, [dataset.repo_id]
     card.data.preload_from_hub = [f"{student.repo_id} {','.join(student.files)} {commits['student']}"]
     return str(card)
-
-
-def copy_files(source: Path, target: Path) -> None:
-    for name, path in folder_files(source):
-        if path.suffix != ".png":
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / name)
 
 
 def examples(config: PublishConfig, wanted: list[str]) -> list[str]:

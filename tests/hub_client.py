@@ -1,7 +1,7 @@
 """A process with the real clients that publishes and pulls on request: their imports take seconds, a fault does not.
 
 It differs from a user's process in two ways, both to save time: waits between retries are a hundredth of what the
-clients wait, and what recipes/publish.py checks before its first request is checked once for each command line.
+clients wait, and what recipes/publish.py checks before it sends anything is checked once for each command line.
 """
 
 from __future__ import annotations
