@@ -18,6 +18,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from hlm.artefacts import MANIFEST, HlmError, read_manifest
+from hlm.demo_examples import choose_examples
 from hlm.hub_cache import local_folder
 from hlm.spelling import match_key, singular, words_of
 
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 DEPTH = 100  # ads fetched from the index, so that a rank can be told for an ad beyond the first k
 MAX_K = 50
 MAX_QUERY = 1000  # characters; encoders read some tens of tokens
+MAX_TYPED = 4 * MAX_QUERY  # characters that are looked at; what follows them costs nothing
 SAVED = "as saved"
 
 
@@ -39,8 +41,9 @@ class DemoConfig:
         vectors: with the teacher's `corpus` and `queries` stores.
         teacher: run on every query; None: its vectors of `data`'s queries are read from `vectors`.
         index: a saved index; None: built in memory from `vectors`, as every further one of `factories`.
-        report, latency: JSON of a run, a plot of the same name beside it; None: not shown. May be dataset ids too.
+        report, latency: JSON of a run; None: not shown. May be dataset ids too.
         revisions: of Hub ids, by the name of the setting: {"student": "<commit>"}.
+        examples: queries to click; none: `hlm.demo_examples` chooses them from the judgements.
         precision: of the student, as QueryEncoder takes it.
     """
 
@@ -72,11 +75,14 @@ class DemoConfig:
             raise HlmError(f"{path}: expected a value for {', '.join(absent)}, found none; fill it in")
         return cls(**values)
 
+    def chosen(self, name: str) -> str:
+        """A setting's folder or Hub id; of a list, the first folder that is there."""
+        value = getattr(self, name)
+        return next((one for one in value if Path(one).is_dir()), value[0]) if isinstance(value, list) else value
+
     def place(self, name: str, inside: str | None = None) -> Path:
         """The folder or file of a setting; `inside` is looked for in a folder, and is what is fetched of a Hub id."""
-        value = getattr(self, name)
-        if isinstance(value, list):
-            value = next((folder for folder in value if Path(folder).is_dir()), value[0])
+        value = self.chosen(name)
         if Path(value).is_file():
             return Path(value)
         if Path(value).is_dir():
@@ -86,20 +92,17 @@ class DemoConfig:
             inside = f"vectors/{inside}"  # where a published dataset keeps its stores
         return local_folder(value, revision=self.revisions.get(name), repo_type=kind, subfolder=inside)
 
-    def file(self, name: str, suffix: str) -> Path | None:
-        """The JSON ("report" or "latency", `suffix` ".json") or the plot (".png") of the run; None where not there."""
-        if getattr(self, name) is None:
+    def read_report(self, name: str) -> dict[str, Any] | None:
+        """The run's "report" or "latency"; None where the settings name none, or what they name is not there."""
+        value = getattr(self, name)
+        if value is None:
             return None
-        value = Path(getattr(self, name))
-        if value.suffix == ".json":
-            path = value.with_suffix(suffix)
-        else:
-            try:
-                path = self.place(name, "reports") / f"{name}{suffix}"
-            except HlmError as error:
-                logger.warning("%s is not shown: %s", name, error)
-                return None
-        return path if path.is_file() else None
+        try:
+            path = Path(value) if value.endswith(".json") else self.place(name, "reports") / f"{name}.json"
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (HlmError, OSError, ValueError) as error:
+            logger.warning("%s is not shown: %s", name, error)
+            return None
 
 
 class Hit(TypedDict):
@@ -153,6 +156,22 @@ def ad_texts(row: dict[str, Any]) -> dict[str, str]:
     return shown | {"url": clean(row.get("display_url") or row.get("url") or "")}
 
 
+def is_synthetic(data: str, revision: str | None = None) -> bool:
+    """Whether the manifest of a folder or dataset id says that HLM's generator made it (kind "catalogue").
+
+    Raises:
+        HlmError: a manifest that is no JSON object.
+    """
+    folder = Path(data) if Path(data).is_dir() else None
+    path = (folder or local_folder(data, revision=revision, repo_type="dataset", patterns=[MANIFEST])) / MANIFEST
+    if not path.is_file():
+        return False
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("kind") == "catalogue"
+    except (ValueError, AttributeError) as error:
+        raise HlmError(f"{path}: expected a manifest as JSON, found none ({error}); write the data again") from error
+
+
 def _unseen(character: str) -> bool:
     return unicodedata.category(character) in {"Cc", "Cf", "Cs", "Co", "Cn"}
 
@@ -169,6 +188,7 @@ class Demo:
         live: whether the teacher computes.
         indexes: name -> what makes the index, called once, when it is first asked for.
         facts: what is shown, as (name, value), for the page.
+        synthetic: whether a generator made the ads.
     """
 
     def __init__(
@@ -180,8 +200,10 @@ class Demo:
         corpus: Any,
         indexes: dict[str, Callable[[], Any]],
         facts: list[tuple[str, str]],
+        synthetic: bool = False,
     ) -> None:
-        self.facts, self.live = facts, live
+        self.facts, self.live, self.synthetic = facts, live, synthetic
+        self.examples: tuple[str, list[str]] = ("", [])  # a label, and queries to click
         self.names = list(indexes)
         self._student, self._teacher = student, teacher
         self._corpus, self._rows = corpus, {name: row for row, name in enumerate(corpus["_id"])}
@@ -210,14 +232,14 @@ class Demo:
         if isinstance(k, bool) or not isinstance(k, (int, float)) or not 1 <= k <= MAX_K or k != int(k):
             raise HlmError(f"k: expected a whole number from 1 to {MAX_K}, found {k!r}")
         found: Comparison = {
-            "query": clean(query or ""), "k": int(k), "index": index or self.names[0], "message": "", "overlap": None,
-            "ratio": None, "teacher": None, "student": None,
+            "query": clean(str(query or "")[:MAX_TYPED]), "k": int(k), "index": index or self.names[0], "message": "",
+            "overlap": None, "ratio": None, "teacher": None, "student": None,
         }  # fmt: skip
         searched = self.index(index)
         if not found["query"]:
             return found | {"message": "Type a query first: a few words, as a shopper would."}
         if len(found["query"]) > MAX_QUERY:
-            found["message"] = f"Cut to its first {MAX_QUERY:,} characters, of {len(found['query']):,}."
+            found["message"] = f"Cut to its first {MAX_QUERY:,} characters."
             found["query"] = found["query"][:MAX_QUERY]
         text = found["query"]
         teacher, student = self._measured(self._teacher, text, searched), self._measured(self._student, text, searched)
@@ -277,12 +299,11 @@ def load_demo(config: DemoConfig) -> Demo:
     from hlm.runtime import QueryEncoder
     from hlm.store import VectorStore
 
-    where = config.place("student")
-    student = QueryEncoder.from_pretrained(where, precision=config.precision)
+    student = QueryEncoder.from_pretrained(config.place("student"), precision=config.precision)
     source = str(config.data)
-    data = load(
-        source, revision=None if Path(source).is_dir() else config.revisions.get("data"), splits=(), skip_bad_rows=True
-    )
+    revision = None if Path(source).is_dir() else config.revisions.get("data")
+    splits = () if config.examples else ("test", "dev")
+    data = load(source, revision=revision, splits=splits, skip_bad_rows=True)
     indexes: dict[str, Callable[[], Any]] = {}
     if config.index:
         saved = AdIndex.load(config.place("index", "index"), expect_encoder=student.teacher)
@@ -297,25 +318,36 @@ def load_demo(config: DemoConfig) -> Demo:
     live = config.teacher is not None
     if live:
         teach = _live_teacher(config.place("teacher"), teacher_print, student.dim)
-        said = f"{config.teacher}, run on every query"
+        said = f"{_told(config.teacher)}, run on every query"
     else:
         queries = VectorStore.open(config.place("vectors", "queries"))
         queries.check(encoder=teacher_print)
         teach = stored_teacher(queries, data.queries, student.dim)
         said = f"not run here: its stored vectors of {len(queries):,} queries are read"
     facts = [
-        ("Student", f"{where}, {student.backend} {student.precision}, width {student.dim}"),
+        ("Student", f"{_told(config.chosen('student'))}, {student.backend} {student.precision}, width {student.dim}"),
         ("Student's fingerprint", student.fingerprint or "none"),
         ("Teacher", said),
         ("Teacher's fingerprint", f"{teacher_print}, the same in the student and in the vectors"),
-        ("Catalogue", f"{config.data}, {data.corpus.num_rows:,} ads"),
+        ("Catalogue", f"{_told(config.data)}, {data.corpus.num_rows:,} ads"),
         ("Fingerprint of the ads' texts", source_print),
         ("Indexes", ", ".join(indexes)),
         *((f"Revision of {name}", revision) for name, revision in config.revisions.items()),
     ]
-    demo = Demo(student=student.encode, teacher=teach, live=live, corpus=data.corpus, indexes=indexes, facts=facts)
-    demo.compare(config.examples[0] if config.examples else "warm up")  # the first call of a model is its slowest
+    demo = Demo(
+        student=student.encode, teacher=teach, live=live, corpus=data.corpus, indexes=indexes, facts=facts,
+        synthetic=is_synthetic(source, revision),
+    )  # fmt: skip
+    demo.examples = ("Examples", config.examples)
+    if not config.examples:
+        demo.examples = choose_examples(data, student.encode, teach, demo.index())
+    demo.compare(demo.examples[1][0])  # the first call of a model is its slowest
     return demo
+
+
+def _told(place: str) -> str:
+    """A Hub id or a relative folder as it is written; where else a folder lies is no visitor's business."""
+    return Path(place).name if Path(place).is_absolute() else place
 
 
 def _live_teacher(folder: Path, fingerprint: str, dim: int) -> Callable[[str], np.ndarray]:

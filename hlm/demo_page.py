@@ -32,11 +32,20 @@ def results(found: Comparison) -> str:
     if found["student"] is None:
         return f'<div class="hlm">{said}</div>'
     k = found["k"]
-    columns = _column("Teacher", "student", found["teacher"], k) + _column("Student", "teacher", found["student"], k)
+    # The student first, as it is what the page is about: on a phone one column stands below the other.
+    columns = _column("Student", "teacher", found["student"], k) + _column("Teacher", "student", found["teacher"], k)
     asked = html.escape(found["query"])  # lets a script tell this answer from the one before
     return (
         f'<div class="hlm" data-query="{asked}">{said}{_figures(found)}<div class="hlm-columns">{columns}</div></div>'
     )
+
+
+def notice(synthetic: bool) -> str:
+    """What a visitor must know before reading an ad; nothing of a catalogue that no generator made."""
+    if not synthetic:
+        return ""
+    said = "The ads are synthetic: a generator made the products, brands, prices and judgements. Nothing here is sold."
+    return f'<div class="hlm"><p class="hlm-note">{said}</p></div>'
 
 
 def failure(error: Exception) -> str:
@@ -59,14 +68,9 @@ def _figures(found: Comparison) -> str:
         of = len(found["student"]["hits"])
         tiles.append((f"{found['overlap']} of {of}", f"ads found by both (overlap@{found['k']})"))
     if found["ratio"] is not None:
-        tiles += [
-            (f"{found['ratio']['encode']:.1f}×", "teacher's time to encode over the student's"),
-            (f"{found['ratio']['total']:.1f}×", "the same for encoding and search together"),
-        ]
-    else:
-        tiles.append((f"{found['student']['total_ms']:.1f} ms", "the student, encoding and search"))
+        tiles.append((f"{found['ratio']['total']:.1f}×", "the teacher's time over the student's, for this query"))
     cells = "".join(f"<div><b>{value}</b><span>{label}</span></div>" for value, label in tiles)
-    return f'<div class="hlm-figures" role="status">{cells}</div>'
+    return f'<div class="hlm-figures" role="status">{cells}</div>' if tiles else ""
 
 
 def _column(name: str, other: str, side: Side | None, k: int) -> str:
@@ -125,6 +129,8 @@ CSS = """
 .hlm-change { margin-left: auto; padding: 0 8px; border-radius: 999px; }
 .hlm-in { background: #d9f2e1; color: #0b4a24; }
 .hlm-out { background: #f6e7c8; color: #5a3b00; }
+.dark .hlm-in { background: #123d24; color: #c5f0d5; }
+.dark .hlm-out { background: #48350c; color: #f7e3b5; }
 .hlm li h3, .hlm li h3 * { font-size: 16px; font-weight: 600; line-height: 1.3; color: var(--link-text-color); }
 .hlm li h3 { margin: 2px 0; }
 .hlm li p { display: block; margin: 2px 0; }
@@ -134,12 +140,19 @@ CSS = """
 .hlm-note, .hlm-error { padding: 10px 14px; border-radius: 10px; margin: 0 0 12px; overflow-wrap: anywhere; }
 .hlm-note { background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary); }
 .hlm-error { background: #fbe3e1; color: #6b120b; }
+.dark .hlm-error { background: #4a1713; color: #ffd9d5; }
 .hlm-facts { border-collapse: collapse; width: 100%; }
 .hlm .hlm-facts, .hlm .hlm-facts * { border: 0; }
 .hlm .hlm-facts th, .hlm .hlm-facts td { text-align: left; vertical-align: top; padding: 8px 16px 8px 0;
   overflow-wrap: anywhere; border-bottom: 1px solid var(--border-color-primary); }
 .hlm-facts th { font-weight: 600; width: 32%; }
+.html-container:has(.hlm) { padding: 0 !important; }
 /* Gradio's own greys and blue have too little contrast for small text. */
 footer, footer *, button[role="tab"][aria-selected="true"] { color: var(--body-text-color) !important; }
-@media (max-width: 640px) { .hlm-columns { grid-template-columns: 1fr; } }
+@media (max-width: 640px) {
+  .hlm-columns { grid-template-columns: 1fr; }
+  .hlm .hlm-facts th, .hlm .hlm-facts td { display: block; width: auto; padding-right: 0; }
+  .hlm .hlm-facts th { border-bottom: 0; padding-bottom: 0; }
+  .hlm .hlm-facts td { padding-top: 0; }
+}
 """

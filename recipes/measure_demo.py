@@ -1,8 +1,8 @@
 """The demo as a visitor meets it: time to the first useful paint, a search in the browser, many clients at once.
 
-    python recipes/measure_demo.py --output results/demo.json
+    python recipes/measure_demo.py --output results/demo.json --screenshot spaces/query_to_ad/screenshot.png
 
-Starts spaces/query_to_ad/app.py itself; needs Chromium and the extra `test`.
+Starts spaces/query_to_ad/app.py itself, asks the first queries of its data; needs Chromium and the extra `test`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import numpy as np
 
 from hlm.artefacts import HlmError, write_json
 from hlm.config import parse, run_recipe
-from hlm.demo import DemoConfig
+from hlm.data import load
+from hlm.demo import DemoConfig, clean
 from hlm.machine import facts
 from hlm.report import command_line, environment
 
@@ -34,7 +35,7 @@ SEARCH = """query => new Promise((done, fail) => {
   const start = performance.now();
   document.querySelector('#search-button').click();
   setTimeout(() => fail(new Error('no answer to ' + query)), 30000);
-  const look = () => document.querySelector('.hlm')?.dataset.query === query
+  const look = () => document.querySelector('.hlm[data-query]')?.dataset.query === query
     ? requestAnimationFrame(() => done(performance.now() - start)) : requestAnimationFrame(look);
   look();
 })"""
@@ -44,6 +45,7 @@ SEARCH = """query => new Promise((done, fail) => {
 class MeasureDemoConfig:
     settings: str = field(default=str(APP / "config.json"), metadata={"help": "what the demo shows"})
     output: str = "results/demo.json"
+    screenshot: str | None = field(default=None, metadata={"help": "PNG of the page with its first ads"})
     chromium: str = "/usr/bin/chromium"
     starts: int = field(default=3, metadata={"help": "fresh starts of the app; each is reported"})
     repeats: int = field(default=50, metadata={"help": "searches in the browser"})
@@ -55,9 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     (config,) = parse(MeasureDemoConfig, argv=argv)
     from playwright.sync_api import sync_playwright
 
-    queries = DemoConfig.read(config.settings).examples
+    queries = first_queries(DemoConfig.read(config.settings))
     if len(queries) < 2 or not Path(config.chromium).is_file():
-        raise HlmError(f"expected two or more examples in {config.settings} and Chromium at {config.chromium}")
+        raise HlmError(f"expected two or more queries in the data and Chromium at {config.chromium}, found less")
     given = asdict(config) | {"settings": os.path.relpath(config.settings)}  # no path of this machine
     here = environment(command_line("recipes/measure_demo.py", argv)) | facts()
     measured: dict[str, Any] = {"settings": given, "environment": here, "starts": []}
@@ -69,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             app, page, start = started(browser, config.settings)
             try:
                 measured["starts"].append(start)
+                if config.screenshot and number == 0:
+                    page.screenshot(path=config.screenshot)
                 if number == config.starts - 1:
                     measured["search_in_browser_ms"] = in_browser(page, queries, config.repeats)
                     page.context.close()
@@ -81,12 +85,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     print({name: measured[name] for name in ("starts", "search_in_browser_ms", "clients")})
 
 
+def first_queries(settings: DemoConfig) -> list[str]:
+    """Six queries of the data, which a teacher that does not run has vectors of."""
+    return [clean(text) for text in load(settings.data, splits=()).queries[:6]["text"]]
+
+
 def started(browser: Any, settings: str) -> tuple[subprocess.Popen, Any, dict[str, float]]:
     """The app, its page, and the seconds from the start of its process to the search box and to the first ads."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    page = browser.new_context().new_page()
+    page = browser.new_context(viewport={"width": 1280, "height": 1000}).new_page()
     page.set_default_timeout(120_000)
     begun = time.perf_counter()
     variables = {"GRADIO_SERVER_PORT": str(port), "HLM_SPACE_CONFIG": settings}

@@ -281,19 +281,12 @@ def stage_space(config: PublishConfig, repositories: dict, done: dict, home: Pat
         ids[name], commits[name] = dataset.repo_id, dataset.commit or UNKNOWN
     settings = read_json(str(home / "config.json"))
     settings |= {"data": config.data, "report": None, "latency": None} | ids | {"revisions": commits}
-    write_json(home / "config.json", settings | {"examples": examples(config, settings.get("examples", []))})
+    write_json(home / "config.json", settings)
     card = RepoCard.load(home / "README.md")
     models = [repositories[part].repo_id for part in ("student", "teacher") if part in repositories]
     card.data.models, card.data.datasets = models, [dataset.repo_id]
     card.data.preload_from_hub = [f"{student.repo_id} {','.join(student.files)} {commits['student']}"]
     return str(card)
-
-
-def examples(config: PublishConfig, wanted: list[str]) -> list[str]:
-    """Those of the demo's examples that are queries of this data, as the teacher's vectors of others are not there;
-    else its first ones."""
-    texts = {" ".join(text.split()).casefold(): text for text in load(config.data, splits=()).queries["text"]}
-    return [text for text in wanted if text.casefold() in texts] or list(texts.values())[:6]
 
 
 def print_plan(planned: dict[str, Published]) -> None:

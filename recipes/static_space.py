@@ -22,7 +22,8 @@ import numpy as np
 from hlm.artefacts import HlmError, atomic_folder
 from hlm.config import parse, run_recipe
 from hlm.data import iterate, load
-from hlm.demo import ad_texts, stored_teacher
+from hlm.demo import ad_texts, is_synthetic, stored_teacher
+from hlm.demo_examples import choose_examples
 from hlm.index import AdIndex
 from hlm.lineage import open_fitting, read_student
 from hlm.runtime import QueryEncoder
@@ -39,7 +40,7 @@ LIBRARY = {
     "onnxruntime-web/package.json": "onnxruntime-web.package.json",  # names its licence, MIT
 }
 DTYPES = {"int8": ("q8", "model_quantized.onnx"), "fp32": ("fp32", "model.onnx")}
-TAUGHT = 50  # ads of the teacher kept for each example: as many as the page shows at most
+TAUGHT = 50  # ads of the teacher kept for each example: as many as the page shows at most (MAX_K in app.js)
 MAX_TEXT = 300  # characters of an ad's text that are sent; the page shows 240
 
 
@@ -51,7 +52,7 @@ class StaticSpaceConfig:
     output: str = field(metadata={"help": "folder to serve"})
     ads: int = field(default=20_000, metadata={"help": "at most so many, the first of the catalogue"})
     examples: list[str] = field(
-        default_factory=list, metadata={"help": "queries to click; of the data, to be compared"}
+        default_factory=list, metadata={"help": "queries to click; none: chosen from the judgements"}
     )
     precision: str = field(default="int8", metadata={"help": "of the student: int8 or fp32"})
     node_modules: str = field(default="tests/node/node_modules", metadata={"help": "with @huggingface/transformers"})
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     student = QueryEncoder.from_pretrained(config.student, precision=config.precision)
     store = open_fitting(Path(config.vectors) / "corpus", read_student(config.student), "vectors")
-    data = load(config.data, splits=(), skip_bad_rows=True)
+    data = load(config.data, splits=() if config.examples else ("test", "dev"), skip_bad_rows=True)
     store.check(source=data.fingerprint("corpus"))
     with atomic_folder(config.output) as folder:
         shutil.copytree(PAGE, folder, dirs_exist_ok=True)
@@ -125,10 +126,11 @@ def settings(config: StaticSpaceConfig, data: Any, store: VectorStore, student: 
     """What the page must know, and what it tells."""
     folder = Path(config.student)
     shown = f"{count:,} of {len(store):,} ads" if count < len(store) else f"{count:,} ads"
+    label, chosen = examples(config, data, store, student, count)
     return {
         "ads": count, "dim": student.dim, "max_tokens": student.max_tokens, "prompt": student.prompt,
         "dtype": DTYPES[config.precision][0], "weights_beside": graph_files(config)[1].is_file(),
-        "examples": examples(config, data, store, student.dim, count),
+        "synthetic": is_synthetic(config.data), "examples_label": label, "examples": chosen,
         "facts": [
             ["Student", f"{folder.name}, {config.precision}, width {student.dim}"],
             ["Student's fingerprint", student.fingerprint or "none"],
@@ -139,24 +141,26 @@ def settings(config: StaticSpaceConfig, data: Any, store: VectorStore, student: 
     }  # fmt: skip
 
 
-def examples(config: StaticSpaceConfig, data: Any, store: VectorStore, dim: int, count: int) -> list[dict[str, Any]]:
-    """Each example with the ids of the ads that the teacher finds for it among those shown, best first; an example
-    whose vector the teacher has not stored cannot be compared and has none."""
+def examples(
+    config: StaticSpaceConfig, data: Any, store: VectorStore, student: QueryEncoder, count: int
+) -> tuple[str, list[dict[str, Any]]]:
+    """A label, and each example with the ids of the ads that the teacher finds for it among the `count` shown, best
+    first; one whose vector the teacher has not stored cannot be compared and has none."""
+    index = AdIndex.from_vectors(store.gather(np.arange(count))[:, : student.dim], store.ids[:count].to_pylist())
     folder = Path(config.vectors) / "queries"
-    if not config.examples or not folder.is_dir():
-        return [{"text": text, "teacher": []} for text in config.examples]
-    queries = VectorStore.open(folder)
-    queries.check(encoder=store.encoder)
-    teach = stored_teacher(queries, data.queries, dim)
-    index = AdIndex.build(store, dim=dim)
-    shown = set(store.ids[:count].to_pylist())
+    teach = lambda text: None  # noqa: E731
+    if folder.is_dir():
+        queries = VectorStore.open(folder)
+        queries.check(encoder=store.encoder)
+        teach = stored_teacher(queries, data.queries, student.dim)
+    label, texts = "Examples", config.examples
+    if not texts:
+        label, texts = choose_examples(data, student.encode, teach, index)
     found = []
-    for text in config.examples:
-        ads: list[str] = []
-        if (vector := teach(text)) is not None:
-            _, (ads,) = index.search(vector, len(store) if count < len(store) else TAUGHT)
-        found.append({"text": text, "teacher": [one for one in ads if one in shown][:TAUGHT]})
-    return found
+    for text in texts:
+        vector = teach(text)
+        found.append({"text": text, "teacher": [] if vector is None else index.search(vector, TAUGHT)[1][0]})
+    return label, found
 
 
 if __name__ == "__main__":

@@ -128,12 +128,40 @@ def test_a_student_whose_weights_lie_beside_its_graph(browser, folder, given, kn
         assert ask(open_page(), known) == expected
 
 
+def test_examples_are_chosen_and_what_is_synthetic_is_said(given, browser, tmp_path):
+    if not LIBRARY.is_file():
+        pytest.skip("transformers.js is not installed")
+    made = build(given, tmp_path / "static")
+    about = json.loads((made / "about.json").read_text())
+    texts = [example["text"] for example in about["examples"]]
+    judged = dict(load(given["data"], splits=("test",)).split_queries("test"))
+    assert 1 <= len(texts) <= 6 and set(texts) <= set(judged.values())
+    assert about["synthetic"] and all(len(example["teacher"]) == 50 for example in about["examples"])
+    with serving(made) as url, opening(browser, url, "#results li") as open_page:
+        page = open_page(viewport={"width": 390, "height": 844})
+        assert page.get_by_text("The ads are synthetic").is_visible()
+        assert page.get_by_role("group", name="Examples: the test queries").get_by_role("button").count() == len(texts)
+        assert page.evaluate("document.querySelector('#results').dataset.query") == texts[0]
+    (Path(given["data"]) / "hlm.json").rename(tmp_path / "aside")
+    try:
+        about = json.loads((build(given, tmp_path / "other", "--examples", "red shoe") / "about.json").read_text())
+    finally:
+        (tmp_path / "aside").rename(Path(given["data"]) / "hlm.json")
+    assert not about["synthetic"] and about["examples_label"] == "Examples"
+
+
+def test_without_the_teachers_vector_nothing_is_compared(opened):
+    page = opened()
+    ask(page, "red shoe")  # an example, but no query of the data
+    assert "Encoded in" in page.inner_text("#status") and "teacher" not in page.inner_text("#status")
+
+
 def test_odd_queries(opened):
     page = opened()
     page.get_by_label("Query").fill("   ")
     page.get_by_role("button", name="Search", exact=True).click()
     page.wait_for_selector("text=Type a query first")
-    page.get_by_label("Query").fill("red shoe " * 1200)
+    page.get_by_label("Query").fill("red shoe " * 400)
     page.keyboard.press("Enter")
     page.wait_for_selector("text=Cut to its first 1,000 characters")
     assert len(ask(page, f"red shoe {SCRIPT}")) == 10 and page.evaluate("window.hacked") is None

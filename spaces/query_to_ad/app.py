@@ -34,16 +34,22 @@ try:
 finally:
     inspect.getfile = _getfile
 
+from starlette.middleware import Middleware  # noqa: E402
+
+from hlm import demo_page, demo_plots  # noqa: E402
 from hlm.artefacts import HlmError  # noqa: E402
-from hlm.demo import MAX_K, Demo, DemoConfig, load_demo  # noqa: E402
-from hlm.demo_page import CSS, failure, results, table  # noqa: E402
+from hlm.demo import MAX_K, MAX_TYPED, Demo, DemoConfig, load_demo  # noqa: E402
+from hlm.demo_limits import Limits  # noqa: E402
+from hlm.demo_page import failure, notice, results, table  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
-INTRO = """# The same ads, from a small model
+INTRO = """# Query to ad: teacher and student
 
 A large **teacher** encoded the ads once, offline. A small **student** encodes your query and searches the teacher's own
-index. Both answer here, side by side, timed as you ask."""
+index. """
+LIVE = "Both answer here, side by side, timed as you ask."
+STORED = "The student answers here, timed as you ask; the teacher's answers come from vectors that it stored."
 THEME = gr.themes.Base(
     primary_hue="blue", neutral_hue="slate", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
 ).set(button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800")
@@ -58,7 +64,7 @@ def build(config: DemoConfig, loading: Future[Demo]) -> gr.Blocks:
         """Finds the ads for a shopper's query with the teacher and with the student, and compares the two.
 
         Args:
-            query: what a shopper types, for example "cordless chainsaw".
+            query: what a shopper types, for example "wool baby blanket".
             k: how many ads, 1 to 50.
             index: which of the indexes to search; empty: the first.
 
@@ -78,44 +84,51 @@ def build(config: DemoConfig, loading: Future[Demo]) -> gr.Blocks:
             logger.exception("search failed")
             return failure(error)
 
-    def facts() -> str:
+    def start() -> tuple[gr.Dataset, str, str]:
         try:
-            return table(loading.result().facts)
+            demo = loading.result()
         except Exception as error:
-            return failure(error)
+            return gr.Dataset(visible=False), "", failure(error)
+        label, queries = demo.examples
+        return gr.Dataset(samples=[[text] for text in queries], label=label), notice(demo.synthetic), table(demo.facts)
+
+    def first_query(typed: str) -> str:
+        return typed or (loading.result().examples[1][0] if loading.exception() is None else "")
+
+    def charts() -> tuple[str, str]:
+        return (
+            demo_plots.quality_charts(config.read_report("report")),
+            demo_plots.latency_charts(config.read_report("latency")),
+        )
 
     with gr.Blocks(title="Query to ad: teacher and student", analytics_enabled=False) as page:
-        gr.Markdown(INTRO)
+        gr.Markdown(INTRO + (LIVE if config.teacher else STORED))
+        noted = gr.HTML(padding=False)
         with gr.Tab("Search"):
             with gr.Row(equal_height=True):
-                query = gr.Textbox(label="Query", placeholder="What would a shopper type?", scale=5, max_length=20_000)
+                query = gr.Textbox(
+                    label="Query", placeholder="What would a shopper type?", scale=5, max_length=MAX_TYPED
+                )
                 go = gr.Button("Search", elem_id="search-button", variant="primary", scale=1, min_width=110)
-            gr.Examples(
-                config.examples, [query], cache_examples=False, label="Examples", examples_per_page=20,
-                api_visibility="private",
-            )  # fmt: skip
+            examples = gr.Dataset(components=[query], samples=[], samples_per_page=20, label="Examples")
             with gr.Accordion("Settings", open=False):
                 k = gr.Slider(1, MAX_K, value=10, step=1, label="Ads from each (k)")
                 choices = [("as saved", "")] if config.index else [(name, name) for name in config.factories]
                 index = gr.Dropdown(choices, value=choices[0][1], label="Index")
             found = gr.HTML('<div class="hlm"><p class="hlm-note" role="status">Loading the models …</p></div>')
-        with gr.Tab("Quality and latency of this run"):
-            plots = {"Recovery of the teacher's quality": "report", "Latency": "latency"}
-            present = {title: path for title, name in plots.items() if (path := config.file(name, ".png"))}
-            for title, path in present.items():
-                gr.Image(str(path), label=title, interactive=False, buttons=["fullscreen"])
-            if len(present) < len(plots):
-                gr.Markdown("A plot is missing: `make quickstart` writes `report.png` and `latency.png`.")
-        with gr.Tab("What is shown"):
+        with gr.Tab("Quality"):
+            quality, latency = gr.HTML(), gr.HTML()
+        with gr.Tab("Details"):
             shown = gr.HTML()
 
         asks = {"fn": show, "inputs": [query, k, index], "outputs": found, "api_visibility": "private", **ONE_AT_A_TIME}
         for event in (go.click, query.submit, k.release, index.input):
             event(**asks)
-        page.load(lambda: config.examples[0] if config.examples else "", None, query, api_visibility="private").then(
-            **asks
-        )
-        page.load(facts, None, shown, api_visibility="private")
+        private = {"api_visibility": "private"}
+        examples.click(lambda row: row[0], examples, query, **private).then(**asks)
+        begun = page.load(start, None, [examples, noted, shown], **private)
+        begun.then(first_query, query, query, **private).then(**asks)
+        page.load(charts, None, [quality, latency], **private)
         gr.api(search, api_name="search", **ONE_AT_A_TIME)
     return page.queue(max_size=256)
 
@@ -133,8 +146,8 @@ def launch(config: DemoConfig, **options: Any) -> gr.Blocks:
 
     page = build(config, loading)
     page.launch(
-        theme=THEME, css=CSS, mcp_server=True, ssr_mode=False, footer_links=["api"], prevent_thread_lock=True,
-        allowed_paths=[str(path) for name in ("report", "latency") if (path := config.file(name, ".png"))], **options,
+        theme=THEME, css=demo_page.CSS + demo_plots.CSS, mcp_server=True, ssr_mode=False, footer_links=["api"],
+        prevent_thread_lock=True, run_history=False, app_kwargs={"middleware": [Middleware(Limits)]}, **options,
     )  # fmt: skip
     loader = threading.Timer(PAINT_S, load)  # imports of models would hold the interpreter while the page is served
     loader.daemon = True

@@ -142,7 +142,7 @@ async function answer(loaded) {
   );
   const ms = (value) => `${value.toFixed(1)} ms`;
   let said = `Encoded in ${ms(encoded - started)}, searched ${about.ads.toLocaleString("en")} ads in ${ms(ended - encoded)}.`;
-  if (known) {
+  if (known?.teacher.length) { // an example whose vector the teacher has not stored cannot be compared
     const both = found.filter(([row]) => taught.has(ads[row].id)).length;
     said += ` The teacher finds ${both} of these ${found.length} too (overlap@${k}).`;
   }
@@ -161,6 +161,9 @@ function failed(error) {
 async function start() {
   const loaded = await load();
   const { about } = loaded;
+  at("synthetic").hidden = !about.synthetic;
+  at("examples-label").textContent = about.examples_label;
+  at("examples-label").hidden = about.examples.length === 0;
   for (const { text } of about.examples) {
     const button = element("button", text);
     button.type = "button";
