@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -169,13 +170,15 @@ def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
 
 def plot(report: Mapping[str, Any], path: str | Path) -> None:
     """Draws p50 at batch 1 against nDCG with the Pareto front (p50 to p99 alone where no quality is known), and
-    throughput over batch sizes, as a PNG. A system has one colour in both; the reference is a square."""
+    throughput over batch sizes, as a PNG. A system has one colour and one shape in both, which the legend names: names
+    beside the points would cover others. The reference is a square."""
     systems = report["systems"]
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     axes = figure.subplots(1, 2)
     palette = colormaps["tab10" if len(systems) <= 10 else "tab20"]
     colours = {name: palette(place) for place, name in enumerate(systems)}
-    markers = {name: "s" if name == report["reference"] else "o" for name in systems}
+    shapes = itertools.cycle("o^Dv<>PX*")
+    markers = {name: "s" if name == report["reference"] else next(shapes) for name in systems}
     points = {
         name: (system["latency_ms"]["all"]["p50"], system["quality"]["ndcg"])
         for name, system in systems.items()
@@ -223,8 +226,6 @@ def _plot_quality(
     axis.plot(*steps, color="#9aa5b1", linewidth=1, drawstyle="steps-post", label="Pareto front")
     for name, (latency, value) in points.items():
         axis.scatter(latency, value, color=colours[name], marker=markers[name], s=36, zorder=3)
-    for name, point in points.items():  # slanted: ways of running one model stand at one height
-        axis.annotate(name, point, (4, 5), textcoords="offset points", fontsize=8, color=colours[name], rotation=35)
     metric = next(system["quality"]["metric"] for system in report["systems"].values() if system.get("quality"))
     axis.set_ylabel(metric.replace("ndcg", "nDCG"))
     axis.margins(x=0.2, y=0.25)
