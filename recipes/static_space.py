@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from hlm.artefacts import HlmError, atomic_folder
+from hlm.artefacts import HlmError, atomic_folder, check_output, write_manifest
 from hlm.config import parse, run_recipe
 from hlm.data import iterate, load
 from hlm.demo import ad_texts, is_synthetic, stored_teacher
@@ -30,6 +30,7 @@ from hlm.runtime import QueryEncoder
 from hlm.store import VectorStore
 
 logger = logging.getLogger(__name__)
+KIND = "static_space"
 PAGE = Path(__file__).resolve().parent.parent / "spaces/query_to_ad_static"
 # Under node_modules -> under lib/
 LIBRARY = {
@@ -68,11 +69,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"node_modules: expected transformers.js there, found no {', '.join(absent)}; run `npm ci --ignore-scripts "
             "--prefix tests/node`, or name a folder where @huggingface/transformers was installed"
         )
+    output = check_output(config.output, KIND)
     student = QueryEncoder.from_pretrained(config.student, precision=config.precision)
     store = open_fitting(Path(config.vectors) / "corpus", read_student(config.student), "vectors")
     data = load(config.data, splits=() if config.examples else ("test", "dev"), skip_bad_rows=True)
     store.check(source=data.fingerprint("corpus"))
-    with atomic_folder(config.output) as folder:
+    with atomic_folder(output, KIND) as folder:
         shutil.copytree(PAGE, folder, dirs_exist_ok=True)
         (folder / "lib").mkdir()
         for path, name in library.items():
@@ -81,8 +83,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         count = write_ads(data, store, student.dim, config.ads, folder)
         about = settings(config, data, store, student, count)
         (folder / "about.json").write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
-    size = sum(path.stat().st_size for path in Path(config.output).rglob("*") if path.is_file())
-    print(f"{config.output}: {count:,} ads, {size / 2**20:.0f} MiB; python -m http.server --directory {config.output}")
+        inputs = {"student": student.fingerprint, "teacher": store.encoder, "corpus": store.source}
+        # The whole folder is public: no path of this machine.
+        write_manifest(folder, KIND, inputs=inputs, config={"precision": config.precision, "ads": count})
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    print(f"{output}: {count:,} ads, {size / 2**20:.0f} MiB; python -m http.server --directory {output}")
 
 
 def write_student(config: StaticSpaceConfig, folder: Path) -> None:

@@ -209,6 +209,20 @@ def test_bad_settings_are_refused(given, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_only_a_page_of_its_own_is_replaced(given, known, folder, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(HlmError, match="found a folder with other files .*notes.txt"):
+        build(given, tmp_path)
+    with pytest.raises(HlmError, match="found an artefact of kind 'catalogue'"):
+        build(given, given["data"])
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    before = (folder / "about.json").read_bytes()
+    again = build(given, shutil.copytree(folder, tmp_path / "again"), "--examples", known, "red shoe")
+    assert (again / "about.json").read_bytes() == before
+    manifest = (folder / "hlm.json").read_text()  # served to everybody
+    assert not any(given[name] in manifest for name in given) and str(folder.parent) not in manifest
+
+
 def test_a_part_of_the_catalogue_says_so(given, known, tmp_path):
     if not LIBRARY.is_file():
         pytest.skip("transformers.js is not installed")
