@@ -60,6 +60,8 @@ def latency_charts(latency: Mapping[str, Any] | None) -> str:
     note = f"p50 to p99 over {latency['queries']:,} queries, on a logarithmic scale; {where}"
     if known := [name for name, system in systems.items() if system.get("new_words")]:
         note += f"; {', '.join(known)} had seen the words of these queries before"
+    if any(time.get("over") == "all" for time in times.values()):
+        note += "; other programs took part of the processor meanwhile"
     rates = {name: system["best_queries_per_s"] for name, system in systems.items()}
     most = max(rates.values())
     bars = [(name, _bar(name, rate / most), f"<b>{rate:,.0f}</b> queries/s") for name, rate in rates.items()]

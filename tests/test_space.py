@@ -21,6 +21,7 @@ from hlm.artefacts import HlmError
 from hlm.data import iterate, load
 from hlm.demo import Demo, DemoConfig, clean, load_demo
 from hlm.demo_page import failure, results, shown, table
+from hlm.demo_plots import latency_charts, quality_charts
 from hlm.index import AdIndex
 from hlm.store import VectorStore
 
@@ -126,6 +127,22 @@ def test_what_strangers_wrote_is_text(demo):
     for text in (failure(HlmError(SCRIPT)), failure(RuntimeError(SCRIPT)), table([(SCRIPT, SCRIPT)])):
         assert "<script" not in text and "<img" not in text
     assert SCRIPT not in failure(RuntimeError("secret")) and "secret" not in failure(RuntimeError("secret"))
+
+
+def test_charts_say_what_is_undefined_and_what_is_absent(config):
+    report = config.read_report("report")
+    kept = report["recovery_by_system"]
+    kept["pruned"]["ndcg@10"] = {"value": None, "ci95": None, "reason": f"the teacher scores 0 {SCRIPT}"}
+    kept["aligned"]["ndcg@10"] |= {"ci95": None, "reason": "too few queries"}
+    page = quality_charts(report)
+    assert "<b>undefined</b>" in page and "no interval" in page and "aligned: too few queries" in page
+    assert "<script" not in page and page.count("hlm-dot") == 3
+    latency = config.read_report("latency")
+    latency["systems"]["teacher"]["latency_ms"]["all"]["over"] = "all"
+    assert "took part of the processor" in latency_charts(latency)
+    absent = dataclasses.replace(config, report="./nowhere/report.json", latency=None)
+    assert "No report.json" in quality_charts(absent.read_report("report"))
+    assert "No latency.json" in latency_charts(absent.read_report("latency"))
 
 
 def test_text_is_cleaned_and_cut():
