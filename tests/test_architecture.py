@@ -25,7 +25,7 @@ LAYERS = [
      "latency_quality", "systems", "random_weights", "qwen_tokenizer", "canaries", "batches"},
     {"training"},
     {"lineage", "card_facts", "cards", "hub", "hub_files"},
-    {"demo", "demo_page"},
+    {"demo", "demo_examples", "demo_limits", "demo_page", "demo_plots"},
     {"cli"},
 ]  # fmt: skip
 MODULES = sorted((ROOT / "hlm").glob("*.py"))

@@ -96,10 +96,14 @@ def build(config: DemoConfig, loading: Future[Demo]) -> gr.Blocks:
         return typed or (loading.result().examples[1][0] if loading.exception() is None else "")
 
     def charts() -> tuple[str, str]:
-        return (
-            demo_plots.quality_charts(config.read_report("report")),
-            demo_plots.latency_charts(config.read_report("latency")),
-        )
+        drawn = []
+        for draw, name in ((demo_plots.quality_charts, "report"), (demo_plots.latency_charts, "latency")):
+            try:
+                drawn.append(draw(config.read_report(name)))
+            except Exception as error:  # a file of another version; the rest of the page does not depend on it
+                logger.exception("%s is not drawn", name)
+                drawn.append(failure(error))
+        return drawn[0], drawn[1]
 
     with gr.Blocks(title="Query to ad: teacher and student", analytics_enabled=False) as page:
         gr.Markdown(INTRO + (LIVE if config.teacher else STORED))
