@@ -129,6 +129,81 @@ def test_fingerprint_covers_what_decides_vectors(path):
     assert fingerprint(model) != first
 
 
+def settings_changed(path, folder, **changed):
+    shutil.copytree(path, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changed))
+    return load_encoder(str(folder), device="cpu")
+
+
+CHANGES = {
+    "tiny_bert": [("num_attention_heads", 8), ("layer_norm_eps", 0.1), ("is_decoder", True), ("hidden_act", "relu")],
+    "tiny_qwen3": [("rms_norm_eps", 0.1), ("is_causal", False), ("hidden_act", "gelu"),
+                   ("rope_parameters", {"rope_theta": 100.0, "rope_type": "default"})],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "name", "value"), [(k, *change) for k, rows in CHANGES.items() for change in rows])
+def test_fingerprint_covers_the_configuration(request, tmp_path, family, name, value):
+    path = request.getfixturevalue(family)
+    model, changed = load_encoder(path, device="cpu"), settings_changed(path, tmp_path / "changed", **{name: value})
+    assert np.abs(encode(model, TEXTS) - encode(changed, TEXTS)).max() > 1e-4
+    assert fingerprint(model) != fingerprint(changed)
+
+
+def test_fingerprint_leaves_out_what_decides_nothing(path, tmp_path):
+    model = load_encoder(path, device="cpu")
+    harmless = {"transformers_version": "5.17.0", "architectures": ["Other"], "attention_dropout": 0.3,
+                "hidden_dropout_prob": 0.3, "id2label": {"0": "a"}, "use_cache": True, "initializer_range": 0.5,
+                "classifier_dropout": 0.2, "_name_or_path": "elsewhere", "output_hidden_states": False,
+                "dtype": "bfloat16"}  # fmt: skip
+    changed = settings_changed(path, tmp_path / "changed", **harmless)
+    np.testing.assert_array_equal(encode(model, TEXTS), encode(changed, TEXTS))
+    assert fingerprint(model) == fingerprint(changed)
+
+
+def test_fingerprint_is_that_of_the_model_in_memory(path, tmp_path):
+    """Put together by hand, saved and loaded, saved again, moved: one encoder, one fingerprint."""
+    loaded = load_encoder(path, device="cpu")
+    config = loaded[0].model.config
+    unknown = ("use_cache", "architectures")
+    values = {name: value for name, value in config.to_diff_dict().items() if name not in unknown}
+    backbone = type(loaded[0].model)(type(config)(**values))
+    backbone.load_state_dict(loaded[0].model.state_dict())
+    assert backbone.config.use_cache and not backbone.config.architectures  # as no loaded model has it
+    loaded[0].model = backbone.eval()
+    first = fingerprint(loaded)
+    assert first == fingerprint(load_encoder(path, device="cpu"))
+    for number in range(2):
+        save_encoder(loaded, tmp_path / f"saved{number}", "student", inputs={}, config={})
+        loaded = load_encoder(str(tmp_path / f"saved{number}"), device="cpu")
+        assert fingerprint(loaded) == first
+    loaded[0].model.set_attn_implementation("eager")
+    assert fingerprint(loaded) == first
+
+
+def test_fingerprint_covers_the_scale_of_adapters(path):
+    def adapted(alpha):
+        model = load_encoder(path, device="cpu")
+        torch.manual_seed(0)
+        add_lora(model, rank=4, alpha=alpha)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.2)
+        return model
+
+    model, other = adapted(8), adapted(16)  # equal weights
+    assert np.abs(encode(model, TEXTS) - encode(other, TEXTS)).max() > 1e-3
+    assert len({fingerprint(model), fingerprint(other), fingerprint(load_encoder(path, device="cpu"))}) == 3
+    assert fingerprint(adapted(8)) == fingerprint(model)
+    with model[0].model.disable_adapter():
+        assert fingerprint(model) != fingerprint(adapted(8))
+    merged = merge_lora(model)
+    np.testing.assert_allclose(encode(merged, TEXTS), encode(adapted(8), TEXTS), atol=1e-5)
+    assert fingerprint(merged) != fingerprint(adapted(8))  # other numbers, to the last bit
+
+
 def test_saved_layout_is_read_alike_by_old_and_new(path, tmp_path):
     model = load_encoder(path)
     save_encoder(model, tmp_path / "saved", "student", inputs={}, config={})
