@@ -321,37 +321,6 @@ def _put_shard(folder: Path, plan: dict[str, Any], shard: int, ids: list[str], v
     write_json(folder / f"shard-{shard:05d}.json", {"shard": shard, "plan": plan, "record": record})
 
 
-def vectors_offset(path: Path, shape: tuple[int, int]) -> int:
-    """Where the fp16 vectors of `shape` begin in a safetensors file, in bytes; reads the header only.
-
-    Raises:
-        HlmError: the header is broken or tells of another shape or type.
-    """
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
-            entry = json.loads(file.read(min(length, 1 << 20)))[KEY]
-            found = (entry["dtype"], tuple(entry["shape"]))
-            begin, end = entry["data_offsets"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise HlmError(
-                f"{path}: expected a safetensors header with '{KEY}', found none ({error!r}); {REMEDY}"
-            ) from error
-    if found != ("F16", shape) or end - begin != 2 * shape[0] * shape[1]:
-        raise HlmError(
-            f"{path}: expected fp16 vectors of shape {shape}, found {found[0]} of shape {found[1]}; {REMEDY}"
-        )
-    return 8 + length + begin
-
-
-def check_size(path: Path, expected: int) -> None:
-    """Refuses a file that is missing or not `expected` bytes long."""
-    found = path.stat().st_size if path.is_file() else None
-    if found != expected:
-        state = "no such file" if found is None else f"{found} bytes"
-        raise HlmError(f"{path}: expected {expected} bytes, found {state}; {REMEDY}")
-
-
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
