@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import logging
 import math
-import re
-from collections.abc import Iterator, Sequence
+import numbers
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from hlm.artefacts import HlmError, atomic_folder, fingerprint_file, read_manifest, write_manifest
-from hlm.store import VectorStore
+from hlm import faiss_parts
+from hlm.artefacts import MANIFEST, HlmError, atomic_folder, read_manifest, write_manifest
+from hlm.fields import REMEDY, field, optional, shown, whole_number
+from hlm.integrity import check_files, read_steadily
+from hlm.store import VectorStore, read_ids
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +62,14 @@ class AdIndex:
         self._index = index
         self._ids = ids
         self._on_gpu = on_gpu
+        self._process = os.getpid()
         self.encoder = encoder
         self.source = source
         self.factory = factory
         self.canaries = canaries
-        parts = list(_parts(index))
-        cells = next((part.nlist for part in parts if _is_ivf(part)), 0)
+        parts = list(faiss_parts.parts(index))
+        cells = next((part.nlist for part in parts if faiss_parts.is_ivf(part)), 0)
+        self._cells = cells
         # FAISS's own defaults (1, 16 and 1) trade most of the recall away; k_factor=1 even makes refinement a no-op.
         self._defaults: dict[str, float | None] = {
             "nprobe": min(cells, max(8, math.ceil(cells / 16))) if cells else None,
@@ -73,6 +80,10 @@ class AdIndex:
 
     def __len__(self) -> int:
         return self._index.ntotal
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        facts = {"encoder": self.encoder, "source": self.source, "factory": self.factory, "canaries": self.canaries}
+        return _restored, (faiss.serialize_index(self._on_cpu()), self._ids, facts | self._defaults, self._on_gpu)
 
     @property
     def dim(self) -> int:
@@ -109,31 +120,39 @@ class AdIndex:
 
         Raises:
             HlmError: a factory string FAISS does not take, too few rows to train it, an option the index has no part
-                for, a vector that is not finite or zero, or no GPU.
+                for, a number out of bounds, a vector that is not finite or zero, an id that is there twice, or no GPU.
         """
-        if dim is not None and not 1 <= dim <= store.dim:
-            raise HlmError(f"dim: expected 1 to {store.dim} (the store's width), found {dim}; correct it")
-        width = dim or store.dim
+        width = (
+            store.dim if dim is None else whole_number("dim (the store's width or less)", dim, least=1, most=store.dim)
+        )
+        train_rows = whole_number("train_rows", train_rows, least=1)
+        rows_per_block = whole_number("rows_per_block", rows_per_block, least=1)
+        seed = whole_number("seed", seed, least=0)
+        factory = faiss_parts.checked_factory(factory, width, min(len(store), train_rows))
+        ids = _checked_ids(store.ids)
         try:
-            index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
-            if gpu:
-                index = _to_gpu(index)
-            if not index.is_trained:
-                rows = np.arange(len(store))
-                if len(store) > train_rows:
-                    rows = np.sort(np.random.default_rng(seed).choice(len(store), train_rows, replace=False))
-                logger.info("training %s on %d of %d vectors", factory, len(rows), len(store))
-                index.train(_normalised(store.gather(rows), width, first_row=0))
-            for start, block in store.iter_blocks(rows_per_block):
-                index.add(_normalised(block, width, first_row=start))
-        except RuntimeError as error:
+            with faiss_parts.threads(one=False):
+                index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
+                faiss_parts.check_parts(index)
+                if gpu:
+                    index = faiss_parts.to_gpu(index)
+                if not index.is_trained:
+                    rows = np.arange(len(store))
+                    if len(store) > train_rows:
+                        rows = np.sort(np.random.default_rng(seed).choice(len(store), train_rows, replace=False))
+                    logger.info("training %s on %d of %d vectors", factory, len(rows), len(store))
+                    index.train(_normalised(store.gather(rows), width, first_row=0))
+                for start, block in store.iter_blocks(rows_per_block):
+                    index.add(_normalised(block, width, first_row=start))
+        except (RuntimeError, MemoryError) as error:
             raise HlmError(
-                f"FAISS cannot build '{factory}' over {len(store)} vectors of width {width}: {_reason(error)}; choose "
-                "another factory string (ids are kept beside the index: leave IDMap out), or more rows"
+                f"FAISS cannot build '{factory}' over {len(store)} vectors of width {width}: "
+                f"{faiss_parts.reason(error)}; choose another factory string (ids are kept beside the index: leave "
+                "IDMap out), or more rows"
             ) from error
         return cls(
             index,
-            _flat_strings(store.ids),
+            ids,
             encoder=store.encoder,
             source=store.source,
             factory=factory,
@@ -149,19 +168,32 @@ class AdIndex:
         """An exact index over float32 (n, dim) vectors in memory, e.g. a dev sample that the model in training encoded.
 
         Raises:
-            HlmError: ids and vectors differ in number, or a vector is not finite or zero.
+            HlmError: no vectors, no id for each, an id that is no text or there twice, or a vector that is not finite
+                or zero.
         """
+        vectors = np.asarray(vectors)
+        if vectors.ndim != 2 or 0 in vectors.shape or vectors.dtype.kind not in "fiu":
+            raise HlmError(f"expected vectors of shape (n, dim), found {vectors.dtype} of shape {vectors.shape}")
         if len(vectors) != len(ids):
             raise HlmError(f"expected an id for each of {len(vectors)} vectors, found {len(ids)} ids")
+        for name in ids:
+            if not isinstance(name, str):
+                raise HlmError(f"expected ids that are texts, found {shown(name)}; turn them into str")
         index = faiss.IndexFlatIP(vectors.shape[1])
         index.add(_normalised(vectors, vectors.shape[1], first_row=0))
-        return cls(index, pa.array(list(ids), pa.string()), encoder=encoder, source=source, factory="Flat")
+        return cls(index, _checked_ids(list(ids)), encoder=encoder, source=source, factory="Flat")
 
     def save(self, folder: str | Path) -> None:
-        """Writes `index.faiss`, `ids.parquet` and `hlm.json` (kind "index"); an older folder is replaced whole."""
-        index = faiss.index_gpu_to_cpu(self._index) if self._on_gpu else self._index
+        """Writes `index.faiss`, `ids.parquet` and `hlm.json` (kind "index"); an older index is replaced whole.
+
+        Raises:
+            HlmError: `folder` holds something else, another process writes there, or it cannot be written.
+        """
         with atomic_folder(folder, "index") as aside:
-            faiss.write_index(index, str(aside / INDEX_FILE))
+            try:
+                faiss.write_index(self._on_cpu(), str(aside / INDEX_FILE))
+            except RuntimeError as error:
+                raise HlmError(f"could not write {folder}: {faiss_parts.reason(error)}; free some space") from error
             pq.write_table(pa.table({"_id": self._ids}), aside / IDS_FILE)
             write_manifest(
                 aside,
@@ -185,41 +217,33 @@ class AdIndex:
         Raises:
             HlmError: no index there, one of another encoder, or files that are missing, cut short or changed.
         """
-        folder = Path(folder)
-        manifest = read_manifest(folder, "index")
-        try:
-            inputs, config, files = manifest["inputs"], manifest["config"], manifest["files"]
-            encoder, source = inputs["encoder"], inputs["source"]
-            dim, count, factory = manifest["dim"], manifest["count"], config["factory"]
-        except (KeyError, TypeError) as error:
-            raise HlmError(f"{folder}/hlm.json lacks {error}; build the index again") from error
-        if expect_encoder is not None and encoder != expect_encoder:
+        return read_steadily(folder, lambda: cls._read(Path(folder), expect_encoder, gpu))
+
+    @classmethod
+    def _read(cls, folder: Path, expect_encoder: str | None, gpu: bool) -> AdIndex:
+        manifest, where = read_manifest(folder, "index"), folder / MANIFEST
+        facts = {name: field(manifest, str, "inputs", name, where=where) for name in ("encoder", "source")}
+        facts["factory"] = field(manifest, str, "config", "factory", where=where)
+        for name, kind in (("nprobe", int), ("ef_search", int), ("k_factor", float)):
+            facts[name] = optional(manifest, kind, "config", name, where=where, least=1)
+        facts["canaries"] = optional(manifest, dict, "canaries", where=where)
+        dim, count = (field(manifest, int, name, where=where, least=1) for name in ("dim", "count"))
+        if expect_encoder is not None and facts["encoder"] != expect_encoder:
             raise HlmError(
-                f"expected an index of vectors made by encoder {expect_encoder}, found one of encoder {encoder} at "
-                f"{folder}; build the index from that encoder's store, or use the student aligned to {encoder}"
+                f"expected an index of vectors made by encoder {expect_encoder}, found one of encoder "
+                f"{facts['encoder']} at {folder}; build the index from that encoder's store, or use the student that "
+                f"was aligned to {facts['encoder']}"
             )
-        for name in (INDEX_FILE, IDS_FILE):
-            path = folder / name
-            found = fingerprint_file(path) if path.is_file() else "no file"
-            if found != files.get(name):
-                raise HlmError(
-                    f"{path}: expected content {files.get(name)} as hlm.json says, found {found}; the file was changed "
-                    "or cut short: copy or build the index again"
-                )
-        try:
-            index = faiss.read_index(str(folder / INDEX_FILE))
-            index = _to_gpu(index) if gpu else index
-        except RuntimeError as error:
-            raise HlmError(f"FAISS {faiss.__version__} cannot read {folder / INDEX_FILE}: {_reason(error)}") from error
-        ids = _flat_strings(pq.read_table(folder / IDS_FILE)["_id"])
-        if not index.ntotal == len(ids) == count or index.d != dim:
+        check_files(folder, field(manifest, dict, "files", where=where), (INDEX_FILE, IDS_FILE))
+        index = faiss_parts.read_index(folder / INDEX_FILE)
+        if (index.ntotal, index.d, index.metric_type) != (count, dim, faiss.METRIC_INNER_PRODUCT):
             raise HlmError(
-                f"{folder}: expected {count} vectors of width {dim} as hlm.json says, found {index.ntotal} of width "
-                f"{index.d} and {len(ids)} ids; build the index again"
+                f"{folder}: expected {count} vectors of width {dim} as hlm.json says, for inner products, found "
+                f"{index.ntotal} of width {index.d}, metric {index.metric_type}; build the index again"
             )
-        options = {name: config.get(name) for name in ("nprobe", "ef_search", "k_factor")}
-        options["canaries"] = manifest.get("canaries")
-        return cls(index, ids, encoder=encoder, source=source, factory=factory, on_gpu=gpu, **options)
+        with open(folder / IDS_FILE, "rb") as file:
+            ids = _flat_strings(read_ids(file, folder / IDS_FILE, count, REMEDY))
+        return cls(faiss_parts.to_gpu(index) if gpu else index, ids, on_gpu=gpu, **facts)
 
     def search(
         self,
@@ -229,32 +253,50 @@ class AdIndex:
         nprobe: int | None = None,
         ef_search: int | None = None,
         k_factor: float | None = None,
-    ) -> tuple[np.ndarray, list[list[str]]]:
-        """The `k` documents with the largest inner product for each query. Safe to call from several threads.
+    ) -> tuple[np.ndarray, list[list[str]] | list[str]]:
+        """The `k` documents with the largest inner product for each query. Safe to call from several threads, and in a
+        forked process, where FAISS computes on one thread.
 
         Args:
-            queries: float32 (n, dim), L2-normalised, of the encoder that made the index or one aligned to it.
+            queries: float32 (n, dim), or (dim,) for one query, L2-normalised, of the encoder that made the index or one
+                aligned to it. One query is searched on one thread: a second one would be waited for.
             k: documents for each query; at most as many as there are come back.
-            nprobe, ef_search, k_factor: override the index's defaults for this call.
+            nprobe, ef_search, k_factor: override the index's defaults for this call; beyond what the index has, they
+                mean all of it.
 
         Returns:
-            scores: float32 (n, min(k, len(index))), cosines in descending order.
-            ids: n lists of document ids. An approximate index can find fewer than k: then the list is shorter and the
-                scores past its end are -inf.
+            scores: float32 (n, min(k, len(index))), cosines in descending order; for one query (min(k, len(index)),).
+            ids: n lists of document ids; for one query one list. An approximate index can find fewer than k: then the
+                list is shorter and the scores past its end are -inf.
 
         Raises:
-            HlmError: another width, values that are not finite or not normalised, k below 1, or an option the index
-                has no part for.
+            HlmError: another width, values that are not finite or not normalised, k or an option that is no number
+                from 1 on, or an option the index has no part for.
         """
-        queries = self._checked(queries)
-        if k < 1:
-            raise HlmError(f"k: expected 1 or more, found {k}")
+        if self._on_gpu and os.getpid() != self._process:
+            raise HlmError("an index on a GPU does not work in a forked process; load it there, or start it by spawn")
+        rows = self._checked(queries)
+        k = min(whole_number("k", k, least=1), len(self))
         options = self._options(nprobe, ef_search, k_factor)
-        k = min(k, len(self))
+        if options["k_factor"] is not None:
+            options["k_factor"] = min(options["k_factor"], len(self) / k)
+        scores, ids = self._found(rows, k, options)
+        return (scores, ids) if np.ndim(queries) == 2 else (scores[0], ids[0])
+
+    def _found(
+        self, queries: np.ndarray, k: int, options: dict[str, float | None]
+    ) -> tuple[np.ndarray, list[list[str]]]:
         if len(queries) == 0:
             return np.zeros((0, k), np.float32), []
-        # Parameters go with the call: set on the index they would leak into other threads' searches.
-        scores, rows = self._index.search(queries, k, params=_parameters(self._index, options))
+        try:
+            with faiss_parts.threads(one=len(queries) == 1):
+                # Parameters go with the call: set on the index they would leak into other threads' searches.
+                scores, rows = self._index.search(queries, k, params=faiss_parts.parameters(self._index, options))
+        except (RuntimeError, MemoryError) as error:
+            raise HlmError(
+                f"FAISS cannot search {len(queries)} queries for {k} ads each: {faiss_parts.reason(error)}; ask for "
+                "fewer at once"
+            ) from error
         found = rows >= 0
         if not found.all():
             order = np.argsort(~found, axis=1, kind="stable")
@@ -264,23 +306,50 @@ class AdIndex:
         ends = np.cumsum(found.sum(axis=1))
         return scores, [texts[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
+    def _on_cpu(self) -> faiss.Index:
+        return faiss.index_gpu_to_cpu(self._index) if self._on_gpu else self._index
+
     def _options(self, nprobe: int | None, ef_search: int | None, k_factor: float | None) -> dict[str, float | None]:
         given = {"nprobe": nprobe, "ef_search": ef_search, "k_factor": k_factor}
         parts = {"nprobe": "IVF", "ef_search": "HNSW graph", "k_factor": "refinement such as ',RFlat'"}
         for name, value in given.items():
             if value is not None and self._defaults[name] is None:
-                raise HlmError(f"{name}={value} was given, but '{self.factory}' has no {parts[name]}; leave {name} out")
-            if value is not None and value < 1:
-                raise HlmError(f"{name}: expected 1 or more, found {value}")
-        return {name: default if given[name] is None else given[name] for name, default in self._defaults.items()}
+                raise HlmError(
+                    f"{name}={shown(value)} was given, but '{self.factory}' has no {parts[name]}; leave {name} out"
+                )
+        options = {name: default if given[name] is None else given[name] for name, default in self._defaults.items()}
+        if options["nprobe"] is not None:
+            options["nprobe"] = min(whole_number("nprobe", options["nprobe"], least=1), self._cells)
+        if options["ef_search"] is not None:
+            options["ef_search"] = min(whole_number("ef_search", options["ef_search"], least=1), max(16, len(self)))
+        if options["k_factor"] is not None:
+            factor = options["k_factor"]
+            if isinstance(factor, bool) or not isinstance(factor, numbers.Real) or not 1 <= factor < math.inf:
+                raise HlmError(f"k_factor: expected 1 or more, a finite number, found {shown(factor)}; correct it")
+            options["k_factor"] = float(min(factor, max(1, len(self))))
+        return options
 
     def _checked(self, queries: np.ndarray) -> np.ndarray:
-        queries = np.ascontiguousarray(queries, dtype=np.float32)
-        if queries.ndim != 2 or queries.shape[1] != self.dim:
+        """The queries as float32 (n, dim)."""
+        try:
+            queries = np.asarray(queries)
+            if queries.dtype.kind not in "fiu":
+                raise TypeError(f"values of type {queries.dtype}")
+            queries = np.ascontiguousarray(queries, dtype=np.float32).reshape(queries.shape)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise HlmError(f"expected query vectors of shape (n, {self.dim}) or ({self.dim},): {error}") from error
+        if queries.ndim not in (1, 2):
             raise HlmError(
-                f"expected query vectors of shape (n, {self.dim}), found {queries.shape}; use the student of this "
-                "index's teacher, or build the index with dim= the student's width"
+                f"expected query vectors of shape (n, {self.dim}) or ({self.dim},), found {queries.shape}; give one "
+                "vector, or a table with a vector in each row"
             )
+        if queries.shape[-1] != self.dim:
+            raise HlmError(
+                f"expected query vectors {self.dim} wide, of shape (n, {self.dim}) or ({self.dim},), found "
+                f"{queries.shape}; use the student of this index's teacher, or build the index with dim= the student's "
+                "width"
+            )
+        queries = queries.reshape(-1, self.dim)
         norms = np.linalg.norm(queries, axis=1)
         wrong = ~(np.abs(norms - 1) <= NORM_TOLERANCE)  # written so that NaN is wrong
         if wrong.any():
@@ -292,40 +361,10 @@ class AdIndex:
         return queries
 
 
-def _parts(index: faiss.Index) -> Iterator[faiss.Index]:
-    """The index and those it wraps, outermost first."""
-    index = faiss.downcast_index(index)
-    yield index
-    if isinstance(index, faiss.IndexPreTransform):
-        yield from _parts(index.index)
-    elif isinstance(index, faiss.IndexRefine):
-        yield from _parts(index.base_index)
-    elif _is_ivf(index):
-        yield from _parts(index.quantizer)
-
-
-def _is_ivf(index: faiss.Index) -> bool:
-    # GpuIndexIVF exists only in GPU builds.
-    return isinstance(index, (faiss.IndexIVF, *([faiss.GpuIndexIVF] if hasattr(faiss, "GpuIndexIVF") else [])))
-
-
-def _parameters(index: faiss.Index, options: dict[str, float | None]) -> faiss.SearchParameters | None:
-    """Search parameters nested as the index is; None where it has none."""
-    index = faiss.downcast_index(index)
-    if isinstance(index, faiss.IndexPreTransform):
-        inner = _parameters(index.index, options)
-        return faiss.SearchParametersPreTransform(index_params=inner) if inner is not None else None
-    if isinstance(index, faiss.IndexRefine):
-        inner = _parameters(index.base_index, options)
-        nested = {"base_index_params": inner} if inner is not None else {}
-        return faiss.IndexRefineSearchParameters(k_factor=options["k_factor"], **nested)
-    if isinstance(index, faiss.IndexHNSW):
-        return faiss.SearchParametersHNSW(efSearch=options["ef_search"])
-    if _is_ivf(index):
-        inner = _parameters(index.quantizer, options)
-        nested = {"quantizer_params": inner} if inner is not None else {}
-        return faiss.SearchParametersIVF(nprobe=options["nprobe"], **nested)
-    return None
+def _restored(raw: np.ndarray, ids: pa.Array, facts: dict[str, Any], gpu: bool) -> AdIndex:
+    """An index out of a pickle."""
+    index = faiss.deserialize_index(raw)
+    return AdIndex(faiss_parts.to_gpu(index) if gpu else index, ids, on_gpu=gpu, **facts)
 
 
 def _normalised(block: np.ndarray, width: int, *, first_row: int) -> np.ndarray:
@@ -342,13 +381,14 @@ def _normalised(block: np.ndarray, width: int, *, first_row: int) -> np.ndarray:
     return block / norms
 
 
-def _to_gpu(index: faiss.Index) -> faiss.Index:
-    if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
-        raise HlmError(
-            f"gpu=True needs a GPU build of FAISS and a GPU; found FAISS {faiss.__version__} that sees "
-            f"{faiss.get_num_gpus()} GPUs; install faiss-gpu in place of faiss-cpu, or leave gpu out"
-        )
-    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+def _checked_ids(ids: Any) -> pa.Array:
+    """The ids as one array, each once."""
+    ids = _flat_strings(ids)
+    if len(pc.unique(ids)) != len(ids):
+        counts = pc.value_counts(ids)
+        twice = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"].as_py()
+        raise HlmError(f"expected an id for each ad, found {twice!r} twice; make the ids of the data unique")
+    return ids
 
 
 def _flat_strings(ids: Any) -> pa.Array:
@@ -356,8 +396,3 @@ def _flat_strings(ids: Any) -> pa.Array:
     if isinstance(ids, pa.ChunkedArray):
         return ids.cast(pa.large_string()).combine_chunks()
     return ids.cast(pa.large_string()) if isinstance(ids, pa.Array) else pa.array(ids, pa.large_string())
-
-
-def _reason(error: RuntimeError) -> str:
-    # "Error in <C++ signature> at <file>:<line>: <reason>"
-    return re.sub(r"^Error in .* at \S+:\d+: ", "", str(error), flags=re.DOTALL).strip()
