@@ -14,6 +14,7 @@ from sentence_transformers import SentenceTransformer
 
 from hlm.artefacts import MANIFEST, HlmError, read_manifest, write_json
 from hlm.encoders import encode
+from hlm.fields import field
 
 # Far from one another and from any catalogue: a student that lies near its teacher tells them apart, whatever it was
 # trained on. They are kept with their vectors, so that a later list does not make older artefacts unreadable.
@@ -56,16 +57,37 @@ def vectors_of(canaries: dict[str, Any], dim: int, *, where: str) -> np.ndarray:
     Raises:
         HlmError: not what `record` makes, or narrower than `dim`.
     """
+    count, width = (
+        len(texts_of(canaries, where=where)),
+        field(canaries, int, "dim", where=f"{where}, canaries", least=1),
+    )
     try:
-        raw = base64.b64decode(canaries["vectors"], validate=True)
-        vectors = np.frombuffer(raw, dtype="<f2").reshape(len(canaries["texts"]), canaries["dim"]).astype(np.float32)
-    except (KeyError, TypeError, ValueError) as error:
+        raw = base64.b64decode(field(canaries, str, "vectors", where=f"{where}, canaries"), validate=True)
+    except ValueError as error:
         raise HlmError(f"{where}: its canaries are damaged ({error}); copy it again, or embed again") from error
-    vectors = vectors[:, :dim]
+    if len(raw) != 2 * count * width:
+        raise HlmError(
+            f"{where}: its canaries are damaged (expected {count} vectors of {width} values, found {len(raw)} bytes); "
+            "copy it again, or embed again"
+        )
+    vectors = np.frombuffer(raw, dtype="<f2").reshape(count, width)[:, :dim].astype(np.float32)
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     if vectors.shape[1] != dim or not np.isfinite(norms).all() or (norms == 0).any():
         raise HlmError(f"{where}: expected finite canaries at least {dim} wide, found others; embed again")
     return vectors / norms
+
+
+def texts_of(canaries: dict[str, Any], *, where: str) -> list[str]:
+    """The canary queries.
+
+    Raises:
+        HlmError: none, or something else than texts.
+    """
+    where = f"{where}, canaries"
+    count = len(field(canaries, list, "texts", where=where))
+    if not count:
+        raise HlmError(f"{where}: expected queries as 'texts', found none; copy it again, or embed again")
+    return [field(canaries, str, "texts", number, where=where) for number in range(count)]
 
 
 def keep(folder: str | Path, kind: str, canaries: dict[str, Any]) -> None:

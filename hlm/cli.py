@@ -4,33 +4,92 @@ catalogue's vectors, and writes a card."""
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
+import os
 import re
 import sys
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from hlm import __version__
 from hlm.artefacts import MANIFEST, HlmError
+from hlm.fields import optional, read_json
 from hlm.hub_cache import local_folder
 from hlm.lineage import open_fitting, read_student
 from hlm.plan_settings import Assumptions, read_steps
 
 # torch, faiss and datasets are imported where they are used: `hlm --help` and a refusal come at once.
+INTERRUPTED, CLOSED_PIPE = 130, 141  # 128 and the number of the signal, as shells have it
+UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+JOINERS = "\u200c\u200d"  # Persian and Hindi are misspelt without them
 REVISION = "or a Hub id, owner/name or owner/name@revision"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, or 2 after an `HlmError`, printed as one `error: ...` line."""
-    options = parser().parse_args(argv)
+    """Runs one command.
+
+    Returns:
+        The exit status: 0; 2 after an `HlmError`, 1 where the system refused to read or write, each printed as one
+        `error: ...` line; 130 after Ctrl-C and 141 where the reader of the output went away, both without a word.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what the terminal cannot show must not end the command
     try:
-        options.run(options)
+        try:
+            options = parser().parse_args(argv)
+            options.run(options)
+        finally:
+            # Here rather than when Python ends: there a closed pipe or a full disk would be a traceback.
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except HlmError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return refuse(str(error), 2)
+    except BrokenPipeError:
+        drop_output()
+        return CLOSED_PIPE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except OSError as error:
+        drop_output()
+        place = f" ({error.filename})" if error.filename else ""
+        return refuse(
+            f"the system says: {error.strerror or error}{place}; free some space, or set HLM_CACHE and HF_HOME to "
+            "folders that this user can write to",
+            1,
+        )
     return 0
+
+
+def drop_output() -> None:
+    """What could not be written is not tried once more when Python ends."""
+    with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
+def refuse(message: str, status: int) -> int:
+    print(f"error: {' '.join(printable(message).split())}", file=sys.stderr)
+    return status
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    """The text in one line that a terminal shows as it is: what would move its cursor, change its colours or turn its
+    reading direction is written as an escape; `keep` names the white space that stays besides blanks."""
+    shown = (c if c in keep or c in JOINERS or unicodedata.category(c) not in UNSEEN else escaped(c) for c in text)
+    return "".join(shown)
+
+
+def escaped(character: str) -> str:
+    return " " if character.isspace() else character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def show(text: str) -> None:
+    """Prints lines at once: a refusal may follow them."""
+    print(printable(text, keep="\n"), flush=True)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -95,7 +154,7 @@ def plan(options: argparse.Namespace) -> None:
     (sizes,) = parse(Assumptions, argv=["--config", str(assumed), *flags] if assumed.is_file() else flags)
     count, gpu = parse_gpus(sizes.gpus) if sizes.gpus else (1, None)
     made = make_plan(options.config, steps, sizes, count)
-    print(json.dumps(as_dict(made, count, gpu), indent=2) if options.json else text(made, count, gpu), flush=True)
+    show(json.dumps(as_dict(made, count, gpu), indent=2) if options.json else text(made, count, gpu))
     if gpu:
         check_fit(made, count, gpu)
 
@@ -103,6 +162,8 @@ def plan(options: argparse.Namespace) -> None:
 def search(options: argparse.Namespace) -> None:
     if not options.query.strip():
         raise HlmError("query: expected some text, found none")
+    if any(unicodedata.category(character) == "Cs" for character in options.query):
+        raise HlmError("query: expected text in UTF-8, found other bytes; check the terminal's encoding")
     if options.k < 1:
         raise HlmError(f"-k: expected 1 or more, found {options.k}")
     folder = located(options.student)
@@ -114,11 +175,11 @@ def search(options: argparse.Namespace) -> None:
     from hlm.index import AdIndex
 
     index = catalogue if isinstance(catalogue, AdIndex) else AdIndex.build(catalogue, dim=student["dim"])
-    vectors = encode(load_encoder(str(folder)), [options.query], prompt_name="query")
-    scores, (ids,) = index.search(vectors, options.k)
+    (vector,) = encode(load_encoder(str(folder)), [options.query], prompt_name="query")
+    scores, ids = index.search(vector, options.k)
     titles = read_titles(options.corpus, ids) if options.corpus else [""] * len(ids)
-    for rank, (score, ad, title) in enumerate(zip(scores[0], ids, titles, strict=False), 1):
-        print(f"{rank:>3}  {score:.4f}  {ad}  {title}".rstrip())
+    for rank, (score, ad, title) in enumerate(zip(scores, ids, titles, strict=False), 1):
+        print(printable(f"{rank:>3}  {score:.4f}  {ad}  {title}").rstrip())
 
 
 def verify(options: argparse.Namespace) -> None:
@@ -129,14 +190,14 @@ def verify(options: argparse.Namespace) -> None:
     from hlm import lineage
 
     facts = lineage.verify(student, target)
-    print(
+    show(
         f"ok: {options.student} (encoder {facts['encoder']}, width {facts['dim']}) searches the {facts['vectors']} "
         f"vectors of {options.target}, both of teacher {facts['teacher']}"
     )
     if facts["canaries"] is None:
-        print(f"checked by fingerprint alone: {options.target} is older than canaries; embed again to have them")
+        show(f"checked by fingerprint alone: {options.target} is older than canaries; embed again to have them")
     else:
-        print(
+        show(
             f"canaries: {facts['canaries']} of {facts['of']} queries nearest to the teacher's own vector, mean cosine "
             f"{facts['mean_cosine']:.3f}"
         )
@@ -146,7 +207,8 @@ def card(options: argparse.Namespace) -> None:
     folder = Path(options.folder)
     if not folder.is_dir():
         raise HlmError(f"expected a folder at {folder}, found none; name what a recipe wrote")
-    kind = read_json(folder / MANIFEST).get("kind") if (folder / MANIFEST).is_file() else None
+    found = folder / MANIFEST
+    kind = optional(read_json(found), str, "kind", where=found) if found.is_file() else None
 
     from hlm.cards import dataset_card, student_card, teacher_card
 
@@ -154,21 +216,11 @@ def card(options: argparse.Namespace) -> None:
     name = re.sub(r"[^A-Za-z0-9]+", "-", folder.resolve().name).strip("-") or "artefact"
     about = {
         "repo_id": options.repo_id or f"local/{name}",
-        "report": read_json(options.report) if options.report else None,
-        "latency": read_json(options.latency) if options.latency else None,
+        "report": read_json(Path(options.report)) if options.report else None,
+        "latency": read_json(Path(options.latency)) if options.latency else None,
     }
     names = ("teacher_repo", "student_repo", "dataset_repo", "base_model", "licence", "language", "command", "commit")
-    print(write(folder, **about, **{name: getattr(options, name) for name in names}))
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise HlmError(f"expected a JSON object at {path}, found none to read ({error}); correct the path") from error
-    if not isinstance(value, dict):
-        raise HlmError(f"expected a JSON object at {path}, found {type(value).__name__}; correct the path")
-    return value
+    show(write(folder, **about, **{name: getattr(options, name) for name in names}))
 
 
 def located(name: str, repo_type: str = "model", subfolder: str | None = None) -> Path:

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import modules
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
 from hlm.artefacts import HlmError, atomic_folder, write_manifest
+from hlm.fields import REMEDY, field
 from hlm.layout import write_legacy_layout
 
 logger = logging.getLogger(__name__)
@@ -136,13 +138,16 @@ def load_encoder(
     if dtype not in DTYPES:
         raise HlmError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
     source = find_encoder(name_or_path)
+    if Path(source).is_dir():
+        _check_modules(Path(source) / "modules.json")
     try:
         model = SentenceTransformer(
             source, device=device, revision=revision, model_kwargs={"dtype": DTYPES[dtype]}, trust_remote_code=False
         )
-    except OSError as error:
+    except Exception as error:  # damaged files end in whatever the libraries that read them raise, Exception included
         raise HlmError(
-            f"could not load the model {source}: {error}; expected a folder or a reachable Hub id"
+            f"could not load the model {source} ({type(error).__name__}: {error}); expected a whole folder or a "
+            "reachable Hub id: copy or pull it again"
         ) from error
     if not isinstance(model[0], Transformer) or not any(isinstance(module, Pooling) for module in model):
         found = ", ".join(type(module).__name__ for module in model)
@@ -154,6 +159,28 @@ def load_encoder(
     if max_seq_length is not None:
         model.max_seq_length = max_seq_length
     return model.eval()
+
+
+def _check_modules(path: Path) -> None:
+    """Refuses modules other than sentence-transformers' own: their types name what is imported.
+
+    Raises:
+        HlmError: another module, or no list of modules.
+    """
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise HlmError(f"{path}: expected a list of modules, found none ({error}); {REMEDY}") from error
+    homes = ("sentence_transformers.models", "sentence_transformers.sentence_transformer.modules")
+    known = {f"{home}.{name}" for home in homes for name in modules.__all__}
+    known |= {f"{part.__module__}.{part.__name__}" for part in (getattr(modules, name) for name in modules.__all__)}
+    for number in range(len(field({"modules": listed}, list, "modules", where=path))):
+        kind, _ = (field(listed[number], str, name, where=path) for name in ("type", "path"))
+        if kind not in known:
+            raise HlmError(
+                f"{path}: expected a module of sentence-transformers, found {kind!r}; nothing of another package is "
+                "loaded: use a model without code of its own"
+            )
 
 
 def prompt_of(model: SentenceTransformer, prompt_name: str | None) -> str:

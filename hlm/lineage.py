@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hlm.artefacts import MANIFEST, HlmError, check_graph, read_manifest
+from hlm.fields import field, optional, read_json
+from hlm.integrity import check_files, read_steadily
 
 # torch and faiss are imported where they are used: a refusal by manifest alone comes at once.
 if TYPE_CHECKING:
@@ -19,13 +21,14 @@ if TYPE_CHECKING:
 
 def read_student(folder: str | Path) -> dict[str, Any]:
     """The student's manifest, with "encoder", "dim" and ["inputs"]["teacher"] for certain."""
-    manifest = read_manifest(folder, "student")
-    inputs = manifest.get("inputs")
-    if not isinstance(inputs, dict) or "teacher" not in inputs or not {"encoder", "dim"} <= set(manifest):
+    manifest, where = read_manifest(folder, "student"), Path(folder) / MANIFEST
+    if "teacher" not in manifest["inputs"] or not {"encoder", "dim"} <= set(manifest):
         raise HlmError(
-            f"{Path(folder) / MANIFEST} says neither whose student this is nor how wide it is; write the student again "
-            "with this version"
+            f"{where} says neither whose student this is nor how wide it is; write the student again with this version"
         )
+    field(manifest, str, "inputs", "teacher", where=where)
+    field(manifest, str, "encoder", where=where)
+    field(manifest, int, "dim", where=where, least=1)
     return manifest
 
 
@@ -61,7 +64,7 @@ def kind_of(folder: str | Path) -> str:
     path = Path(folder) / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return "vectors"
     return "index" if isinstance(manifest, dict) and manifest.get("kind") == "index" else "vectors"
 
@@ -92,9 +95,9 @@ def verify(student: str | Path, target: str | Path) -> dict[str, Any]:
     }
     if catalogue.canaries is None:
         return facts | {"canaries": None, "of": 0, "mean_cosine": None}
-    from hlm.canaries import check
+    from hlm.canaries import check, texts_of
 
-    texts = catalogue.canaries.get("texts", [])
+    texts = texts_of(catalogue.canaries, where=str(target))
     vectors = encode(model, texts, prompt_name="query")
     right, cosine = check(catalogue.canaries, vectors, name=f"the student {student}", where=str(target))
     return facts | {"canaries": right, "of": len(texts), "mean_cosine": cosine}
@@ -106,20 +109,25 @@ def verify_student(folder: str | Path) -> SentenceTransformer:
     Raises:
         HlmError: no student there, or a file was cut short or changed after it was written.
     """
-    from safetensors import SafetensorError
+    return read_steadily(folder, lambda: _verified(Path(folder)))
 
+
+def _verified(folder: Path) -> SentenceTransformer:
     from hlm.encoders import fingerprint, load_encoder
 
-    manifest = read_student(folder)
-    for record in (manifest.get("onnx") or {}).values():
+    manifest, where = read_student(folder), folder / MANIFEST
+    records = optional(manifest, dict, "files", where=where) or {}  # none in a student of an older version
+    check_files(folder, records, records)
+    graphs = optional(manifest, dict, "onnx", where=where) or {}
+    for name, record in graphs.items():
         if isinstance(record, dict):
+            for part in ("file", "fingerprint"):
+                field(manifest, str, "onnx", name, part, where=where)
             check_graph(folder, record)
-    try:
-        model = load_encoder(str(folder), dtype=_dtype_of(folder))
-    except SafetensorError as error:
-        raise HlmError(
-            f"{folder}: expected whole weights, found damaged ones ({error}); copy or pull it again, or write it again"
-        ) from error
+    config = folder / "config.json"
+    dtype = optional(read_json(config), str, "dtype", where=config)
+    dtype = dtype or optional(read_json(config), str, "torch_dtype", where=config) or "float32"  # before transformers 5
+    model = load_encoder(str(folder), dtype=dtype)
     found = fingerprint(model)
     if found != manifest["encoder"]:
         raise HlmError(
@@ -127,9 +135,3 @@ def verify_student(folder: str | Path) -> SentenceTransformer:
             "tokenizer or settings were changed after it was written: copy or pull it again, or write it again"
         )
     return model
-
-
-def _dtype_of(folder: str | Path) -> str:
-    """The dtype that the weights were saved in: a fingerprint covers it."""
-    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    return config.get("dtype") or config.get("torch_dtype") or "float32"

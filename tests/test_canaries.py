@@ -100,6 +100,9 @@ def test_weights_changed_after_saving_are_refused(pair):
     name = next(name for name in weights if "layer.0" in name)
     weights[name].view(-1)[0] += 1e-3  # far too little for any canary
     save_file(weights, student / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(HlmError, match="model.safetensors: expected content"):
+        verify(student, vectors / "index")
+    edit(student, lambda manifest: manifest.pop("files"))  # as an older version wrote it
     with pytest.raises(HlmError, match="expected encoder .* were changed after it was written"):
         verify(student, vectors / "index")
     for tensor in weights.values():
@@ -116,7 +119,54 @@ def test_settings_changed_after_saving_are_refused(pair):
     config = json.loads((student / "1_Pooling/config.json").read_text())
     config |= {"pooling_mode_mean_tokens": False, "pooling_mode_cls_token": True}
     (student / "1_Pooling/config.json").write_text(json.dumps(config))
+    with pytest.raises(HlmError, match="1_Pooling/config.json: expected content"):
+        verify(student, vectors / "index")
+    edit(student, lambda manifest: manifest.pop("files"))
     with pytest.raises(HlmError, match="expected encoder"):
+        verify(student, vectors / "index")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("config.json", "x", "config.json: expected a JSON object"),
+        ("config.json", "[" * 100_000, "config.json: expected a JSON object"),
+        ("config.json", '{"dtype": 7}', "expected a text as 'dtype', found int 7"),
+        ("config.json", '{"model_type": "bert", "hidden_size": "wide"}', "could not load the model"),
+        ("modules.json", "{", "modules.json: expected a list of modules"),
+        ("modules.json", "{}", "modules.json: expected a list as 'modules', found dict"),
+        ("modules.json", '[{"idx": 0, "path": "", "type": 3}]', "expected a text as 'type', found int 3"),
+        ("modules.json", '[{"path": "", "type": "evil_module.Evil"}]', "found 'evil_module.Evil'; nothing of another"),
+        ("modules.json", '[{"path": "", "type": "sentence_transformers.util.Evil"}]', "nothing of another package"),
+        ("modules.json", "[]", "could not load the model|Transformer with Pooling"),
+        ("tokenizer.json", "{}", "could not load the model"),
+        ("1_Pooling/config.json", "[]", "could not load the model"),
+        ("model.safetensors", "cut short", "could not load the model"),
+    ],
+)
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_damaged_student_ends_in_one_error(pair, monkeypatch, tmp_path, name, text, message, recorded):
+    student, vectors = pair
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "evil_module.py").write_text("raise SystemExit('code from outside ran')")
+    (student / name).write_text(text)
+    if not recorded:
+        edit(student, lambda manifest: manifest.pop("files"))
+    with pytest.raises(HlmError, match=f"{name}: expected content" if recorded else message):
+        verify(student, vectors / "index")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"files": []}, {"files": {"model.safetensors": None}}, {"onnx": [1]}, {"onnx": {"fp32": {"file": 3}}},
+     {"dim": "x"}, {"dim": float("nan")}, {"dim": 10**30}, {"encoder": None}, {"inputs": None},
+     {"inputs": {"teacher": 5}}],
+    ids=str,
+)  # fmt: skip
+def test_a_damaged_manifest_of_a_student_ends_in_one_error(pair, change):
+    student, vectors = pair
+    edit(student, lambda manifest: manifest.update(change))
+    with pytest.raises(HlmError, match="expected|neither"):
         verify(student, vectors / "index")
 
 
@@ -162,8 +212,11 @@ def test_an_exported_graph_that_was_changed_is_found(pair):
 
 
 @pytest.mark.parametrize(
-    "damage", [{"vectors": "no base64!"}, {"dim": 7}, {"dim": None}, {"texts": ["one"]}, {"vectors": "AAAA"}]
-)
+    "damage",
+    [{"vectors": "no base64!"}, {"vectors": 5}, {"dim": 7}, {"dim": None}, {"dim": 10**30}, {"dim": -1},
+     {"texts": ["one"]}, {"texts": []}, {"texts": None}, {"texts": [1] * 12}, {"vectors": "AAAA"}],
+    ids=str,
+)  # fmt: skip
 def test_damaged_canaries_are_named(pair, damage):
     student, vectors = pair
     edit(vectors / "index", lambda manifest: manifest["canaries"].update(damage))

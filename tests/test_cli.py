@@ -1,9 +1,11 @@
 """The command `hlm`: what it prints and what it refuses, with one line and exit status 2."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import unicodedata
 
 import pytest
 from huggingface_hub import ModelCard
@@ -199,6 +201,98 @@ def test_usage_errors_end_with_status_2(argv, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(argv)
     assert stopped.value.code == 2 and "usage: hlm" in capsys.readouterr().err
+
+
+def ran(*argv, stdout=subprocess.PIPE, env=None):
+    # Unbuffered, argparse keeps to itself that it could not write.
+    env = {name: value for name, value in (os.environ | (env or {})).items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "hlm.cli", *(word if isinstance(word, bytes) else str(word) for word in argv)]
+    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, env=env, check=False)
+
+
+def search_argv(house, data="data"):
+    return ["search", "red shoe", "--student", house / "student", "--index", house / "index", "--corpus", data]
+
+
+@pytest.fixture
+def odd_ads(tmp_path):
+    """The ads of the index with titles that would move the cursor, set colours, turn the reading direction or end the
+    line, and one in letters that Latin-1 has not."""
+    titles = {
+        "a1": "\x1b[31mRed\x1b[0m\x07 sh\u202eoe\r\nerror: x\u2028y",
+        "a2": "k\u0151 ketl\u2615",
+        "a3": "می\u200cخواهم\x9b2J",
+    }
+    rows = [json.dumps({"_id": name, "title": title, "text": ""}) for name, title in titles.items()]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(rows) + "\n")
+    (tmp_path / "queries.jsonl").write_text('{"_id": "q1", "text": "red shoe"}\n')
+    return tmp_path
+
+
+def test_control_characters_of_ads_never_reach_the_terminal(house, odd_ads, capsys):
+    assert main([str(word) for word in search_argv(house, odd_ads)]) == 0
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == len(out.split("\n")) - 1 == 3  # one line an ad, whatever a line's end is taken for
+    assert not [c for c in out if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") and c != "\n" or c in "\u202e"]
+    assert "\\x1b[31mRed\\x1b[0m\\x07 sh\\u202eoe  error: x y" in out
+    assert "می\u200cخواهم\\x9b2J" in out and "k\u0151 ketl\u2615" in out  # spelling is kept
+
+
+def test_control_characters_of_manifests_never_reach_the_terminal(house, tmp_path, capsys):
+    shutil.copytree(house / "student", tmp_path / "student")
+    manifest = json.loads((tmp_path / "student/hlm.json").read_text())
+    manifest["inputs"]["teacher"] = "\x1b]0;owned\x07\u202e"
+    (tmp_path / "student/hlm.json").write_text(json.dumps(manifest))
+    line = refusal(capsys, "verify", tmp_path / "student", house / "index")
+    assert "\\x1b]0;owned\\x07\\u202e" in line and "\x1b" not in line
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-8"])
+def test_a_terminal_of_another_encoding_shows_every_ad(house, odd_ads, encoding):
+    found = ran(*search_argv(house, odd_ads), env={"PYTHONIOENCODING": encoding})
+    assert found.returncode == 0, found.stderr
+    assert len(found.stdout.splitlines()) == 3
+    assert ("ketl\u2615" if encoding == "utf-8" else "ketl\\u2615") in found.stdout.decode(encoding)
+
+
+def test_a_query_of_broken_bytes_is_refused(house):
+    argv = search_argv(house, house / "data")
+    found = ran(argv[0], b"red \xff shoe", *argv[2:])
+    assert found.returncode == 2 and b"expected text in UTF-8" in found.stderr and b"Traceback" not in found.stderr
+    found = ran(*argv[:5], b"/nowhere/\xff\x1b[31m")
+    assert found.returncode == 2 and b"found neither" in found.stderr and b"\x1b" not in found.stderr
+
+
+@pytest.mark.parametrize(("command", "status"), [("card", 141), ("--help", 141), ("verify", 2)])
+def test_a_closed_pipe_ends_the_command_quietly(house, command, status):
+    argv = [command, *{"card": [house / "student"], "verify": ["nowhere", "nowhere"]}.get(command, [])]
+    reader, writer = os.pipe()
+    os.close(reader)
+    found = ran(*argv, stdout=writer)
+    os.close(writer)
+    assert found.returncode == status
+    assert found.stderr.startswith(b"error: ") if status == 2 else found.stderr == b""
+
+
+@pytest.mark.parametrize("command", ["card", "--help"])
+def test_a_full_disk_is_one_line(house, command):
+    with open("/dev/full", "w") as full:
+        found = ran(command, *([house / "student"] if command == "card" else []), stdout=full)
+    (line,) = found.stderr.decode().splitlines()
+    assert found.returncode == 1 and line.startswith("error: the system says: No space left on device")
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(house, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    found = ran(*search_argv(house, house / "data"), env={"HLM_CACHE": str(tmp_path / "file/cache")})
+    lines = [line for line in found.stderr.decode().splitlines() if "oading" not in line]
+    assert found.returncode == 0 or (len(lines) == 1 and lines[0].startswith("error: ") and "HLM_CACHE" in lines[0])
+
+
+def test_ctrl_c_ends_with_130(house, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "read_student", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(["verify", str(house / "student"), str(house / "index")]) == 130
+    assert capsys.readouterr() == ("", "")
 
 
 def test_help_and_refusals_load_nothing_heavy():
