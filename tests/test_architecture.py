@@ -19,6 +19,7 @@ LAYERS = [
     {"config", "data", "gradcache", "hub_changes", "keywords", "losses", "readers", "redaction",
      "sample_catalogue", "sample_vocabulary", "sources", "spelling", "store", "store_writer", "tables", "words"},
     {"layout"},
+    {"encoder_fingerprint"},
     {"encoders", "pruning", "footprint", "hardware", "plan_settings", "plan_phases", "planner", "plan_report"},
     {"hub_repository", "hub_cache"},
     {"online_graph", "export", "backends", "word_cache", "bulk", "runtime", "micro_batches", "mining",
