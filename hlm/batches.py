@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate import PartialState
@@ -12,7 +13,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from hlm.artefacts import HlmError, atomic_file, fingerprint_json
-from hlm.encoders import pad, tokenise
+from hlm.encoders import pad_id, pad_rows, tokenise
 
 BLOCK = 8192  # texts tokenised at a time
 
@@ -38,7 +39,7 @@ class TokenTable:
         folder: str | Path | None = None,
         source: str = "",
     ) -> None:
-        self.model = model
+        self.fill = pad_id(model)
         blocks = _tokenised(model, texts, prompt)
         if folder is None:
             found = list(blocks)
@@ -50,13 +51,23 @@ class TokenTable:
             key = fingerprint_json([_tokenizer(model), model.max_seq_length, prompt, source, len(texts)])
             flat, ends = (Path(folder) / f"tokens-{key}.{part}" for part in ("ids", "ends"))
             with PartialState().main_process_first():
-                if not flat.is_file():
+                if not _whole(flat, ends, len(texts)):
                     _write(blocks, flat, ends)
-            self.flat = np.memmap(flat, dtype="<i4", mode="r")
-            self.ends = np.memmap(ends, dtype="<i8", mode="r")
+            self.flat, self.ends = _mapped(flat, "<i4"), _mapped(ends, "<i8")
 
     def __len__(self) -> int:
         return len(self.ends)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pickling a memory map would copy its content into every data loader worker: they open the file instead.
+        maps = {name: value for name, value in vars(self).items() if isinstance(value, np.memmap)}
+        return vars(self) | {name: (str(value.filename), value.dtype.str) for name, value in maps.items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        for name in ("flat", "ends"):
+            if isinstance(state[name], tuple):
+                setattr(self, name, _mapped(*state[name]))
 
     def lengths(self, rows: np.ndarray | None = None) -> np.ndarray:
         """Tokens of each of these texts, of all by default: int32."""
@@ -66,7 +77,18 @@ class TokenTable:
 
     def features(self, rows: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
         """Right-padded `input_ids` and `attention_mask`, int64 (rows, longest)."""
-        return pad(self.model, [self.flat[self.ends[row - 1] if row else 0 : self.ends[row]] for row in rows])
+        return pad_rows([self.flat[self.ends[row - 1] if row else 0 : self.ends[row]] for row in rows], self.fill)
+
+
+def _whole(flat: Path, ends: Path, count: int) -> bool:
+    """Whether both files are there with the sizes that belong together."""
+    if not flat.is_file() or not ends.is_file() or ends.stat().st_size != 8 * count:
+        return False
+    return flat.stat().st_size == 4 * int(_mapped(ends, "<i8")[-1])
+
+
+def _mapped(path: str | Path, dtype: str) -> np.ndarray:
+    return np.memmap(path, dtype=dtype, mode="r")
 
 
 def _write(blocks: Iterable[tuple[np.ndarray, np.ndarray]], flat: Path, ends: Path) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import difflib
 import enum
+import io
 import json
 import logging
 import os
@@ -22,9 +23,13 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
+from huggingface_hub.utils import enable_progress_bars
 from transformers.hf_argparser import HfArgumentParser
+from transformers.utils import logging as transformers_logging
 
 from hlm.artefacts import HlmError
+from hlm.endings import NO_READER, close_quietly, ending, tell_launcher
 
 
 def parse(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
@@ -97,9 +102,11 @@ def read_section(dataclass_type: type, given: dict[str, Any], where: str) -> Any
 
 
 def run_recipe(main: Callable[[], object]) -> None:
-    """Runs a recipe's `main`: logging to stderr, and an `HlmError` as one `error: ...` line with exit status 2.
+    """Runs a recipe's `main` as a program: logging to stderr, and one line where a user can mend what stopped it.
 
-    The main process (environment variable RANK unset or 0) logs at INFO, the other ranks at ERROR.
+    The main process (environment variable RANK unset or 0) logs at INFO, the other ranks at ERROR. Exit status: 2 for
+    an `HlmError` and for what the system refuses (a full disk, no permission), 130 after Ctrl-C, 141 where the reader
+    of the output went away. What other libraries show and a user can do nothing about is switched off.
     """
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(
@@ -111,11 +118,39 @@ def run_recipe(main: Callable[[], object]) -> None:
     # Our own loggers speak at INFO; HTTP clients and the like would drown them at that level.
     for name in ("hlm", "recipes", "__main__"):
         logging.getLogger(name).setLevel(logging.INFO if is_main else logging.ERROR)
+    _hush()
     try:
         main()
-    except HlmError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from error
+        sys.stdout.flush()
+    except (Exception, KeyboardInterrupt) as error:
+        found = ending(error)
+        if found is None:
+            raise
+        status, line = found
+        if status == NO_READER:
+            close_quietly()
+        else:
+            tell_launcher(line)
+            print(line, *_of_the_launcher(), sep="\n", file=sys.stderr, flush=True)
+        raise SystemExit(status) from error
+
+
+def _hush() -> None:
+    """Switches off bars for files that load in a second, and a warning for forks that tokenise, which ours do not."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    transformers_logging.disable_progress_bar()
+    if not HF_HUB_DISABLE_PROGRESS_BARS:
+        enable_progress_bars()  # downloads take long: theirs stay, and transformers switches them off with its own
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
+
+
+def _of_the_launcher() -> list[str]:
+    """`accelerate launch` of one process adds a traceback of its own, unless it is told not to."""
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        return []
+    return ["(a traceback that follows this line is accelerate launch's own; its flag --quiet leaves it out)"]
 
 
 def check_processes(found: int) -> None:

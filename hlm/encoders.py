@@ -192,12 +192,21 @@ def tokenise(model: SentenceTransformer, texts: list[str], prompt: str = "") -> 
 
 
 def pad(model: SentenceTransformer, ids: list[list[int]]) -> dict[str, torch.Tensor]:
+    """`pad_rows` with the model's own padding token."""
+    return pad_rows(ids, pad_id(model))
+
+
+def pad_id(model: SentenceTransformer) -> int:
+    """The token that rows are filled up with; 0 where the tokenizer names none (the mask hides it)."""
+    fill = model.tokenizer.pad_token_id
+    return 0 if fill is None else fill
+
+
+def pad_rows(ids: list[list[int]], fill: int) -> dict[str, torch.Tensor]:
     """Right-padded int64 `input_ids` and `attention_mask` of shape (rows, longest row).
 
     Right padding with last-token pooling gives the same vectors as left padding and keeps the fast causal kernel.
     """
-    tokenizer = model.tokenizer
-    fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     longest = max(map(len, ids))
     rows = np.full((len(ids), longest), fill, dtype=np.int64)
     mask = np.zeros_like(rows)

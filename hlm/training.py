@@ -6,10 +6,11 @@ columns, so that texts are tokenised once (`hlm.batches`) and frozen vectors com
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -24,23 +25,36 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import rotate_checkpoints
 
-from hlm.artefacts import HlmError, fingerprint_json, read_manifest, write_json
+from hlm.artefacts import MANIFEST, HlmError, claimed, fingerprint_json, read_manifest, write_json
 from hlm.batches import GroupedBatches
+from hlm.checkpoints import (
+    IDENTITY,
+    STATE,
+    check_same_run,
+    checkpoint_folder,
+    fault,
+    last_checkpoint,
+    leave_folder,
+    mark_whole,
+    take_folder,
+    without,
+)
 from hlm.config import check_processes
-from hlm.encoders import encode
-from hlm.evaluation import Qrels, dense_run, mean, per_query
-from hlm.index import AdIndex
+from hlm.dev_retrieval import on_dev
+from hlm.encoders import check_device, devices
+from hlm.integrity import check_files
 from hlm.planner import check_step
+from hlm.training_inputs import check_student as check_student  # known from here too
 
 logger = logging.getLogger(__name__)
 
-STATE = "state.safetensors"
-WHOLE = "whole"  # a file that a checkpoint has once every process has written its part
-IDENTITY = "identity.json"
-# Arguments that say where and how to report, not what is computed: they may change between a run and its resumption.
+START = "start.json"  # what a run measured on dev before its first step
+# Arguments that say where and how to report, or how fast, not what is computed: they may change between a run and its
+# resumption.
 REPORTING = {"output_dir", "run_name", "logging_dir", "logging_steps", "report_to", "disable_tqdm", "save_total_limit"}
+REPORTING |= {f"dataloader_{name}" for name in ("num_workers", "prefetch_factor", "persistent_workers", "pin_memory")}
 
 
 @dataclass
@@ -49,6 +63,7 @@ class TrainingArguments(SentenceTransformerTrainingArguments):
 
     dataloader_drop_last: bool = field(default=True)  # ranks must see equally many rows
     remove_unused_columns: bool = field(default=False)
+    use_cpu: bool | None = field(default=None, metadata={"help": "true: the CPU; false: a GPU; null: what is there"})
     report_to: str = field(default="none")
     save_total_limit: int | None = field(default=2)
     logging_steps: float = field(default=50)
@@ -56,13 +71,33 @@ class TrainingArguments(SentenceTransformerTrainingArguments):
     warmup_steps: float = field(default=0.05)
 
     def __post_init__(self) -> None:
+        if self.use_cpu is False:
+            check_device("accelerator", "use_cpu: false")
         # Left alone, several processes without an accelerator would each take themselves for the only one.
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self.use_cpu = bool(self.use_cpu) or not torch.accelerator.is_available()
+        if self.use_cpu:
+            self.dataloader_pin_memory = False  # pinned for a GPU that is not there
+            if self.fp16:
+                raise HlmError(f"fp16: expected a GPU, found none in use ({devices()}); leave fp16 out")
         super().__post_init__()
         check_processes(self.world_size)
+        if self.resume_from_checkpoint:
+            raise HlmError(
+                "resume_from_checkpoint: a recipe resumes by itself from the last whole checkpoint beside its output; "
+                "leave it out and run the same command again"
+            )
+        if self.load_best_model_at_end and self.save_strategy == "steps" and self.save_steps != self.eval_steps:
+            raise HlmError(
+                f"load_best_model_at_end: expected each evaluated step to be saved, found eval_steps {self.eval_steps} "
+                f"and save_steps {self.save_steps}: the best may not be there; set both to one number"
+            )
 
     def check_hardware(self, step: str, config: Any) -> None:
         """Refuses a recipe's settings before any weights load, as `hlm.planner.check_step` says."""
+        if self.use_cpu and self.bf16:
+            logger.warning(
+                "%s trains on the CPU in bf16 (%s): most CPUs are slower in it than in float32", step, devices()
+            )
         sharded = bool(self.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
         check_step(step, vars(config) | vars(self), gpus=self.world_size, sharded=sharded)
 
@@ -73,45 +108,6 @@ def recorded(args: TrainingArguments) -> dict[str, Any]:
     default = TrainingArguments(output_dir=args.output_dir).to_dict()
     changed = {name: value for name, value in values.items() if value != default.get(name) and name not in REPORTING}
     return {name: value for name, value in changed.items() if isinstance(value, str | int | float | bool | None)}
-
-
-class DevRetrieval(BaseEvaluator):
-    """nDCG@10 and precision@10 of the model in training on dev queries: what checkpoints are chosen by.
-
-    Alignment loss predicts ranking only loosely, so no checkpoint is ever chosen by loss.
-
-    Args:
-        texts: dev query id -> text.
-        qrels: the dev judgements.
-        index: frozen document vectors; or None, with `documents` (id -> text) to be encoded anew each time, as for a
-            teacher, whose own document vectors move.
-    """
-
-    def __init__(
-        self,
-        texts: Mapping[str, str],
-        qrels: Qrels,
-        *,
-        index: AdIndex | None = None,
-        documents: Mapping[str, str] | None = None,
-        prompt_name: str = "query",
-    ) -> None:
-        super().__init__()
-        self.texts, self.qrels, self.index, self.documents = texts, qrels, index, documents
-        self.prompt_name = prompt_name
-        self.primary_metric = "dev_ndcg@10"
-
-    def __call__(self, model: SentenceTransformer, output_path: str | None = None, epoch: float = -1, steps: int = -1):
-        index = self.index
-        if index is None:
-            vectors = encode(model, list(self.documents.values()), prompt_name="document")
-            index = AdIndex.from_vectors(vectors, list(self.documents))
-        queries = encode(model, list(self.texts.values()), prompt_name=self.prompt_name)
-        run = dense_run(queries, index, list(self.texts), 100)
-        scores = per_query(run, self.qrels, 10)
-        metrics = {f"dev_{name}": mean(scores[name]) for name in ("ndcg@10", "precision@10")}
-        logger.info("step %s: %s", steps, ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-        return metrics
 
 
 class RecipeTrainer(SentenceTransformerTrainer):
@@ -190,16 +186,35 @@ class RecipeTrainer(SentenceTransformerTrainer):
             save_file(tensors, str(folder / STATE))
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        checkpoint = checkpoint_folder(self.args.output_dir, self.state.global_step)
+        if self.args.should_save and checkpoint.exists():
+            shutil.rmtree(checkpoint)  # one that was not resumed, as it was not whole
+        self.accelerator.wait_for_everyone()
         kept, self.args.save_total_limit = self.args.save_total_limit, None  # older ones go once this one is whole
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = kept
         self.accelerator.wait_for_everyone()
+        if not self.args.save_only_model:  # without the optimizer's state, a run would go on to other weights
+            mark_whole(checkpoint)
         if self.args.should_save:
-            folder = Path(self.args.output_dir)
-            (folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}" / WHOLE).touch()
-            rotate_checkpoints(str(folder), kept, self.state.best_model_checkpoint, use_mtime=True)
+            rotate_checkpoints(str(self.args.output_dir), kept, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _init_training_state(self, *rest: Any) -> tuple[int, int]:
+        # The state names the best checkpoint by its path, which is another once the run was moved: the parent would
+        # then take the last weights for the best. It is one of the folders beside the checkpoint that is resumed.
+        parent = logging.getLogger("transformers.trainer")
+        level = parent.level
+        parent.setLevel(logging.ERROR)  # it would warn of the path that is gone
+        try:
+            found = super()._init_training_state(*rest)
+        finally:
+            parent.setLevel(level)
+        best = checkpoint_folder(self.args.output_dir, self.state.best_global_step or 0)
+        if best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+        return found
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: torch.nn.Module | None = None) -> None:
         tensors = load_file(str(Path(checkpoint_path) / STATE))
@@ -218,8 +233,12 @@ class RecipeTrainer(SentenceTransformerTrainer):
 
     def _load_best_model(self) -> None:
         # The parent's version logs an error and goes on with the last weights; a best model that is lost must stop.
-        logger.info("best: %s (%.4f)", Path(self.state.best_model_checkpoint).name, self.state.best_metric)
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        best = Path(self.state.best_model_checkpoint)
+        reason = fault(best, {STATE}) if not self.args.save_only_model else None
+        if reason:
+            raise HlmError(f"{best}, the best checkpoint, cannot be taken: {reason}; run the same command again")
+        logger.info("best: %s (%.4f)", best.name, self.state.best_metric)
+        self._load_from_checkpoint(str(best))
 
 
 class _Trained(torch.nn.Module):
@@ -252,22 +271,62 @@ class _Collator:
         return self.collate([item["row"] for item in items])
 
 
-def up_to_date(folder: str | Path, kind: str, identity: dict[str, Any]) -> bool:
-    """Whether `folder` already holds this artefact, made from the same inputs with the same configuration."""
-    if not (Path(folder) / "hlm.json").is_file():
+@contextlib.contextmanager
+def claimed_output(output: str, kind: str, args: TrainingArguments) -> Iterator[str]:
+    """Claims a recipe's output, and the training folder beside it, for as long as the recipe runs: before any work,
+    another writer or somebody's files there are told. The first process claims it for all.
+
+    Yields:
+        The output as every process must write it: absolute, links followed. `args.output_dir` is beside it.
+
+    Raises:
+        HlmError: as `hlm.artefacts.claimed`; or the training folder holds somebody's files.
+    """
+    target = str(Path(output).expanduser().resolve())
+    args.output_dir = f"{target}.training"
+    with contextlib.ExitStack() as stack:
+        if args.process_index == 0:
+            stack.enter_context(claimed(output, kind))
+            take_folder(args.output_dir)
+            stack.callback(leave_folder, args.output_dir)
+        yield target
+
+
+def up_to_date(
+    folder: str | Path, kind: str, identity: dict[str, Any], *, paths: Collection[str] = frozenset()
+) -> bool:
+    """Whether `folder` already holds this artefact, made from the same inputs with the same configuration.
+
+    Args:
+        paths: settings that do not count, as they say where inputs lie whose fingerprints are in `identity`.
+    """
+    if not (Path(folder) / MANIFEST).is_file():
         return False
     manifest = read_manifest(folder, kind)
-    same = fingerprint_json({name: manifest[name] for name in ("inputs", "config")}) == fingerprint_json(identity)
-    if same:
-        logger.info("%s: up to date", folder)
-    return same
+    if fingerprint_json(without(paths, manifest)) != fingerprint_json(without(paths, identity)):
+        return False
+    records = manifest.get("files") or {}
+    try:
+        check_files(folder, records, records)
+    except HlmError as error:
+        logger.warning("%s is made again: %s", folder, error)
+        return False
+    logger.info("%s: up to date", folder)
+    return True
 
 
-def train(trainer: RecipeTrainer, identity: dict[str, Any]) -> None:
+def train(
+    trainer: RecipeTrainer, identity: dict[str, Any], *, then: Callable[[], None] | None = None
+) -> dict[str, Any]:
     """Trains, or goes on from the last whole checkpoint in `output_dir`, to the same weights as a run never stopped.
 
     Args:
         identity: {"inputs": fingerprints, "config": values}: what this run is. Kept beside the checkpoints.
+        then: changes the trained weights once more, before they are measured; every process calls it.
+
+    Returns:
+        {"dev": {"metric", "start", "end"}}, what the weights reached on dev before and after: for the manifest.
+        Empty without dev judgements.
 
     Raises:
         HlmError: the checkpoints there belong to another run; the message names what differs.
@@ -275,42 +334,45 @@ def train(trainer: RecipeTrainer, identity: dict[str, Any]) -> None:
     # Other processes draw other batches.
     identity = identity | {"config": identity["config"] | {"processes": trainer.args.world_size}}
     folder = Path(trainer.args.output_dir)
-    path = folder / IDENTITY
-    if path.is_file():
-        _same_run(path, identity)
-    checkpoint = broadcast_object_list([last_checkpoint(folder)])[0]
-    if trainer.is_world_process_zero():
-        write_json(path, identity)
-    trainer.accelerator.wait_for_everyone()
+    check_same_run(folder, identity)
+    checkpoint = None
+    if trainer.is_world_process_zero():  # the others need not hash what it has hashed
+        checkpoint = last_checkpoint(folder, best=trainer.args.load_best_model_at_end)
+        write_json(folder / IDENTITY, identity)
+    checkpoint, start = broadcast_object_list([checkpoint])[0], None
     if checkpoint:
         logger.info("resuming from %s", checkpoint)
+        with contextlib.suppress(OSError, ValueError):  # then the manifest does not tell it
+            start = json.loads((folder / START).read_text(encoding="utf-8"))
+    else:
+        start = on_dev(trainer)
+        if trainer.is_world_process_zero():
+            write_json(folder / START, start)
     trainer.train(resume_from_checkpoint=checkpoint)
+    if then is not None:
+        then()
+    end = on_dev(trainer)
+    return {} if end is None else {"dev": {"metric": "ndcg@10", "start": start, "end": end}}
 
 
-def _same_run(path: Path, identity: dict[str, Any]) -> None:
-    before = json.loads(path.read_text())
-    for part in ("inputs", "config"):
-        old, new = before.get(part, {}), json.loads(json.dumps(identity[part]))
-        differing = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
-        if differing:
-            name = differing[0]
-            raise HlmError(
-                f"{path.parent} holds checkpoints of another run: {part} '{name}' was {old.get(name)!r}, now "
-                f"{new.get(name)!r}; set it back to resume, or delete {path.parent} to start anew"
-            )
+def finish(trainer: RecipeTrainer, measured: dict[str, Any]) -> None:
+    """Removes the checkpoints once the artefact they led to is whole; no process goes on before that. Says so where
+    training did harm.
 
-
-def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest whole checkpoint; a kill while one was written leaves it without the mark."""
-    whole = [path.parent for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{WHOLE}")]
-    return str(max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]))) if whole else None
-
-
-def finish(trainer: RecipeTrainer) -> None:
-    """Removes the checkpoints once the artefact they led to is whole; no process goes on before that."""
+    Args:
+        measured: what `train` returned.
+    """
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
+    dev = measured.get("dev") or {}
+    if dev.get("start") is not None and dev["end"] < dev["start"]:
+        logger.warning(
+            "training did harm: nDCG@10 on dev is %.4f at the end, below %.4f where it started; lower learning_rate, "
+            "set load_best_model_at_end, or use what it started from",
+            dev["end"],
+            dev["start"],
+        )
 
 
 def set_dropout(model: SentenceTransformer, probability: float) -> None:
@@ -326,17 +388,3 @@ def as_config(config: Any, args: TrainingArguments | None = None) -> dict[str, A
     """A recipe's dataclass (and training arguments) as the JSON values of a manifest's `config`."""
     values = {item.name: getattr(config, item.name) for item in fields(config) if item.name != "output"}
     return values | ({"training": recorded(args)} if args is not None else {})
-
-
-def check_student(folder: str | Path, teacher: str) -> None:
-    """Refuses a student that was pruned or aligned for another teacher's space.
-
-    Raises:
-        HlmError: the student's manifest is missing or names another teacher.
-    """
-    found = read_manifest(folder, "student")["inputs"].get("teacher")
-    if found != teacher:
-        raise HlmError(
-            f"expected a student of teacher {teacher} (the vectors'), found {folder}, a student of teacher {found}; "
-            "align it to this teacher, or name the other teacher's vectors"
-        )

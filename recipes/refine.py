@@ -7,6 +7,7 @@ Started from a student that was never aligned, it is the paper's naive baseline.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,10 +17,11 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from hlm.artefacts import HlmError
 from hlm.batches import TokenTable
+from hlm.checkpoints import PATHS
 from hlm.config import parse, run_recipe
-from hlm.data import load, training_pairs
+from hlm.data import load
+from hlm.dev_retrieval import DevRetrieval
 from hlm.encoders import encode, fingerprint, load_encoder, prompt_of, save_encoder
 from hlm.gradcache import gather_with_gradient, loss_of_chunks
 from hlm.index import AdIndex
@@ -35,16 +37,16 @@ from hlm.mining import (
 )
 from hlm.store import VectorStore
 from hlm.training import (
-    DevRetrieval,
     RecipeTrainer,
     TrainingArguments,
     as_config,
-    check_student,
+    claimed_output,
     finish,
     set_dropout,
     train,
     up_to_date,
 )
+from hlm.training_inputs import check_student, kept_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -77,21 +79,26 @@ class RefineConfig:
 
 def main(argv: Sequence[str] | None = None) -> None:
     config, args = parse(RefineConfig, TrainingArguments, argv=argv)
-    args.output_dir = f"{config.output}.training"
     args.check_hardware("refine", config)
-    data = load(config.data, splits=("train", "dev"), skip_bad_rows=config.skip_bad_rows)
-    model = load_encoder(config.student)
+    with claimed_output(config.output, "student", args) as output:
+        refine(dataclasses.replace(config, output=output), args)
+
+
+def refine(config: RefineConfig, args: TrainingArguments) -> None:
     documents = VectorStore.open(Path(config.vectors) / "corpus")
-    documents.check(source=data.fingerprint("corpus"))
     check_student(config.student, documents.encoder)
+    data = load(config.data, splits=("train", "dev"), skip_bad_rows=config.skip_bad_rows)
+    documents.check(source=data.fingerprint("corpus"))
+    model = load_encoder(config.student)
     queries = VectorStore.open(Path(config.vectors) / "queries")
     queries.check(encoder=documents.encoder, source=data.fingerprint("queries"))
     identity = {
         "inputs": {"student": fingerprint(model), "teacher": documents.encoder, "vectors": documents.fingerprint}
-        | {"queries": queries.fingerprint, "qrels": data.fingerprint("qrels/train")},
+        | {"queries": queries.fingerprint, "qrels": data.fingerprint("qrels/train")}
+        | {"qrels/dev": data.fingerprint("qrels/dev")},
         "config": as_config(config, args),
     }
-    if up_to_date(config.output, "student", identity):
+    if up_to_date(config.output, "student", identity, paths=PATHS):
         return
     set_dropout(model, config.dropout)
     refinement = Refinement(model, data, documents, queries, config, args.seed)
@@ -100,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args,
         rows=len(refinement.pairs),
         keys=refinement.tokens.lengths(refinement.pairs[:, 0]),
-        collate=refinement.collate,
+        collate=Collate(refinement.pairs, refinement.tokens, config.cache_chunk),
         step_loss=refinement.loss,
         evaluator=DevRetrieval(
             dict(data.split_queries("dev")), data.qrels["dev"], index=AdIndex.build(documents, dim=refinement.width)
@@ -108,10 +115,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         extra_state={"negatives": refinement.negatives},
         callbacks=[Refresh(refinement, config.refresh_epochs)] if config.hard_negatives else [],
     )
-    train(trainer, identity)
+    measured = train(trainer, identity)
     if trainer.is_world_process_zero():
-        save_encoder(model, config.output, "student", **identity)
-    finish(trainer)
+        save_encoder(model, config.output, "student", **identity, **measured)
+    finish(trainer, measured)
 
 
 class Refinement:
@@ -120,9 +127,7 @@ class Refinement:
     def __init__(self, model, data, documents, queries, config: RefineConfig, seed: int) -> None:
         self.model, self.documents, self.config, self.seed = model, documents, config, seed
         self.width = model.get_embedding_dimension()
-        triples = training_pairs(data, "train", min_score=config.min_score)
-        if not triples:
-            raise HlmError(f"expected pairs of grade {config.min_score} or more in qrels/train, found none")
+        triples = kept_pairs(data, config.min_score)
         number = {name: row for row, name in enumerate(dict.fromkeys(query for query, _, _ in triples))}
         rows = documents.rows_of([document for _, document, _ in triples])
         self.pairs = np.stack([[number[query] for query, _, _ in triples], rows], axis=1)
@@ -171,15 +176,6 @@ class Refinement:
         limits = positive_scores(vectors, known, self.documents)
         never = [{*one, *top} for one, top in zip(known, self.teacher_top[rows].tolist(), strict=True)]
         return select_hard_negatives(scores, found, limits, never, self.config.hard_negatives)
-
-    def collate(self, rows: list[int]) -> dict:
-        query, positive = self.pairs[rows].T
-        chunk = self.config.cache_chunk or len(rows)
-        return {
-            "query": [self.tokens.features(query[start : start + chunk]) for start in range(0, len(rows), chunk)],
-            "query_ids": torch.from_numpy(query.copy()),
-            "positive_ids": torch.from_numpy(positive.copy()),
-        }
 
     def draw(self, positive_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The step's pool: ids (M,) and vectors (M, width). The positives of the whole batch, on all devices, seed the
@@ -231,6 +227,24 @@ class Refinement:
             teacher = torch.from_numpy(self.teacher_queries.gather(self.teacher_rows[query_ids.numpy()])).to(device)
             loss = loss + self.config.alignment_weight * l2_alignment(queries, matryoshka(teacher, self.width))
         return loss
+
+
+@dataclass
+class Collate:
+    """Rows of training -> a batch; what a worker of the data loader needs, and no more."""
+
+    pairs: np.ndarray  # (rows, 2) int64: query number, row of the store
+    tokens: TokenTable
+    chunk: int | None
+
+    def __call__(self, rows: list[int]) -> dict:
+        query, positive = self.pairs[rows].T
+        chunk = self.chunk or len(rows)
+        return {
+            "query": [self.tokens.features(query[start : start + chunk]) for start in range(0, len(rows), chunk)],
+            "query_ids": torch.from_numpy(query.copy()),
+            "positive_ids": torch.from_numpy(positive.copy()),
+        }
 
 
 class Refresh(TrainerCallback):

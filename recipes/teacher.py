@@ -7,6 +7,7 @@ Writes `output` (the merged model, a sentence-transformers folder) and `output/a
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Sequence
@@ -21,8 +22,10 @@ from torch.distributed.tensor import DTensor
 
 from hlm.artefacts import HlmError, fingerprint_json
 from hlm.batches import TokenTable
+from hlm.checkpoints import PATHS
 from hlm.config import parse, run_recipe
-from hlm.data import RetrievalData, document_text, iterate, load, training_pairs
+from hlm.data import RetrievalData, document_text, iterate, load
+from hlm.dev_retrieval import DevRetrieval
 from hlm.encoders import (
     add_lora,
     enable_gradient_checkpointing,
@@ -39,14 +42,15 @@ from hlm.losses import qwen3_contrastive
 from hlm.mining import gather_rows, mine_hard_negatives, padded_rows, search_device, shared_rows
 from hlm.store import VectorStore, write_store
 from hlm.training import (
-    DevRetrieval,
     RecipeTrainer,
     TrainingArguments,
     as_config,
+    claimed_output,
     finish,
     train,
     up_to_date,
 )
+from hlm.training_inputs import kept_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -89,27 +93,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, args = parse(TeacherConfig, TrainingArguments, argv=argv)
     if not 0 < config.merge_weight <= 1:
         raise HlmError(f"merge_weight: expected above 0 and up to 1, found {config.merge_weight}")
-    args.output_dir = f"{config.output}.training"
     args.check_hardware("teacher", config)
+    with claimed_output(config.output, "teacher", args) as output:
+        tune(dataclasses.replace(config, output=output), args)
+
+
+def tune(config: TeacherConfig, args: TrainingArguments) -> None:
     data = load(config.data, splits=("train", "dev"), skip_bad_rows=config.skip_bad_rows)
     model = load_encoder(config.backbone, dtype=config.dtype, max_seq_length=config.max_seq_length)
-    parts = ("corpus", "queries", "qrels/train")
+    parts = ["corpus", "queries", *(f"qrels/{split}" for split in ("train", "dev") if split in data.qrels)]
     identity = {
         "inputs": {"backbone": fingerprint(model)} | {part: data.fingerprint(part) for part in parts},
         "config": as_config(config, args),
     }
-    if up_to_date(config.output, "teacher", identity):
+    if up_to_date(config.output, "teacher", identity, paths=PATHS):
         return
     pairs = Pairs(data, config)
     source = fingerprint_json([identity["inputs"]["corpus"], config.oracle])
-    negatives = mine(model, pairs, config, f"{args.output_dir}/backbone", source)
+    # A folder for each backbone: what another one mined, before a run that never came to a checkpoint, is in no way.
+    mined = f"{args.output_dir}/backbone-{fingerprint_json([identity['inputs']['backbone'], source])[:8]}"
+    negatives = mine(model, pairs, config, mined, source)
     set_seed(args.seed)  # the adapter starts at random: alike in every process and after a kill
     add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout)
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(model)
         # Done, and in the only order that works under LoRA: the trainer must not do it again, under either name.
         args.gradient_checkpointing = args.activation_checkpointing = False
-    batches = Batches(model, pairs, negatives, config)
+    batches = Batches.of(model, pairs, negatives, config)
     trainer = RecipeTrainer(
         model,
         args,
@@ -120,20 +130,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         group=config.queries_per_document,
         evaluator=dev_retrieval(data, config),
     )
-    train(trainer, identity)
+    measured = train(trainer, identity, then=lambda: weaken_lora(model, config.merge_weight))
     trained = trainer.trained_tensors()
     if trainer.is_world_process_zero():
         model = whole(model, trained, config)
-        weaken_lora(model, config.merge_weight)
         state = model.state_dict()
         adapter = {name: state[name].clone() for name in trained}
         peft_config = model[0].model.peft_config["default"]
         save_encoder(
-            merge_lora(model), config.output, "teacher", **identity,
+            merge_lora(model), config.output, "teacher", **identity, **measured,
             beside=lambda folder: save_adapter(adapter, peft_config, config.backbone, folder / "adapter"),
         )  # fmt: skip
         logger.info("%s: teacher %s", config.output, fingerprint(model))
-    finish(trainer)
+    finish(trainer, measured)
 
 
 def whole(model, trained: dict[str, torch.Tensor], config: TeacherConfig):
@@ -150,9 +159,7 @@ class Pairs:
     """(query, document) training pairs as row numbers, with every query's known positives."""
 
     def __init__(self, data: RetrievalData, config: TeacherConfig) -> None:
-        triples = training_pairs(data, "train", min_score=config.min_score)
-        if not triples:
-            raise HlmError(f"expected pairs of grade {config.min_score} or more in qrels/train, found none")
+        triples = kept_pairs(data, config.min_score)
         self.documents = [document_text(row, oracle=config.oracle) for row in iterate(data.corpus)]
         row_of = {name: row for row, name in enumerate(data.corpus["_id"])}
         best: dict[str, list[tuple[int, int]]] = {}
@@ -203,14 +210,25 @@ def mine(model, pairs: Pairs, config: TeacherConfig, folder: str, source: str) -
     return gather_rows(rows, found, len(pairs.queries))
 
 
+@dataclass
 class Batches:
-    def __init__(self, model, pairs: Pairs, negatives: np.ndarray, config: TeacherConfig) -> None:
-        self.pairs, self.negatives, self.config = pairs, negatives, config
-        self.queries = TokenTable(model, pairs.queries, prompt_of(model, "query"))
-        self.documents = TokenTable(model, pairs.documents, prompt_of(model, "document"))
+    """Rows of training -> a batch; what a worker of the data loader needs, and no more."""
+
+    rows: np.ndarray  # (pairs, 2) int64: query number, document row
+    excluded: torch.Tensor  # (queries, longest) int64 padded with -1: known positives
+    negatives: np.ndarray  # (queries, k) int64 padded with -1
+    queries: TokenTable
+    documents: TokenTable
+    config: TeacherConfig
+
+    @classmethod
+    def of(cls, model, pairs: Pairs, negatives: np.ndarray, config: TeacherConfig) -> Batches:
+        queries = TokenTable(model, pairs.queries, prompt_of(model, "query"))
+        documents = TokenTable(model, pairs.documents, prompt_of(model, "document"))
+        return cls(pairs.rows, pairs.excluded, negatives, queries, documents, config)
 
     def collate(self, rows: list[int]) -> dict:
-        pairs = self.pairs.rows[rows]
+        pairs = self.rows[rows]
         query, positive = pairs[np.argsort(self.queries.lengths(pairs[:, 0]), kind="stable")].T
         negative = self.negatives[query]
         # Every document of the batch is encoded once, however many queries it belongs to.
@@ -229,7 +247,7 @@ class Batches:
             "query_ids": torch.from_numpy(query),
             "positive_ids": torch.from_numpy(positive),
             "negative_ids": torch.from_numpy(negative),
-            "excluded_ids": self.pairs.excluded[query],
+            "excluded_ids": self.excluded[query],
         }
 
     def loss(self, model, batch: dict) -> torch.Tensor:

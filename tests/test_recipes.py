@@ -170,7 +170,7 @@ def test_each_document_of_a_batch_is_encoded_once_and_the_loss_stays(house, tmp_
     model = load_encoder(house.backbone).eval()
     pairs = teacher.Pairs(load(house.data, splits=("train", "dev")), config)
     negatives = np.random.default_rng(0).integers(-1, 200, size=(len(pairs.queries), 2))
-    batches = teacher.Batches(model, pairs, negatives, config)
+    batches = teacher.Batches.of(model, pairs, negatives, config)
     rows = np.argsort(pairs.rows[:, 1], kind="stable")[:48].tolist()  # several queries a document
     batch = batches.collate(rows)
     encoded = sum(len(chunk["input_ids"]) for chunk in batch["document"])
@@ -223,7 +223,8 @@ def test_a_killed_step_ends_in_the_same_weights(house, tmp_path, name):
 def test_resuming_with_another_configuration_is_refused_by_name(house, tmp_path):
     arguments = align_arguments(house, tmp_path / "aligned", "--cascade", '[{"layers": 2}]')
     work = tmp_path / "aligned.training"
-    work.mkdir()
+    (work / "checkpoint-5").mkdir(parents=True)
+    (work / "checkpoint-5/whole").write_text("{}")
     manifest = read_manifest(house / "aligned", "student")
     (work / "identity.json").write_text(json.dumps({name: manifest[name] for name in ("inputs", "config")}))
     with pytest.raises(HlmError, match="checkpoints of another run: .*delete"):

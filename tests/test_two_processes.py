@@ -30,7 +30,7 @@ import hlm.training
 from hlm.artefacts import HlmError
 from hlm.data import load
 from hlm.encoders import encode, load_encoder
-from hlm.training import RecipeTrainer, last_checkpoint
+from hlm.training import RecipeTrainer
 from recipes import align, embed, refine, teacher
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -261,15 +261,6 @@ def test_resuming_on_another_number_of_processes_is_refused_by_name(house):
     words = next(job["words"] for job in json.loads((house / "two/plan.json").read_text()) if job["name"] == "refine")
     with pytest.raises(HlmError, match="config 'processes' was 2, now 1"):
         refine.main([*words[:-1], str(house / "left")])
-
-
-def test_a_checkpoint_that_a_process_had_not_finished_is_not_whole(tmp_path):
-    for step in (2, 10, 12):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text("{}")
-        if step < 12:
-            (tmp_path / f"checkpoint-{step}/whole").touch()
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
 if __name__ == "__main__":
