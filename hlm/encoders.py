@@ -19,6 +19,7 @@ from hlm.artefacts import HlmError, atomic_folder, write_manifest
 from hlm.encoder_fingerprint import fingerprint
 from hlm.fields import REMEDY, field
 from hlm.layout import write_legacy_layout
+from hlm.texts import as_texts, well_formed
 
 logger = logging.getLogger(__name__)
 
@@ -181,13 +182,13 @@ def tokenise(model: SentenceTransformer, texts: list[str], prompt: str = "") -> 
     """Token ids of each text with the model's own special tokens, cut to its `max_seq_length`; nothing is padded.
 
     The tokenizer's post-processor places the special tokens, after truncation too: for Qwen3 that is the pooled
-    `<|endoftext|>`, which `tokenizer.eos_token` does not name.
+    `<|endoftext|>`, which `tokenizer.eos_token` does not name. Half a surrogate pair counts as U+FFFD.
+
+    Raises:
+        HlmError: a text that is no str.
     """
-    for text in texts:
-        if not isinstance(text, str):
-            raise HlmError(f"expected texts to encode, found {type(text).__name__}; pass a list of str")
-    limit = model.max_seq_length
-    texts = [prompt + text for text in texts]
+    limit, prompt = model.max_seq_length, well_formed(prompt)
+    texts = [prompt + text for text in as_texts(texts)]
     return model.tokenizer(texts, truncation=limit is not None, max_length=limit, padding=False)["input_ids"]
 
 
@@ -252,6 +253,7 @@ def encode(
     width = model.get_embedding_dimension()
     if dim is not None and not 1 <= dim <= width:
         raise HlmError(f"dim: expected 1 to {width} (the width of the model), found {dim}")
+    texts = as_texts(texts)
     out = np.empty((len(texts), dim or width), dtype=np.float32)
     if not texts:
         return out
