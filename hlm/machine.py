@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import sys
 import time
@@ -12,9 +13,62 @@ from pathlib import Path
 from typing import Any
 
 STAT = Path("/proc/stat")
+CGROUP, MOUNTS = Path("/proc/self/cgroup"), Path("/proc/self/mountinfo")
 # Instructions that decide which precisions pay off on a CPU.
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm")
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu", "openvino", "tokenizers", "safetensors")
+
+
+def cores() -> int:
+    """CPU cores that this process can keep busy: as many as it may run on, and no more than the CPU time of its
+    container allows, rounded down (at least 1): one core more would use the time up early, and stand still until the
+    next period begins."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota()
+    return allowed if quota is None else max(1, min(allowed, int(quota)))
+
+
+def cpu_quota() -> float | None:
+    """Cores' worth of CPU time that the control groups of this process allow, the strictest of them (`docker --cpus`,
+    `limits.cpu` of Kubernetes); None where there is no limit."""
+    quotas = []
+    try:
+        mounts = [line.split() for line in MOUNTS.read_text().splitlines()]
+        for line in CGROUP.read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            for mount in mounts:
+                kind, *_, options = mount[mount.index("-") + 1 :]
+                if (kind == "cgroup2" and not controllers) or (
+                    kind == "cgroup" and "cpu" in controllers.split(",") and "cpu" in options.split(",")
+                ):
+                    quotas += _quotas(_unescaped(mount[4]), _unescaped(mount[3]), group)
+    except (OSError, ValueError):  # no Linux, or one that writes these files otherwise
+        return None
+    return min(quotas, default=None)
+
+
+def _quotas(mounted: str, root: str, group: str) -> list[float]:
+    """The limits of a control group and of those above it, as far as they can be seen where `root` is mounted."""
+    inside = os.path.relpath(group, root) if os.path.isabs(group) else "."
+    folder, found = Path(mounted), []
+    # A group outside of what is mounted, as in a container, is what is mounted.
+    for part in ("", *(() if inside.startswith("..") else Path(inside).parts)):
+        folder /= part
+        try:
+            if (folder / "cpu.max").is_file():
+                quota, period = (folder / "cpu.max").read_text().split()
+            else:
+                quota, period = ((folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+            if quota not in ("max", "-1"):
+                found.append(int(quota) / int(period))
+        except (OSError, ValueError, ZeroDivisionError):
+            continue  # the root of the tree has no limit
+    return found
+
+
+def _unescaped(path: str) -> str:
+    """A path of /proc/self/mountinfo, which writes spaces as \\040."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), path)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ The names of systems and keys are fixed: cards, the README and CI read them.
 from __future__ import annotations
 
 import datetime
-import os
 import platform
 import shlex
 import subprocess
@@ -35,6 +34,7 @@ from hlm.evaluation import (
     relevance_threshold,
     slices,
 )
+from hlm.machine import cores
 
 # Rows of every table, in this order. Students search the teacher's index with a query encoder of their own.
 SYSTEMS = ("bm25", "backbone", "teacher", "pruned", "aligned", "student", "contrastive_only")
@@ -272,7 +272,6 @@ def environment(command: str) -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -281,7 +280,7 @@ def environment(command: str) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "versions": versions,
         "cpu": _cpu_model(),
-        "cores": cores,
+        "cores": cores(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 

@@ -30,6 +30,7 @@ import yaml
 from hlm.artefacts import MANIFEST, HlmError, check_output, write_json
 from hlm.endings import NO_READER, close_quietly, ending
 from hlm.locks import locked
+from hlm.machine import cores
 from hlm.processes import Supervisor
 from hlm.report_files import check_report
 
@@ -238,8 +239,7 @@ def write_timings(home: Path, records: dict[str, dict[str, Any]], *, whole: bool
     """Writes timings.json: each step's time when it last ran, their sum, and the largest step's peak memory."""
     seconds = {name: record["seconds"] for name, record in records.items()}
     total, peak = round(sum(seconds.values()), 1), max(record["peak_memory_gib"] for record in records.values())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    timings = {"seconds": seconds, "total_seconds": total, "peak_memory_gib": peak, "cores": cores}
+    timings = {"seconds": seconds, "total_seconds": total, "peak_memory_gib": peak, "cores": cores()}
     write_json(home / "timings.json", timings | {"in_one_run": whole})
     print(f"\nall steps: {total / 60:.1f} minutes, at most {peak:.2f} GiB")
 
