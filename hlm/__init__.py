@@ -1,8 +1,13 @@
 """HLM: turn a billion-parameter retriever into a query encoder small enough to serve online."""
 
+import os
 from typing import Any
 
 __version__ = "0.1.0"
+
+# ONNX Runtime sends usage data to its maker unless told otherwise before it is imported, by a thread for whose end a
+# forked process waits for ever when it ends.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def __getattr__(name: str) -> Any:

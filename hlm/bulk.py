@@ -12,6 +12,7 @@ from itertools import chain
 import numpy as np
 
 from hlm.backends import Run
+from hlm.forks import tell_after_fork
 
 ENOUGH = 8  # a batch of an eighth of the tokens that it may hold takes no longer a token than a full one
 
@@ -56,7 +57,7 @@ def cut_by_length(ids: Sequence[Sequence[int]], tokens: int, *, pads: bool = Tru
 
 class SideBySide:
     """Batches on several cores at once, each on one: no core waits for the others after every step of the graph. Safe
-    to call from several threads.
+    to call from several threads, and in a forked child.
 
     Args:
         load: gives a `Run` that computes on one core; called before the first batch.
@@ -65,9 +66,15 @@ class SideBySide:
 
     def __init__(self, load: Callable[[], Run], threads: int) -> None:
         self.threads = threads
-        self._load, self._lock = load, threading.Lock()
+        self._load = load
         self._run: Run | None = None
-        self._helpers = ThreadPoolExecutor(max(1, threads - 1), thread_name_prefix="hlm-bulk")
+        self.after_fork()
+        tell_after_fork(self)
+
+    def after_fork(self) -> None:
+        """The lock may have been held, and the threads are not there; `Run` renews itself."""
+        self._lock = threading.Lock()
+        self._helpers = ThreadPoolExecutor(max(1, self.threads - 1), thread_name_prefix="hlm-bulk")
 
     def __call__(self, work: Iterator[Batch], out: np.ndarray) -> None:
         """Puts the vectors of `work` into their rows of `out`; an error of any batch is raised."""
