@@ -13,9 +13,12 @@ is ONNX Runtime's alone, reads texts of one length, so it has no `attention_mask
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import tempfile
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,11 @@ from hlm.artefacts import HlmError, fingerprint_file
 from hlm.encoders import load_encoder, pad, prompt_of, tokenise
 from hlm.online_graph import LookupGraph, OnlineGraph, lookup_pays
 
-logger = logging.getLogger(__name__)
+# Loggers of what exports, which say nothing that a user could act on.
+CHATTY = (
+    "torch.onnx", "onnxscript", "onnx_ir", "sentence_transformers",
+    "onnxruntime.quantization.matmul_nbits_quantizer",
+)  # fmt: skip
 
 FP32_FILE, LOOKUP_FILE, INT8_FILE = "onnx/model.onnx", "onnx/model_lookup.onnx", "onnx/model_quantized.onnx"
 # fp32 sums in another order: components of unit vectors differ by some 1e-7 to 1e-6.
@@ -42,7 +49,33 @@ PROBES = ("red shoe", "a", "", "laptop 15.6 inch " * 100, "größe 42 ½ 靴 �
 
 def export(name_or_path: str, folder: str | Path, *, int8: bool = True) -> dict[str, dict[str, Any]]:
     """`export_model` of an encoder by folder, Hub id or `package:...`."""
-    return export_model(load_encoder(name_or_path, device="cpu"), folder, int8=int8)
+    with _quietly():
+        return export_model(load_encoder(name_or_path, device="cpu"), folder, int8=int8)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keeps what torch, transformers and ONNX Runtime's quantizer say of themselves off the screen and out of the
+    application's log, whose root logger the quantizer would configure."""
+    from transformers.utils import logging as transformers_logging
+
+    root, bars = logging.getLogger(), transformers_logging.is_progress_bar_enabled()
+    handlers, levels = root.handlers[:], {name: logging.getLogger(name).level for name in ("root", *CHATTY)}
+    if bars:
+        transformers_logging.disable_progress_bar()
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        for handler in set(root.handlers) - set(handlers):
+            root.removeHandler(handler)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def export_model(
@@ -66,10 +99,12 @@ def export_model(
     """
     if model.dtype != torch.float32:
         raise HlmError(f"expected an encoder in float32 to export, found {model.dtype}; load it in float32")
-    folder = Path(folder)
-    model.eval()
+    with _quietly():
+        return _exported(model.eval(), Path(folder), int8=int8, lookup=lookup)
+
+
+def _exported(model: SentenceTransformer, folder: Path, *, int8: bool, lookup: bool) -> dict[str, dict[str, Any]]:
     model[0].model.set_attn_implementation("eager")  # sdpa becomes the same arithmetic in 24 nodes more
-    logger.info("exporting to %s", folder / FP32_FILE)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".onnx.") as aside:
         paths = {"fp32": Path(aside) / Path(FP32_FILE).name}
