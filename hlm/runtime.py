@@ -6,12 +6,10 @@ model runs on a GPU.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +17,14 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from hlm import backends
-from hlm.artefacts import MANIFEST, HlmError, check_graph, fingerprint_file
-from hlm.backends import Run
+from hlm.artefacts import MANIFEST, HlmError
+from hlm.backends import Run, file_state
 from hlm.bulk import SideBySide, cut_by_length
-from hlm.hub_cache import local_folder
-from hlm.machine import instructions
+from hlm.integrity import read_steadily
+from hlm.long_texts import first_ids, whole_characters
+from hlm.machine import cores, instructions
+from hlm.student_files import GRAPHS, StudentFiles, cutting
+from hlm.texts import as_texts, well_formed
 from hlm.word_cache import WordCache
 
 if TYPE_CHECKING:
@@ -37,18 +38,19 @@ BACKENDS = {
     "openvino": ("fp32", "bf16", "int8"),
     "torch": ("fp32", "bf16", "fp16"),
 }
-# As hlm.json names them. "lookup", of small students: fp32 with fewer multiply-adds.
-GRAPHS = {"fp32": "onnx/model.onnx", "lookup": "onnx/model_lookup.onnx", "int8": "onnx/model_quantized.onnx"}
-CONFIGURATION = ("*.json", "*.txt")
 BF16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16"}
 BF16_WEIGHTS = 10_000_000  # a smaller body is encoded sooner by ONNX Runtime in fp32, where queries come one by one
 # Tokens of a batch, padding counted: what a core's cache holds, and what keeps a GPU busy.
 CORE_BATCH_TOKENS, GPU_BATCH_TOKENS = 512, 32768
 SIDE_BY_SIDE_TOKENS = 256  # fewer in a call are computed sooner by all cores together
+MOST_THREADS = 1024
 
 
 class QueryEncoder:
     """Encodes queries with a student; made by `from_pretrained` or `from_model`. Safe to call from several threads.
+
+    A server may load it before it forks: under ONNX Runtime and OpenVINO every child loads the graph again at its first
+    query, under torch it refuses. One of `from_pretrained` can be pickled: it is loaded again from the same folder.
 
     Attributes:
         dim: width of the vectors.
@@ -74,13 +76,17 @@ class QueryEncoder:
         lookup: bool = False,
         fingerprint: str | None = None,
         teacher: str | None = None,
+        origin: dict[str, Any] | None = None,
     ) -> None:
         self._tokenizer, self._run = tokenizer, run
+        prompt = well_formed(prompt)
         self.words = WordCache.of(tokenizer, prompt)
         self._batch_tokens, self._side_by_side = batch_tokens, side_by_side
         self.dim, self.backend, self.precision, self.prompt = dim, backend, precision, prompt
         self.max_tokens: int | None = (tokenizer.truncation or {}).get("max_length")
+        self._whole = whole_characters(tokenizer)
         self.lookup, self.fingerprint, self.teacher = lookup, fingerprint, teacher
+        self._origin = origin
 
     @classmethod
     def from_pretrained(
@@ -97,8 +103,9 @@ class QueryEncoder:
 
         Args:
             id_or_folder: a sentence-transformers folder or Hub id. Without ONNX files it is exported, once, into
-                `~/.cache/hlm` (or $HLM_CACHE). Weights that lie beside a graph are mapped, not copied: give a newer
-                student its place by renaming, do not write over the files of one that is served.
+                `~/.cache/hlm` (or $HLM_CACHE). Every file that is read is compared with what hlm.json tells of it.
+                Weights that lie beside a graph are mapped, not copied: give a newer student its place by renaming, do
+                not write over the files of one that is served.
             backend: "onnxruntime", "openvino" (where it is installed) or "torch" (what runs on a GPU). "auto" takes
                 torch for a GPU, OpenVINO for bf16 and else ONNX Runtime.
             precision: "fp32" (components within 1e-4 of sentence-transformers'), "bf16" or, under torch, "fp16" (within
@@ -106,32 +113,41 @@ class QueryEncoder:
                 more on a processor with bf16 instructions where OpenVINO is installed; else fp32.
             revision: branch, tag or commit of a Hub repository.
             device: "cpu" or a GPU such as "cuda:0"; None is the CPU.
-            threads: that one call computes with on the CPU; None: all cores this process may use. Under ONNX Runtime
-                many texts in one call are computed a core each, which loads the graph a second time.
+            threads: that one call computes with on the CPU; None: all cores this process may use, by its affinity and
+                by its container's limit of CPU time. Under ONNX Runtime many texts in one call are computed a core
+                each, which loads the graph a second time.
 
         Raises:
-            HlmError: nothing to load there, a missing or changed file, an unknown backend or precision, or one that
-                does not go with the other or with the device.
+            HlmError: nothing to load there, a missing, damaged or changed file, an unknown backend, precision or
+                device, or one that does not go with the other.
         """
         auto = backend == precision == "auto"
+        device = None if device is None else str(device)
         backend, precision = _choose(backend, precision, device)
-        if threads is not None and threads < 1:
-            raise HlmError(f"threads: expected 1 or more, found {threads}")
-        threads = threads or _cores()
-        folder = local_folder(id_or_folder, revision=revision, patterns=CONFIGURATION)
-        if not (folder / "modules.json").is_file() or not (folder / "tokenizer.json").is_file():
-            raise HlmError(
-                f"expected a sentence-transformers folder with modules.json and tokenizer.json, found {folder}"
-            )
-        manifest = _json(folder / MANIFEST)
-        if auto and backend == "onnxruntime" and _has_bf16() and _body_weights(folder) >= BF16_WEIGHTS:
+        if threads is not None and (not isinstance(threads, int) or not 1 <= threads <= MOST_THREADS):
+            raise HlmError(f"threads: expected a number from 1 to {MOST_THREADS}, found {threads!r}")
+        source = str(id_or_folder)
+        source = os.path.abspath(source) if os.path.isdir(source) else source
+        threads = threads or cores()
+
+        def load() -> QueryEncoder:
+            return cls._read(StudentFiles(source, revision), auto, backend, precision, device, threads)
+
+        folder = StudentFiles.folder_of(source, revision)
+        return read_steadily(folder, load) if (folder / MANIFEST).is_file() else load()  # one of others has no versions
+
+    @classmethod
+    def _read(
+        cls, files: StudentFiles, auto: bool, backend: str, precision: str, device: str | None, threads: int
+    ) -> QueryEncoder:
+        if auto and backend == "onnxruntime" and _has_bf16() and files.body_weights() >= BF16_WEIGHTS:
             backend, precision = "openvino", "bf16"
         side_by_side, path = None, None
         if backend == "torch":
-            weights = local_folder(id_or_folder, revision=revision, patterns=[*CONFIGURATION, "*.safetensors"])
-            run, dim = backends.torch(weights, precision, device or "cpu")
+            run, dim = backends.torch(files.weights(), precision, device or "cpu")
         else:
-            path = _graph(id_or_folder, revision, backend, precision, manifest.get("onnx") or {})
+            names = ["fp32" if precision == "bf16" else precision]
+            path = files.graph(["lookup", *names] if (backend, precision) == ("onnxruntime", "fp32") else names)
             if backend == "openvino":
                 run, dim = backends.openvino(path, precision, threads)
             else:
@@ -139,18 +155,30 @@ class QueryEncoder:
                 if threads > 1:
                     side_by_side = SideBySide(_one_core(path, run), threads)
         return cls(
-            _tokenizer(folder),
+            files.tokenizer(),
             run,
             dim,
-            prompt=_json(folder / "config_sentence_transformers.json").get("prompts", {}).get("query") or "",
+            prompt=files.prompt(),
             backend=backend,
             precision=precision,
             batch_tokens=GPU_BATCH_TOKENS if _on_gpu(device) else CORE_BATCH_TOKENS * threads,
             side_by_side=side_by_side,
             lookup=path is not None and path.name == Path(GRAPHS["lookup"]).name,
-            fingerprint=manifest.get("encoder"),
-            teacher=manifest.get("inputs", {}).get("teacher"),
-        )
+            fingerprint=files.encoder(),
+            teacher=files.teacher(),
+            origin={
+                "id_or_folder": files.source, "revision": files.revision, "backend": backend,
+                "precision": precision, "device": device, "threads": threads, "identity": files.identity(path),
+            },
+        )  # fmt: skip
+
+    def __reduce__(self) -> tuple:
+        if self._origin is None:
+            raise HlmError(
+                "expected a QueryEncoder of from_pretrained to pickle, found one of a model in memory; save the model "
+                "and load its folder"
+            )
+        return _loaded_again, (self._origin,)
 
     @classmethod
     def from_model(cls, model: SentenceTransformer) -> QueryEncoder:
@@ -169,37 +197,56 @@ class QueryEncoder:
                 f"{kind} and {type(model.tokenizer).__name__}"
             )
         run, dim = backends.torch_model(model)
+        tokenizer = Tokenizer.from_str(fast.to_str())
         return cls(
-            _cutting(Tokenizer.from_str(fast.to_str()), model.max_seq_length),
+            cutting(tokenizer, model.max_seq_length, model.tokenizer.truncation_side, where="the model"),
             run,
             dim,
-            prompt=model.prompts.get("query") or "",
+            prompt=(model.prompts or {}).get("query") or "",
             backend="torch",
             precision=precision,
-            batch_tokens=GPU_BATCH_TOKENS if _on_gpu(str(model.device)) else CORE_BATCH_TOKENS * _cores(),
+            batch_tokens=GPU_BATCH_TOKENS if _on_gpu(str(model.device)) else CORE_BATCH_TOKENS * cores(),
         )
 
-    def encode(self, texts: str | Sequence[str]) -> np.ndarray:
-        """float32 (n, dim), rows L2-normalised, in the order of `texts`; a single str gives one row.
+    def encode(self, texts: str | Iterable[str]) -> np.ndarray:
+        """float32 (dim,) of a single str, as `SentenceTransformer.encode` has it; of a list (n, dim), in its order.
+        Vectors are L2-normalised.
 
-        Texts of similar length share a batch; on a CPU one text is never padded.
+        Texts of similar length share a batch; on a CPU one text is never padded. Half a surrogate pair counts as
+        U+FFFD.
 
         Raises:
-            HlmError: a text that is no str.
+            HlmError: a text that is no str, or that has no token.
         """
-        return self.encode_ids(self.tokenise([texts] if isinstance(texts, str) else texts))
+        if isinstance(texts, str):
+            return self.encode_ids(self.tokenise([texts]))[0]
+        return self.encode_ids(self.tokenise(texts))
 
-    def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
+    def tokenise(self, texts: Iterable[str]) -> list[list[int]]:
         """Token ids of each text after the query prompt, special tokens among them, cut where the model cuts.
 
         Raises:
-            HlmError: a text that is no str.
+            HlmError: a text that is no str or that has no token, or a single str in place of a list.
         """
-        if not isinstance(texts, Sequence) or isinstance(texts, bytes):
-            raise HlmError(f"expected texts to encode, found {type(texts).__name__}; pass a str or a list of str")
-        for text in texts:
-            if not isinstance(text, str):
-                raise HlmError(f"expected texts to encode, found {type(text).__name__}; pass a str or a list of str")
+        texts = as_texts(texts)
+        found = self._tokenised(texts)
+        if not all(found):  # possible without special tokens around every text
+            raise HlmError(
+                f"expected texts of at least one token, found {texts[found.index([])]!r:.100} at place "
+                f"{found.index([])}; leave such texts out"
+            )
+        return found
+
+    def _tokenised(self, texts: list[str]) -> list[list[int]]:
+        if max(map(len, texts), default=0) <= self._whole:
+            return self._whole_ids(texts)
+        short = iter(self._whole_ids([text for text in texts if len(text) <= self._whole]))
+        return [
+            next(short) if len(text) <= self._whole else first_ids(self._tokenizer, self.prompt + text)
+            for text in texts
+        ]
+
+    def _whole_ids(self, texts: list[str]) -> list[list[int]]:
         if self.words:
             return self.words(texts)
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast([self.prompt + text for text in texts])]
@@ -248,84 +295,27 @@ def _has_bf16() -> bool:
     return bool(BF16_INSTRUCTIONS & set(instructions() or ())) and importlib.util.find_spec("openvino") is not None
 
 
-def _body_weights(folder: Path) -> int:
-    """About how many weights lie outside the embedding tables; 0 where the configuration does not tell."""
-    config = _json(folder / "config.json")
-    hidden, ffn, layers = (config.get(name, 0) for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
-    return layers * hidden * (4 * hidden + 2 * ffn)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _graph(source: str | Path, revision: str | None, backend: str, precision: str, records: dict[str, Any]) -> Path:
-    """The ONNX file, as `records` of hlm.json describe it; or one from the cache, where `source` has none."""
-    names = ["fp32" if precision == "bf16" else precision]
-    if (backend, precision) == ("onnxruntime", "fp32"):
-        names.insert(0, "lookup")
-    name = next((name for name in names if name in records), names[-1])
-    file = GRAPHS[name]
-    folder = local_folder(source, revision=revision, patterns=[*CONFIGURATION, file, f"{file}_data"])
-    if name in records:
-        check_graph(folder, records[name])
-    elif not (folder / file).is_file():
-        folder = local_folder(source, revision=revision, patterns=[*CONFIGURATION, "*.safetensors"])
-        return _exported(folder, names)
-    return folder / file
+def _loaded_again(origin: dict[str, Any]) -> QueryEncoder:
+    """A QueryEncoder that was pickled, in another process."""
+    settings = {name: value for name, value in origin.items() if name != "identity"}
+    encoder = QueryEncoder.from_pretrained(**settings)
+    if encoder._origin["identity"] != origin["identity"]:
+        raise HlmError(
+            f"expected {origin['id_or_folder']} as it was when the QueryEncoder was pickled, found it replaced; load "
+            "the encoder in each process instead"
+        )
+    return encoder
 
 
 def _one_core(path: Path, run: Run) -> Callable[[], Run]:
     """Loads the graph once more, for one core; gives `run` where the file is no longer what it is now."""
 
-    def state() -> tuple[int, int, int] | None:
-        if not path.exists():
-            return None
-        found = path.stat()
-        return found.st_ino, found.st_size, found.st_mtime_ns
-
-    loaded = state()
+    loaded = file_state(path)
 
     def load() -> Run:
-        if state() == loaded:
+        if file_state(path) == loaded:
             return backends.onnxruntime(path, 1)[0]
         logger.warning("%s was replaced since it was loaded: texts are encoded by what was, and slower", path)
         return run
 
     return load
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _tokenizer(folder: Path) -> Tokenizer:
-    """The folder's tokenizer, cutting where sentence-transformers cuts and never padding."""
-    limits = [
-        _json(folder / "sentence_bert_config.json").get("max_seq_length"),
-        _json(folder / "tokenizer_config.json").get("model_max_length"),
-        _json(folder / "config.json").get("max_position_embeddings"),
-    ]
-    limit = min((int(limit) for limit in limits if limit), default=None)
-    return _cutting(Tokenizer.from_file(str(folder / "tokenizer.json")), limit)
-
-
-def _cutting(tokenizer: Tokenizer, limit: int | None) -> Tokenizer:
-    tokenizer.no_padding()
-    if limit:
-        tokenizer.enable_truncation(limit)
-    return tokenizer
-
-
-def _exported(folder: Path, names: Sequence[str]) -> Path:
-    """The first of these files that there is of a folder that has none, from the cache or made now."""
-    digest = hashlib.sha256()
-    for path in sorted([*folder.rglob("*.json"), *folder.rglob("*.safetensors")]):
-        digest.update(f"{path.relative_to(folder)} {fingerprint_file(path)}".encode())
-    cache = Path(os.environ.get("HLM_CACHE") or Path.home() / ".cache" / "hlm") / digest.hexdigest()[:16]
-    if not (cache / GRAPHS["fp32"]).is_file():  # which takes its place last
-        from hlm.export import export
-
-        logger.info("%s has no %s: exporting it to %s, once", folder, GRAPHS[names[-1]], cache)
-        export(str(folder), cache)
-    return next(path for name in names if (path := cache / GRAPHS[name]).is_file())

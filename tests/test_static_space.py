@@ -107,7 +107,7 @@ def test_the_page_finds_what_python_finds(opened, given, known):
     shared = 0
     for query in (known, "cheap steel bottle", "größe 靴 🎒", "used laptop with a black cable"):
         found = [title.split(". ", 1)[1] for title in ask(page, query)]
-        _, (ids,) = index.search(encoder.encode(query), 10)
+        _, (ids,) = index.search(encoder.encode([query]), 10)
         shared += len(set(found) & {titles[name] for name in ids}) / len({titles[name] for name in ids})
     assert shared / 4 >= 0.9  # int8 vectors swap neighbours
     ask(page, known)
