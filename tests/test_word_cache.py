@@ -1,12 +1,13 @@
 """Ids that are put together from known words are those of the tokenizer."""
 
 import string
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from hlm import word_cache
 from hlm.runtime import QueryEncoder
@@ -46,6 +47,52 @@ def test_ids_are_the_tokenizers(tokenizer, prompt, limit):
     if limit:
         tokenizer.enable_truncation(limit)
     check(tokenizer, TEXTS + random_texts(500, seed=0), prompt)
+
+
+# Scripts in their own ways: marks that join, no spaces, right to left, sequences of emoji, what normalisation changes.
+SCRIPTS = [
+    "Größe straße ẞ Œuvre naïve Åse", "ΛΕΥΚΌΣ ΣΊΣΥΦΟΣ ς", "İstanbul ıssız IĞDIR i̇",
+    "чёрный ЩИ й и\u0306", "ქართული ᲥᲐᲠᲗ", "赤い靴 𠮷野家 ｶﾞｷﾞ ガ か\u3099", "红色 鞋子、靴",
+    "빨간 구두 \u1112\u1161\u11ab \u3131", "รองเท้าสีแดง น้ำ", "ລາວ ຂອງ", "ភាសាខ្មែរ \u17b4",
+    "မြန်မာ ဘာသာ", "लाल जूते क्\u200dष", "বাংলা ক্ষ", "தமிழ் கொ கொ", "മലയാളം ൻ", "తెలుగు",
+    "සිංහල ශ්\u200dරී", "བོད་ཡིག", "حذاء أحمر \u0644\u064b\u0627 ﷺ ـــ",
+    "עִבְרִית נעל \u202eabc\u202c", "אדום\u05be", "አማርኛ", "ᏣᎳᎩ ꮳꮃꭹ", "ᠮᠣᠩᠭᠣᠯ\u180e", "𞤀𞤁 𐐨𐐩",
+    "🄰 Ⅷ ½ ﬃ №", "👩‍👩‍👧‍👦 👍🏽 🇩🇪🇩 1️⃣ ❤\ufe0f", "e\u0301 é A\u030a Å ṩ s\u0323\u0307 s\u0307\u0323",
+    "Ω Ω K K ſ", "a\u0334\u0301\u0327b\u20dd", "a\u00adb\u200bc\u200cd\u2060e\ufefff",
+    "a\u2028b\u2029c\u0085d\x1ce\x0bf", "\u00a0a\u1680b\u2003c\u202fd\u3000e",
+    "\x00a\x01\x7f\x9fb\ufffd\ufffe\uffff\ue000", "\U0001d400\U0001d7d8 \U000e0041\U000e007f",
+    "„Schuh“ «soulier» ‹›¿¡…—–‐", "``a'' ´b` ~^ $+<=>|", "٣٤ ۳۴ ३४ ๓๔", "don’t l'eau o\u02bcclock",
+    "\u0301", "\u0301 \u0301a", " \u200d ",
+]  # fmt: skip
+
+
+def unicode_texts(count, seed):
+    """Of all of Unicode, halves of surrogate pairs aside; neighbours in a text are often of one block."""
+    generator = np.random.default_rng(seed)
+    for _ in range(count):
+        starts = generator.integers(0, 0x32000, generator.integers(1, 6))
+        codes = np.concatenate([start + generator.integers(0, 128, generator.integers(1, 12)) for start in starts])
+        text = "".join(chr(code) if not 0xD800 <= code < 0xE000 else " " for code in codes)
+        yield "".join(character + " " * (generator.random() < 0.15) for character in text)
+
+
+@pytest.mark.parametrize("cased", [False, True])
+@pytest.mark.parametrize("prompt", ["", "ค้นหา: é"])
+def test_every_script_is_read_as_its_tokenizer_reads_it(tokenizer, prompt, cased):
+    # So that words are told apart: each character of these texts is known, at the start of a word and within.
+    texts = [*SCRIPTS, *(form for text in SCRIPTS for form in (text.upper(), text.lower(), text.title()))]
+    texts += [unicodedata.normalize(form, text) for text in SCRIPTS for form in ("NFC", "NFD", "NFKC", "NFKD")]
+    texts += [" ".join(pair) for pair in zip(SCRIPTS, SCRIPTS[1:], strict=False)] + list(unicode_texts(3000, seed=3))
+    characters = sorted(set("".join(unicodedata.normalize("NFD", text.lower()) + text for text in texts)))
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces += [f"{before}{character}" for character in characters for before in ("", "##")]
+    known = models.WordPiece({piece: n for n, piece in enumerate(dict.fromkeys(pieces))}, unk_token="[UNK]")
+    tokenizer.model = known
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=not cased)
+    tokenizer.no_truncation()
+    check(tokenizer, texts, prompt)
+    tokenizer.enable_truncation(12)
+    check(tokenizer, texts, prompt)
 
 
 @pytest.mark.parametrize("lowercase", [True, False])
