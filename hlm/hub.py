@@ -116,9 +116,7 @@ def publish_folder(
     return Published(repo_id, repo_type, sizes, text, commit, changed, changes)
 
 
-def _planned(
-    to: Repository, files: dict[str, Path | bytes], flags: dict[str, bool], planned: Published
-) -> Published:
+def _planned(to: Repository, files: dict[str, Path | bytes], flags: dict[str, bool], planned: Published) -> Published:
     try:
         changes = to.changes(files).asked(**flags)
     except HlmError as error:

@@ -72,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     (config,) = parse(EmbedConfig, argv=argv)
     check(config)
     process = processes()
+    dim = check_dim(config.dim, encoder_width(config.model, revision=config.model_revision))
+    check_dim(config.index_dim, dim, "index_dim")
     if process.is_main_process:
         for part in config.parts:
             check_store_output(Path(config.output) / part)
@@ -79,8 +81,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             check_output(Path(config.output) / "index", "index")
     with process.local_main_process_first():  # the others find the checked tables in the cache
         data = load(config.data, revision=config.data_revision, splits=(), skip_bad_rows=config.skip_bad_rows)
-    dim = check_dim(config.dim, encoder_width(config.model, revision=config.model_revision))
-    check_dim(config.index_dim, dim, "index_dim")
     tables = {part: getattr(data, part) for part in config.parts}
     sources = {part: data.fingerprint(part) for part in config.parts}  # refuses a part that the dataset lacks
     if config.oracle and not any("oracle" in table.column_names for table in tables.values()):

@@ -346,9 +346,7 @@ def test_content_is_compared_by_either_hash(tmp_path):
     large = "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03"  # sha256sum
     for content in (path, b"hello\n"):
         assert hub_changes.same_content(content, git) and hub_changes.same_content(content, large)
-        assert not hub_changes.same_content(content, git[:-1] + "b") and not hub_changes.same_content(
-            content, None
-        )
+        assert not hub_changes.same_content(content, git[:-1] + "b") and not hub_changes.same_content(content, None)
 
 
 def test_a_name_that_is_nothing_is_one_clear_error(tmp_path):

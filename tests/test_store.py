@@ -428,9 +428,7 @@ def test_damaged_ids_end_in_one_error(whole):
     ):
         pq.write_table(pa.table(table), path, compression="zstd", use_dictionary=False)
         refused(message)
-    for place in range(
-        0, len(good), 7
-    ):  # what passes unseen here is found by `verify`
+    for place in range(0, len(good), 7):  # what passes unseen here is found by `verify`
         path.write_bytes(good[:place] + bytes([good[place] ^ 0xFF]) + good[place + 1 :])
         edited(whole, lambda manifest: manifest["shards"][1]["ids"].update(bytes=path.stat().st_size))
         with contextlib.suppress(HlmError):
