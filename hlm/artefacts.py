@@ -20,8 +20,9 @@ from hlm.outputs import MANIFEST, atomic_file, atomic_folder, check_output, clai
 SCHEMA_VERSION = 1
 
 __all__ = [
-    "MANIFEST", "HlmError", "atomic_file", "atomic_folder", "check_output", "claimed", "check_graph", "file_records",
-    "fingerprint_file", "fingerprint_json", "fingerprint_texts", "read_manifest", "write_json", "write_manifest",
+    "MANIFEST", "HlmError", "amend_manifest", "atomic_file", "atomic_folder", "check_graph", "check_output", "claimed",
+    "file_records", "fingerprint_file", "fingerprint_json", "fingerprint_texts", "read_manifest", "write_json",
+    "write_manifest",
 ]  # fmt: skip
 
 
@@ -70,6 +71,18 @@ def write_manifest(
         **facts,
     }
     write_json(Path(folder) / MANIFEST, manifest)
+
+
+def amend_manifest(folder: str | Path, subfolder: str, **facts: Any) -> None:
+    """Adds facts to the manifest of an artefact whose `subfolder` was written again, and records that one's files anew;
+    what it says of the others stays, so that a change among them is still found."""
+    path = Path(folder) / MANIFEST
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    kept = {
+        name: found for name, found in (manifest.get("files") or {}).items() if not name.startswith(f"{subfolder}/")
+    }
+    new = {f"{subfolder}/{name}": found for name, found in file_records(Path(folder) / subfolder).items()}
+    write_json(path, manifest | {"files": dict(sorted((kept | new).items()))} | facts)
 
 
 def read_manifest(folder: str | Path, kind: str) -> dict[str, Any]:

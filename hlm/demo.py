@@ -335,16 +335,16 @@ def load_demo(config: DemoConfig) -> Demo:
         *((f"Revision of {name}", revision) for name, revision in config.revisions.items()),
     ]
 
-    def encode_one(text: str) -> np.ndarray:  # (1, dim), as the teacher's
-        return student.encode([text])
+    def encode_student(texts: str | list[str]) -> np.ndarray:  # (1, dim) of one text, as the teacher's
+        return student.encode([texts] if isinstance(texts, str) else texts)
 
     demo = Demo(
-        student=encode_one, teacher=teach, live=live, corpus=data.corpus, indexes=indexes, facts=facts,
+        student=encode_student, teacher=teach, live=live, corpus=data.corpus, indexes=indexes, facts=facts,
         synthetic=is_synthetic(source, revision),
     )  # fmt: skip
     demo.examples = ("Examples", config.examples)
     if not config.examples:
-        demo.examples = choose_examples(data, encode_one, teach, demo.index())
+        demo.examples = choose_examples(data, encode_student, teach, demo.index())
     demo.compare(demo.examples[1][0])  # the first call of a model is its slowest
     return demo
 

@@ -27,7 +27,7 @@ import onnx_ir as ir
 import torch
 from sentence_transformers import SentenceTransformer
 
-from hlm.artefacts import HlmError, fingerprint_file
+from hlm.artefacts import MANIFEST, HlmError, amend_manifest, fingerprint_file
 from hlm.encoders import load_encoder, pad, prompt_of, tokenise
 from hlm.online_graph import LookupGraph, OnlineGraph, lookup_pays
 
@@ -82,6 +82,7 @@ def export_model(
     model: SentenceTransformer, folder: str | Path, *, int8: bool = True, lookup: bool = True
 ) -> dict[str, dict[str, Any]]:
     """Writes `onnx/model.onnx` and the other files of a student under `folder`; those it does not write it removes.
+    Where the folder is a whole artefact already, its manifest tells of the new files.
 
     Args:
         model: fp32, on the CPU, ending in Normalize. It is left in eval mode with eager attention.
@@ -100,7 +101,10 @@ def export_model(
     if model.dtype != torch.float32:
         raise HlmError(f"expected an encoder in float32 to export, found {model.dtype}; load it in float32")
     with _quietly():
-        return _exported(model.eval(), Path(folder), int8=int8, lookup=lookup)
+        facts = _exported(model.eval(), Path(folder), int8=int8, lookup=lookup)
+    if (Path(folder) / MANIFEST).is_file():
+        amend_manifest(folder, "onnx", onnx=facts)
+    return facts
 
 
 def _exported(model: SentenceTransformer, folder: Path, *, int8: bool, lookup: bool) -> dict[str, dict[str, Any]]:

@@ -13,6 +13,7 @@ must be those of a run that was never killed, and nothing of the kill may be lef
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
 import importlib
 import json
@@ -114,7 +115,7 @@ def in_child(call: Callable[[], object], log: Path, kill_after_s: float | None =
     if not pid:
         status = 1
         try:
-            os.setsid()
+            os.setpgid(0, 0)
             with open(log, "a", encoding="utf-8") as file:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
@@ -125,6 +126,8 @@ def in_child(call: Callable[[], object], log: Path, kill_after_s: float | None =
         finally:
             os._exit(status)
     if kill_after_s is not None:
+        with contextlib.suppress(PermissionError, ProcessLookupError):  # it has done so itself, or ended
+            os.setpgid(pid, pid)
         time.sleep(kill_after_s)
         os.killpg(pid, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -10,7 +10,7 @@ from transformers import BertConfig
 
 import hlm.online_graph
 from hlm.artefacts import HlmError, check_graph
-from hlm.encoders import add_head, load_encoder, pad, tokenise
+from hlm.encoders import add_head, load_encoder, pad, save_encoder, tokenise
 from hlm.export import (
     FP32_FILE,
     FP32_TOLERANCE,
@@ -199,3 +199,19 @@ def test_a_graph_beyond_the_tolerance_is_refused_and_leaves_no_file(tiny_bert, t
 def test_only_fp32_weights_are_exported(tiny_bert, tmp_path):
     with pytest.raises(HlmError, match="float32"):
         export_model(load_encoder(tiny_bert, device="cpu", dtype="bfloat16"), tmp_path)
+
+
+def test_exporting_into_an_artefact_amends_its_manifest(tiny_bert, tmp_path):
+    from hlm import QueryEncoder
+    from hlm.artefacts import file_records, read_manifest
+
+    model = load_encoder(tiny_bert, device="cpu")
+    save_encoder(model, tmp_path / "student", "student", inputs={"teacher": "t"}, config={})
+    before = read_manifest(tmp_path / "student", "student")
+    facts = export(str(tmp_path / "student"), tmp_path / "student")
+    manifest = read_manifest(tmp_path / "student", "student")
+    assert manifest == before | {"files": file_records(tmp_path / "student"), "onnx": facts}
+    QueryEncoder.from_pretrained(tmp_path / "student", threads=1)
+    (tmp_path / "student/config.json").write_text("{}")
+    export_model(model, tmp_path / "student", int8=False)
+    assert read_manifest(tmp_path / "student", "student")["files"]["config.json"] == before["files"]["config.json"]

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors.numpy import save_file
 
 from hlm import hub_changes, redaction
-from hlm.artefacts import HlmError, read_manifest
+from hlm.artefacts import HlmError, file_records, read_manifest
 from hlm.data import document_text, iterate, load
 from hlm.encoders import encode, fingerprint, load_encoder, save_encoder
 from hlm.hub import link_files, local_folder, publish_folder
@@ -85,6 +85,8 @@ def test_a_secret_anywhere_else_stops_it(mine, monkeypatch, token):
     monkeypatch.setattr(redaction, "get_token", lambda: "plain-looking-token")
     path = mine / "student/config_sentence_transformers.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"note": token}))
+    manifest = read_manifest(mine / "student", "student") | {"files": file_records(mine / "student")}
+    (mine / "student/hlm.json").write_text(json.dumps(manifest))
     with pytest.raises(HlmError, match="config_sentence_transformers.json: expected nothing secret") as caught:
         release_files(mine / "student", "student")
     assert token not in str(caught.value)

@@ -258,4 +258,4 @@ def test_quickstart_skips_what_has_not_changed(tmp_path, capfd):
     assert "make_catalogue: up to date" in capfd.readouterr().out
     (configs / "make_catalogue.yaml").write_text(text.replace("ads: 200", "ads: 0"))
     assert quickstart.main(["--configs", str(configs)]) == 2
-    assert "step make_catalogue ended with status 2" in capfd.readouterr().out
+    assert "step make_catalogue ended with status 2" in capfd.readouterr().err

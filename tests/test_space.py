@@ -414,7 +414,7 @@ def test_the_container_holds_what_the_demo_needs(config, tmp_path):
     needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     absent = {re.match(r"[\w-]+", name)[0] for name in needed} - set(pinned)
     # With those that are pinned; accelerate is only used where its installation is on record, as it is here.
-    come_along = {"accelerate", "jinja2", "pyyaml", "safetensors", "tqdm"}
+    come_along = {"accelerate", "fsspec", "jinja2", "pyyaml", "safetensors", "tqdm"}
     modules = {name.replace("-", "_") for name in absent - come_along} | {"pytrec_eval"}
     assert "peft" in modules and lines[-1] == 'CMD ["python", "app.py"]'
     code = (
