@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hlm.artefacts import HlmError
 from hlm.locks import locked
+from hlm.outputs import os_errors, resolved
 
 # The report -> what is written beside it. The report comes first and says whose the others are.
 FILES = {"report.json": ("report.png", "per_query.parquet"), "latency.json": ("latency.png",)}
@@ -33,10 +34,7 @@ def check_report(folder: str | Path, name: str) -> Path:
     Raises:
         HlmError: somebody else's files, a file instead of a folder, or one that cannot be written to.
     """
-    try:
-        target = Path(folder).expanduser().resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # a circle of links, no home, a NUL character
-        raise HlmError(f"output: expected a folder for {name}, found {str(folder)!r} ({error}); correct it") from error
+    target = resolved(folder)
     existing = next(path for path in (target, *target.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         what = "a folder that this user cannot write to" if existing.is_dir() else "a file"
@@ -58,8 +56,10 @@ def claimed_report(folder: str | Path, name: str) -> Iterator[Path]:
         HlmError: as `check_report`; or another process writes it: the message says which.
     """
     target = check_report(folder, name)
-    target.mkdir(parents=True, exist_ok=True)
-    with locked(target / f".{name}.lock", str(target / name)):
+    with contextlib.ExitStack() as stack:
+        with os_errors(target):
+            target.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(target / f".{name}.lock", str(target / name)))
         yield target
 
 

@@ -47,6 +47,7 @@ from hlm.index import AdIndex
 from hlm.machine import facts
 from hlm.report import align as aligned
 from hlm.report import command_line, environment
+from hlm.report_files import claimed_report
 from hlm.sample_catalogue import write_catalogue
 from hlm.store import VectorStore, write_store
 
@@ -165,6 +166,16 @@ def save_table(kind: str, name: str) -> Callable[[Path], None]:
     return save
 
 
+def save_report(name: str) -> Callable[[Path], None]:
+    report = dict.fromkeys(["dataset", "split", "k", "recovery"], name) | {"systems": [name] * 20_000}
+
+    def save(folder: Path) -> None:
+        with claimed_report(folder, "report.json") as output:
+            write_json(output / "report.json", report)
+
+    return save
+
+
 def vectors_of(name: str) -> np.ndarray:
     vectors = np.random.default_rng(ord(name[0])).normal(size=(2000, 32)).astype(np.float32)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -183,7 +194,7 @@ KINDS: dict[str, tuple[Callable[[str, Path], Callable[[Path], None]], Callable[[
     "catalogue": (lambda name, work: save_table("catalogue", name), lambda f: read_manifest(f, "catalogue")),
     "dataset": (lambda name, work: save_table("dataset", name), lambda f: read_manifest(f, "dataset")),
     "report": (
-        lambda name, work: lambda folder: write_json(folder / "report.json", {"by": name, "rows": [name] * 2000}),
+        lambda name, work: save_report(name),
         lambda folder: json.loads((folder / "report.json").read_text()),
     ),
 }

@@ -84,6 +84,7 @@ def details() -> str:
     for name, title, rows in (
         ("compare", "Training and embedding beside the sentence-transformers scripts they replace", compared),
         ("memory", "Memory of alignment as the query log grows", remembered),
+        ("reliability", "Two writers on one output, and kills at random moments", reliable),
         ("demo", "The demo as a visitor meets it", visited),
         ("hub-lfs", "Publishing and pulling with a fault at every request, over LFS", published),
         ("hub-xet", "Publishing and pulling with a fault at every request, over Xet", published),
@@ -141,6 +142,16 @@ def remembered(found: dict[str, Any]) -> str:
         found["runs"][0]["limit"],
     ]
     return markdown(header, rows) + f"\n\nA query more costs {found['bytes_a_row']:.0f} B of anonymous memory."
+
+
+def reliable(found: dict[str, Any]) -> str:
+    counts = ["rounds", "written_in_turn", "told", "mixed", "unloadable", "other"]
+    header = ["two writers of", "rounds", "one after the other", "one told", "mixed", "do not load", "other errors"]
+    races = [[kind, *(f"{row[name]:,}" for name in counts)] for kind, row in found["writers"].items()]
+    counts = ["kills", "ended_before", "other_bits", "failed", "leftovers"]
+    steps = [[step, *(f"{row[name]:,}" for name in counts)] for step, row in found["kills"].items()]
+    header_of_kills = ["step", "kills", "had ended", "rerun ends in other bits", "rerun fails", "leaves something"]
+    return f"{markdown(header, races)}\n\n{markdown(header_of_kills, steps)}"
 
 
 def visited(found: dict[str, Any]) -> str:
