@@ -54,6 +54,7 @@ from hlm.store import VectorStore, write_store
 logger = logging.getLogger(__name__)
 FORK = multiprocessing.get_context("fork")  # a process that has imported torch begins a step in no time
 NAMES = ("one", "two")
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
@@ -274,6 +275,7 @@ class Step:
     def run(self, work: Path) -> None:
         """The step in the folder of a run, as its command runs it."""
 
+        sys.path.append(str(ROOT))  # run as a script, its own folder is there and the one above is not
         os.chdir(work)
         datasets.config.HF_DATASETS_CACHE = work / "cache"
         main = importlib.import_module(f"recipes.{self.name}").main
