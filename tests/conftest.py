@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 
 # Sums of two threads end in other bits than those of one.
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
@@ -34,6 +36,19 @@ def sentence_transformer(backbone, tokenizer, folder: Path, pooling: str, prompt
     )
     model.save_pretrained(str(folder / "model"), create_model_card=False)
     return str(folder / "model")
+
+
+@pytest.fixture(autouse=True)
+def handlers_and_levels():
+    """Takes back what a test leaves in its process: the handler of SIGCHLD that torch's data loader never removes, which
+    runs on the alternative stack of pytest's faulthandler, and the logging levels of a recipe that ran as a program."""
+    handler, root = signal.getsignal(signal.SIGCHLD), logging.getLogger()
+    loggers = {name: logging.getLogger(name) for name in ("hlm", "recipes", "__main__")}
+    levels = {name: logger.level for name, logger in loggers.items()} | {"": root.level}
+    yield
+    signal.signal(signal.SIGCHLD, handler if handler is not None else signal.SIG_DFL)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
 
 
 @pytest.fixture(scope="session")
