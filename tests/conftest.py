@@ -40,8 +40,8 @@ def sentence_transformer(backbone, tokenizer, folder: Path, pooling: str, prompt
 
 @pytest.fixture(autouse=True)
 def handlers_and_levels():
-    """Takes back what a test leaves in its process: the handler of SIGCHLD that torch's data loader never removes, which
-    runs on the alternative stack of pytest's faulthandler, and the logging levels of a recipe that ran as a program."""
+    """Takes back what a test leaves in its process: the handler of SIGCHLD that torch's data loader never removes, and
+    the logging levels of a recipe that ran as a program."""
     handler, root = signal.getsignal(signal.SIGCHLD), logging.getLogger()
     loggers = {name: logging.getLogger(name) for name in ("hlm", "recipes", "__main__")}
     levels = {name: logger.level for name, logger in loggers.items()} | {"": root.level}
