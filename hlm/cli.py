@@ -17,13 +17,13 @@ from pathlib import Path
 
 from hlm import __version__
 from hlm.artefacts import MANIFEST, HlmError
+from hlm.endings import INTERRUPTED, NO_READER
 from hlm.fields import optional, read_json
 from hlm.hub_cache import local_folder
 from hlm.lineage import open_fitting, read_student
 from hlm.plan_settings import Assumptions, read_steps
 
 # torch, faiss and datasets are imported where they are used: `hlm --help` and a refusal come at once.
-INTERRUPTED, CLOSED_PIPE = 130, 141  # 128 and the number of the signal, as shells have it
 UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 JOINERS = "\u200c\u200d"  # Persian and Hindi are misspelt without them
 REVISION = "or a Hub id, owner/name or owner/name@revision"
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return refuse(str(error), 2)
     except BrokenPipeError:
         drop_output()
-        return CLOSED_PIPE
+        return NO_READER
     except KeyboardInterrupt:
         return INTERRUPTED
     except OSError as error:

@@ -29,7 +29,7 @@ from transformers.hf_argparser import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from hlm.artefacts import HlmError
-from hlm.endings import NO_READER, close_quietly, ending, tell_launcher
+from hlm.endings import tell_launcher, told_ending
 
 
 def parse(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
@@ -123,13 +123,8 @@ def run_recipe(main: Callable[[], object]) -> None:
         main()
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
-        found = ending(error)
-        if found is None:
-            raise
-        status, line = found
-        if status == NO_READER:
-            close_quietly()
-        else:
+        status, line = told_ending(error)
+        if line:
             tell_launcher(line)
             print(line, *_of_the_launcher(), sep="\n", file=sys.stderr, flush=True)
         raise SystemExit(status) from error

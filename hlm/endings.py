@@ -60,6 +60,17 @@ def close_quietly() -> None:
         os.dup2(nowhere, descriptor)
 
 
+def told_ending(error: BaseException) -> tuple[int, str]:
+    """`ending` for a program that is about to stop with it; raises `error` again where that is the program's fault.
+    Where the output lost its reader the line is empty, and Python will not complain of it at exit."""
+    found = ending(error)
+    if found is None:
+        raise error
+    if found[0] == NO_READER:
+        close_quietly()
+    return found
+
+
 def tell_launcher(line: str) -> None:
     """Makes torchrun's summary of failed processes, the last thing on the screen, show `line`."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")

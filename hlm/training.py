@@ -45,8 +45,8 @@ from hlm.config import check_processes
 from hlm.dev_retrieval import on_dev
 from hlm.encoders import check_device, devices
 from hlm.integrity import check_files
+from hlm.outputs import resolved
 from hlm.planner import check_step
-from hlm.training_inputs import check_student as check_student  # known from here too
 
 logger = logging.getLogger(__name__)
 
@@ -282,7 +282,7 @@ def claimed_output(output: str, kind: str, args: TrainingArguments) -> Iterator[
     Raises:
         HlmError: as `hlm.artefacts.claimed`; or the training folder holds somebody's files.
     """
-    target = str(Path(output).expanduser().resolve())
+    target = str(resolved(output))
     args.output_dir = f"{target}.training"
     with contextlib.ExitStack() as stack:
         if args.process_index == 0:

@@ -30,6 +30,7 @@ from hlm.encoders import add_head, encode, fingerprint, load_encoder, prompt_of,
 from hlm.gradcache import gather_with_gradient
 from hlm.index import AdIndex
 from hlm.losses import cosine_alignment, kernel_alignment, kl_distillation, l2_alignment, matryoshka
+from hlm.outputs import resolved
 from hlm.pruning import check_cascade, cut
 from hlm.store import VectorStore
 from hlm.training import (
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     stages = config.cascade or [{}]
     check_cascade(stages)
     args.check_hardware("align", config)
-    made = Path(config.output).expanduser().resolve()
+    made = resolved(config.output)
     folders = [f"{made}.stages/{number}" for number in range(1, len(stages))] + [config.output]
     with contextlib.ExitStack() as stack:
         outputs = [stack.enter_context(claimed_output(folder, "student", args)) for folder in folders]

@@ -37,7 +37,7 @@ from hlm.pruning import parameter_counts
 from hlm.report import STUDENTS, SYSTEMS, build_report, command_line, environment, format_table, plot
 from hlm.report_files import claimed_report
 from hlm.store import VectorStore, write_store
-from hlm.training import check_student
+from hlm.training_inputs import check_student
 
 logger = logging.getLogger(__name__)
 

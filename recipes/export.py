@@ -21,7 +21,8 @@ from hlm.export import export_model
 from hlm.index import AdIndex
 from hlm.runtime import QueryEncoder
 from hlm.store import VectorStore
-from hlm.training import as_config, check_student, up_to_date
+from hlm.training import as_config, up_to_date
+from hlm.training_inputs import check_student
 
 logger = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from hlm.artefacts import MANIFEST, HlmError, check_output, write_json
-from hlm.endings import NO_READER, close_quietly, ending
+from hlm.endings import told_ending
 from hlm.locks import locked
 from hlm.machine import cores
 from hlm.processes import Supervisor
@@ -257,12 +257,7 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (Exception, KeyboardInterrupt) as error:
-        found = ending(error)
-        if found is None:
-            raise
-        status, line = found
-        if status == NO_READER:
-            close_quietly()
-        else:
+        status, line = told_ending(error)
+        if line:
             tell(line)
         sys.exit(status)
