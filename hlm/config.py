@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from hlm.artefacts import HlmError
 from hlm.endings import tell_launcher, told_ending
+from hlm.help_text import FLAGS, help_text
 
 
 def parse(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
@@ -37,7 +38,7 @@ def parse(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[An
 
     Fields are flat keys of one YAML mapping and `--field value` on the command line. Fields that are a dict or a list
     of anything but scalars are given as JSON on the command line, or entry by entry (see `Pairs`). `--help` prints the
-    fields and exits.
+    fields of the first dataclass and exits, `--help-all` those of all.
 
     Args:
         dataclass_types: dataclasses without a field in common, e.g. a recipe's own and
@@ -52,12 +53,16 @@ def parse(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[An
             unreadable file, or a value that a dataclass' own check refuses.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if asked := set(FLAGS) & set(argv):
+        everything = any("all" in flag for flag in asked)
+        print(help_text(Path(sys.argv[0]).name, dataclass_types, everything=everything))
+        raise SystemExit(0)
     hints: dict[str, Any] = {}
     for dataclass_type in dataclass_types:
         resolved = get_type_hints(dataclass_type)
         hints |= {field.name: resolved[field.name] for field in dataclasses.fields(dataclass_type) if field.init}
 
-    parser = _Parser(dataclass_types, allow_abbrev=False)
+    parser = _Parser(dataclass_types, allow_abbrev=False, add_help=False)
     parser.add_argument("--config", help="YAML file with defaults for the fields below; flags win")
     pairs = {action.dest for action in parser._actions if isinstance(action, Pairs)}
     for action in parser._actions:
@@ -65,9 +70,6 @@ def parse(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[An
             action.type = None
         elif action.dest in hints and _needs_json(hints[action.dest]):
             action.type, action.nargs, action.choices = _json_value, None, None
-    if {"-h", "--help"} & set(argv):
-        parser.print_help()
-        raise SystemExit(0)
     # Only what was typed may come back from argparse: defaults are filled in by the dataclasses themselves, so that
     # "given on the command line" and "left at its default" stay apart.
     for action in parser._actions:
@@ -77,7 +79,7 @@ def parse(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[An
         flag = word.split("=")[0]
         known = flag.lstrip("-").replace("-", "_")
         near = closest(known, [*hints, "config"], prefix="--")
-        raise HlmError(f"command line: unknown argument '{flag}'{near}; --help lists all")
+        raise HlmError(f"command line: unknown argument '{flag}'{near}; --help-all lists all")
 
     typed = vars(namespace)
     config_path = typed.pop("config", None)
@@ -190,7 +192,7 @@ class Pairs(argparse.Action):
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         # argparse would print the usage (hundreds of flags with the trainer's) and exit.
-        raise HlmError(f"command line: {message}; --help lists all arguments")
+        raise HlmError(f"command line: {message}; --help-all lists all")
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -232,7 +234,7 @@ def _read_yaml(path: str, hints: dict[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         where = f"{path}, line {lines.get(str(key), '?')}"
         if key not in hints:
-            raise HlmError(f"{where}: unknown key '{key}'{closest(str(key), hints)}; --help lists all")
+            raise HlmError(f"{where}: unknown key '{key}'{closest(str(key), hints)}; --help-all lists all")
         checked[key] = _coerce(value, hints[key], f"{where}: {key}")
     return checked
 

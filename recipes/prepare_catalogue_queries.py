@@ -51,7 +51,7 @@ class PrepareConfig:
         default=200, metadata={"help": "a dev query lists all its products; those with more are left out"}
     )
     passes: int = field(default=20, metadata={"help": "most rounds over the catalogue, one drawn query a product each"})
-    seed: int = 0
+    seed: int = field(default=0, metadata={"help": "the same seed derives the same queries"})
 
     def __post_init__(self) -> None:
         for name in ("train_queries", "dev_queries", "unlabelled_queries", "max_positives", "passes"):

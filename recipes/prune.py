@@ -38,7 +38,9 @@ class PruneConfig:
     )
     layers: list[int] = field(default_factory=list, metadata={"help": "layers to keep; empty: `keep` chooses"})
     keep: int | None = field(default=None, metadata={"help": "how many layers to keep, chosen by `method`"})
-    method: Literal["middle_skip", "norm_ratio"] = field(default="middle_skip")
+    method: Literal["middle_skip", "norm_ratio"] = field(
+        default="middle_skip", metadata={"help": "how `keep` chooses the layers"}
+    )
     ffn: int | None = field(default=None, metadata={"help": "FFN units to keep; null: all"})
     calibration: int = field(default=512, metadata={"help": "queries that layers and FFN units are scored on"})
 

@@ -68,13 +68,13 @@ class RefineConfig:
     refresh_epochs: int = field(default=1, metadata={"help": "mine anew after so many epochs"})
     mask_top: int = field(default=3, metadata={"help": "the teacher's best ads of a query, never its negatives"})
     query_query: bool = field(default=False, metadata={"help": "other queries as negatives as well"})
-    temperature: float = field(default=0.02)
+    temperature: float = field(default=0.02, metadata={"help": "of the contrastive loss: scores are divided by it"})
     margin: float = field(default=0.1, metadata={"help": "a negative that scores above the positive by this is masked"})
     alignment_weight: float = field(
         default=0.0, metadata={"help": "of the L2 to the teacher's query vector, kept beside"}
     )
     cache_chunk: int | None = field(default=None, metadata={"help": "rows encoded at a time (gradient caching)"})
-    dropout: float = field(default=0.0)
+    dropout: float = field(default=0.0, metadata={"help": "probability, in the student while it trains"})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

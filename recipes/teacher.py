@@ -72,10 +72,10 @@ class TeacherConfig:
         default=1, metadata={"help": "pairs of one document that share a batch: it is encoded once for all of them"}
     )
     oracle: bool = field(default=False, metadata={"help": "read the `oracle` columns, which only exist offline"})
-    lora_rank: int = field(default=256)
-    lora_alpha: int = field(default=512)
-    lora_dropout: float = field(default=0.0)
-    temperature: float = field(default=0.02)
+    lora_rank: int = field(default=256, metadata={"help": "rank of the adapter"})
+    lora_alpha: int = field(default=512, metadata={"help": "the adapter counts with lora_alpha / lora_rank"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "probability, before the adapter"})
+    temperature: float = field(default=0.02, metadata={"help": "of the contrastive loss: scores are divided by it"})
     margin: float = field(default=0.1, metadata={"help": "a negative that scores above the positive by this is masked"})
     use_in_batch: bool = field(default=True, metadata={"help": "q-d: other pairs' documents"})
     use_query_query: bool = field(default=True, metadata={"help": "q-q: other queries"})
@@ -85,8 +85,12 @@ class TeacherConfig:
         default=1.0, metadata={"help": "share of what was learnt that is kept; 0.5: half-way from the backbone"}
     )
     dev_documents: int = field(default=2000, metadata={"help": "documents beside the positives in the dev corpus"})
-    max_seq_length: int | None = field(default=None)
-    dtype: str = field(default="float32")
+    max_seq_length: int | None = field(
+        default=None, metadata={"help": "tokens a text is cut to; null: the backbone's own limit"}
+    )
+    dtype: str = field(
+        default="float32", metadata={"help": "what the backbone is loaded in: float32, bfloat16 or float16"}
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,5 +1,6 @@
 """The README says nothing that does not run: its table, its commands, its file tree, its code."""
 
+import dataclasses
 import importlib
 import json
 import re
@@ -142,6 +143,22 @@ def test_every_config_parses_for_its_recipe():
             script = "prepare_esci"
         assert parse(*config_types(script), argv=["--config", str(path)])[0] is not None
         assert yaml.safe_load(path.read_text())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.py")), ids=lambda path: path.stem)
+def test_help_explains_every_setting_of_a_recipe(path, capsys, monkeypatch):
+    if path.stem in ("quickstart", "render_readme"):  # these two have no dataclass
+        return
+    own = config_types(path.stem)[0]
+    assert [one.name for one in dataclasses.fields(own) if not one.metadata.get("help")] == []
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr("sys.argv", [path.name])
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"recipes.{path.stem}").main(["--help"])
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: {path.name} ") and max(map(len, printed.splitlines())) <= 120
+    assert all(f"  --{one.name}" in printed for one in dataclasses.fields(own))
+    assert "--weight_decay" not in printed
 
 
 def test_results_are_reports_of_the_agreed_shape():
