@@ -180,17 +180,22 @@ def torch(folder: Path, precision: str, device: str) -> tuple[Run, int]:
 
 
 class _TorchRun:
-    """A `Run` that refuses to compute in a forked child, where torch waits for ever for the threads of its parent."""
+    """A `Run` that refuses to compute in a forked child, where torch waits for ever for the threads of its parent.
+
+    Attributes:
+        stream: batches -> each with its vectors, of a GPU, which computes ahead; None where nothing is gained by it.
+    """
 
     def __init__(self, run: Run) -> None:
         self._run = run
+        self.stream = getattr(run, "stream", None)
         tell_after_fork(self)
 
     def __call__(self, ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         return self._run(ids, mask)
 
     def after_fork(self) -> None:
-        self._run = self._refuse
+        self._run, self.stream = self._refuse, None
 
     def _refuse(self, ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         raise HlmError(

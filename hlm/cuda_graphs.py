@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from hlm.bulk import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -60,21 +62,56 @@ class CudaGraphs:
         self._lock = threading.Lock()  # buffers are shared by all threads
 
     def __call__(self, ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-        count = len(ids)
+        return self._start(ids, mask)().copy()  # not a view of pinned memory
+
+    def stream(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, np.ndarray]]:
+        """The vectors of each batch, in order; valid until the next is asked for. The GPU computes a batch while the
+        caller deals with the one before."""
+        waiting: tuple[Batch, Callable[[], np.ndarray]] | None = None
+        for batch in batches:
+            started = batch, self._start(batch.ids, batch.mask)
+            if waiting:
+                yield waiting[0], waiting[1]()
+            waiting = started
+        if waiting:
+            yield waiting[0], waiting[1]()
+
+    def _start(self, ids: np.ndarray, mask: np.ndarray | None) -> Callable[[], np.ndarray]:
+        """Begins a batch; what it gives waits for its vectors."""
         shape = padded_shape(*ids.shape)
         if shape[0] * shape[1] <= GRAPH_TOKENS and self._device.type == "cuda":
-            with torch.inference_mode(), torch.cuda.device(self._device), self._lock:
-                if shape not in self.captured:
-                    self.captured[shape] = self._capture(shape)
-                if captured := self.captured[shape]:
-                    pad(ids, mask, captured.given)
-                    captured.graph.replay()
-                    torch.cuda.current_stream().synchronize()  # the caller reads the vectors
-                    return captured.vectors[:count].copy()
-        both = torch.empty((2, *shape), dtype=torch.int64, pin_memory=self._device.type == "cuda")
-        pad(ids, mask, both.numpy())
+            vectors = self._replayed(shape, ids, mask)
+            if vectors is not None:
+                return lambda: vectors
+        both = torch.empty((2, *ids.shape), dtype=torch.int64, pin_memory=self._device.type == "cuda")
+        pad(ids, mask, both.numpy())  # launching its kernels takes less time than they run: no shape is padded to
         with torch.inference_mode():
-            return self._forward(*both.to(self._device, non_blocking=True))[:count].cpu().numpy()
+            output = self._forward(*both.to(self._device, non_blocking=True))
+            if self._device.type != "cuda":
+                return lambda: output.cpu().numpy()
+            vectors = torch.empty(output.shape, dtype=output.dtype, pin_memory=True)
+            vectors.copy_(output, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(self._device))
+
+        def wait() -> np.ndarray:
+            done.synchronize()
+            return vectors.numpy()
+
+        return wait
+
+    def _replayed(self, shape: tuple[int, int], ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray | None:
+        """The vectors of a batch padded to `shape`; None where that shape cannot be captured."""
+        with torch.inference_mode(), torch.cuda.device(self._device), self._lock:
+            if shape not in self.captured:
+                self.captured[shape] = self._capture(shape)
+            captured = self.captured[shape]
+            if captured is None:
+                return None
+            pad(ids, mask, captured.given)
+            captured.graph.replay()
+            torch.cuda.current_stream().synchronize()  # the caller reads the vectors
+            return captured.vectors[: len(ids)].copy()
 
     def _capture(self, shape: tuple[int, int]) -> _Captured | None:
         given = torch.empty((2, *shape), dtype=torch.int64, pin_memory=True)

@@ -15,7 +15,8 @@ import torch
 import hlm
 from hlm import backends, runtime
 from hlm.artefacts import HlmError, write_manifest
-from hlm.cuda_graphs import GRAPH_TOKENS, LENGTHS, ROWS, pad, padded_shape
+from hlm.bulk import cut_by_length
+from hlm.cuda_graphs import GRAPH_TOKENS, LENGTHS, ROWS, CudaGraphs, pad, padded_shape
 from hlm.encoders import encode, load_encoder
 from hlm.export import export, export_model
 from hlm.micro_batches import AsyncQueryEncoder
@@ -315,6 +316,28 @@ def test_batches_padded_to_few_shapes_give_the_same_vectors(online):
         np.testing.assert_allclose(encoder.encode(texts), expected.encode(texts), atol=1e-5)
     assert {length for _, length in shapes} <= set(LENGTHS)
     assert {rows for rows, length in shapes if 64 * length <= GRAPH_TOKENS} <= set(ROWS)
+
+
+def test_batches_come_back_in_order_while_the_next_is_computed(online):
+    model = load_encoder(online, device="cpu")
+    encoder = QueryEncoder.from_model(model)
+    expected = encoder.encode(TEXTS * 3)
+
+    def forward(ids, mask):
+        return torch.from_numpy(run(ids.numpy(), mask.numpy()))
+
+    run, started = encoder._run, []
+    graphs = CudaGraphs(lambda ids, mask: (started.append(len(ids)), forward(ids, mask))[1], torch.device("cpu"))
+    encoder._run, encoder._batch_tokens = graphs, 8
+    np.testing.assert_allclose(encoder.encode(TEXTS * 3), expected, atol=1e-5)
+    assert len(started) > 3
+    started.clear()
+    batches = cut_by_length(encoder.tokenise(TEXTS), 8)
+    stream = graphs.stream(batches)
+    next(stream)
+    assert len(started) == 2
+    np.testing.assert_allclose(graphs(np.ones((2, 5), np.int64), None), run(np.ones((2, 5), np.int64), None), atol=1e-5)
+    assert not list(graphs.stream([]))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
