@@ -23,14 +23,13 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
-from huggingface_hub.utils import enable_progress_bars
 from transformers.hf_argparser import HfArgumentParser
-from transformers.utils import logging as transformers_logging
 
 from hlm.artefacts import HlmError
 from hlm.endings import tell_launcher, told_ending
 from hlm.help_text import FLAGS, help_text
+from hlm.progress import AboveBars
+from hlm.quiet import quiet_others
 
 
 def parse(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
@@ -115,12 +114,16 @@ def run_recipe(main: Callable[[], object]) -> None:
         level=logging.WARNING if is_main else logging.ERROR,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         datefmt="%Y-%m-%d %H:%M:%S",
+        handlers=[AboveBars()],
         force=True,
     )
     # Our own loggers speak at INFO; HTTP clients and the like would drown them at that level.
     for name in ("hlm", "recipes", "__main__"):
         logging.getLogger(name).setLevel(logging.INFO if is_main else logging.ERROR)
-    _hush()
+    quiet_others()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
     try:
         main()
         sys.stdout.flush()
@@ -130,17 +133,6 @@ def run_recipe(main: Callable[[], object]) -> None:
             tell_launcher(line)
             print(line, *_of_the_launcher(), sep="\n", file=sys.stderr, flush=True)
         raise SystemExit(status) from error
-
-
-def _hush() -> None:
-    """Switches off bars for files that load in a second, and a warning for forks that tokenise, which ours do not."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    transformers_logging.disable_progress_bar()
-    if not HF_HUB_DISABLE_PROGRESS_BARS:
-        enable_progress_bars()  # downloads take long: theirs stay, and transformers switches them off with its own
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
 
 
 def _of_the_launcher() -> list[str]:

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hlm.artefacts import HlmError, fingerprint_texts
+from hlm.progress import progress
 from hlm.readers import SUFFIXES, Row, qrels_row
 from hlm.sources import folder_tables, hub_tables
 from hlm.tables import TEXTS, Table, checked_dataset, identifier
@@ -68,7 +69,9 @@ class RetrievalData:
         if dataset is None:
             raise HlmError(f"{self.source} has no '{part}' table; add {part}.jsonl or another source")
         columns = [c for c in ("_id", "title", "text", "oracle") if c in dataset.column_names]
-        rows = iterate(dataset.select_columns(columns))
+        rows = progress(
+            iterate(dataset.select_columns(columns)), what=f"fingerprint {part}", unit="row", total=len(dataset)
+        )
         return fingerprint_texts(field for row in rows for field in _encoder_fields(row))
 
     def split_queries(self, split: str, *, oracle: bool = False) -> list[tuple[str, str]]:

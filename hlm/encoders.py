@@ -14,11 +14,13 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from tqdm import tqdm
 
 from hlm.artefacts import HlmError, atomic_folder, write_manifest
 from hlm.encoder_fingerprint import fingerprint
 from hlm.fields import REMEDY, field
 from hlm.layout import write_legacy_layout
+from hlm.progress import progress
 from hlm.texts import as_texts, well_formed
 
 logger = logging.getLogger(__name__)
@@ -236,6 +238,7 @@ def encode(
     prompt_name: str | None = None,
     dim: int | None = None,
     batch_tokens: int = 4096,
+    bar: tqdm | None = None,
 ) -> np.ndarray:
     """Encodes texts in batches of similar length.
 
@@ -243,6 +246,7 @@ def encode(
         prompt_name: "query" or "document": the prompt of that role goes before every text.
         dim: Keep the first `dim` values and normalise again (Matryoshka); None keeps all.
         batch_tokens: Padded tokens a batch holds at the most.
+        bar: Counts the texts, instead of a bar of this call's own.
 
     Returns:
         float32 (len(texts), dim), rows L2-normalised, in the order of `texts`.
@@ -260,10 +264,14 @@ def encode(
     was_training = model.training
     model.eval()
     ids = tokenise(model, texts, prompt_of(model, prompt_name))
-    for rows in token_batches(np.array([len(tokens) for tokens in ids]), batch_tokens):
-        features = {name: value.to(model.device) for name, value in pad(model, [ids[row] for row in rows]).items()}
-        vectors = model(features)["sentence_embedding"].float()[:, : dim or width]
-        out[rows] = torch.nn.functional.normalize(vectors, dim=-1).cpu().numpy()
+    batches = token_batches(np.array([len(tokens) for tokens in ids]), batch_tokens)
+    own = progress(what="encode", unit="text", total=len(texts), shown=bar is None and len(batches) > 1)
+    with own:
+        for rows in batches:
+            features = {name: value.to(model.device) for name, value in pad(model, [ids[row] for row in rows]).items()}
+            vectors = model(features)["sentence_embedding"].float()[:, : dim or width]
+            out[rows] = torch.nn.functional.normalize(vectors, dim=-1).cpu().numpy()
+            (own if bar is None else bar).update(len(rows))
     model.train(was_training)
     return out
 

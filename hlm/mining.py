@@ -24,6 +24,7 @@ from torch import Tensor
 
 from hlm.artefacts import HlmError
 from hlm.losses import id_mask, matryoshka
+from hlm.progress import progress
 from hlm.store import VectorStore
 
 # Queries scored at once: bounds the score matrix at _QUERIES x rows_per_block floats (256 MiB by default).
@@ -52,17 +53,19 @@ def top_k_documents(
     count = len(queries)
     best_scores = torch.empty(count, 0)
     best_rows = torch.empty(count, 0, dtype=torch.long)
-    for start, block in store.iter_blocks(rows_per_block):
-        documents = _at_width(block, queries.shape[1]).to(device)
-        found = []
-        for part in queries.split(_QUERIES):
-            scores, columns = _top(part.to(device) @ documents.T, min(k, len(documents)))
-            found.append((scores.cpu(), columns.cpu() + start))
-        # What was found before has lower rows and stands first: a stable sort keeps ties in row order.
-        scores = torch.cat([best_scores, torch.cat([scores for scores, _ in found])], dim=1)
-        rows = torch.cat([best_rows, torch.cat([rows for _, rows in found])], dim=1)
-        scores, order = scores.sort(dim=1, descending=True, stable=True)
-        best_scores, best_rows = scores[:, :k].clone(), rows.gather(1, order[:, :k])
+    with progress(what="search all documents", unit="document", total=len(store)) as bar:
+        for start, block in store.iter_blocks(rows_per_block):
+            documents = _at_width(block, queries.shape[1]).to(device)
+            found = []
+            for part in queries.split(_QUERIES):
+                scores, columns = _top(part.to(device) @ documents.T, min(k, len(documents)))
+                found.append((scores.cpu(), columns.cpu() + start))
+            # What was found before has lower rows and stands first: a stable sort keeps ties in row order.
+            scores = torch.cat([best_scores, torch.cat([scores for scores, _ in found])], dim=1)
+            rows = torch.cat([best_rows, torch.cat([rows for _, rows in found])], dim=1)
+            scores, order = scores.sort(dim=1, descending=True, stable=True)
+            best_scores, best_rows = scores[:, :k].clone(), rows.gather(1, order[:, :k])
+            bar.update(len(block))
     return best_scores.numpy(), best_rows.numpy()
 
 

@@ -47,6 +47,7 @@ from hlm.encoders import check_device, devices
 from hlm.integrity import check_files
 from hlm.outputs import resolved
 from hlm.planner import check_step
+from hlm.training_bar import REPLACED, TrainingBar
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +147,9 @@ class RecipeTrainer(SentenceTransformerTrainer):
             loss=_Trained(model),
             callbacks=[_Epochs(self), *(callbacks or [])],
         )
+        for shown in REPLACED:
+            self.remove_callback(shown)
+        self.add_callback(TrainingBar())
         if self.is_fsdp_enabled:
             if all(parameter.requires_grad for parameter in model.parameters()):
                 raise HlmError("FSDP shards a teacher under LoRA; a student fits every GPU: launch with DDP instead")

@@ -36,7 +36,6 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-from tqdm import tqdm
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from hlm.artefacts import HlmError, atomic_folder, read_manifest, write_json, write_manifest
@@ -45,6 +44,7 @@ from hlm.data import load
 from hlm.encoders import load_encoder, resolve, save_encoder
 from hlm.index import AdIndex
 from hlm.machine import facts
+from hlm.progress import progress
 from hlm.report import align as aligned
 from hlm.report import command_line, environment
 from hlm.report_files import claimed_report
@@ -231,7 +231,7 @@ def race(kind: str, work: Path, config: MeasureReliabilityConfig) -> dict[str, i
     for process in processes:
         process.start()
     counts = collections.Counter(rounds=0, written_in_turn=0, told=0, mixed=0, unloadable=0, other=0)
-    for number in tqdm(range(config.rounds), desc=f"two writers, {kind}", unit="round"):
+    for number in progress(range(config.rounds), what=f"two writers, {kind}", unit="round"):
         go.wait()
         results = sorted([said.get(), said.get()])
         done.wait()
@@ -322,7 +322,7 @@ def killed(work: Path, config: MeasureReliabilityConfig) -> dict[str, dict[str, 
     none = {"kills": 0, "ended_before": 0, "other_bits": 0, "failed": 0, "leftovers": 0}
     counts = {step.name: collections.Counter(none) for step in plan}
     moments = random.Random(config.seed)
-    for number in tqdm(range(config.kills), desc="kills", unit="kill"):
+    for number in progress(range(config.kills), what="kills", unit="kill"):
         step = plan[number % len(plan)]
         run = work / "run"
         shutil.copytree(whole, run, symlinks=True)

@@ -24,6 +24,7 @@ from hlm.artefacts import MANIFEST, HlmError, atomic_folder, claimed, fingerprin
 from hlm.config import parse, run_recipe
 from hlm.data import RetrievalData, iterate, load
 from hlm.keywords import Catalogue, Keyword
+from hlm.progress import progress
 from hlm.spelling import canonical, normalise, spellings, words_of
 from hlm.tables import find_table, read_rows
 
@@ -109,29 +110,31 @@ def derive(
     dev: list[Keyword] = []
     unlabelled: list[Keyword] = []
     tries: Counter[str] = Counter()
-    for keyword in _keywords(catalogue, data, config):
-        tries["all"] += 1
-        if keyword is None:
-            tries["met a product without the fields"] += 1
-            continue
-        if keyword.text in seen or not keyword.text:
-            tries["gave a query that was there"] += 1
-            continue
-        if spellings(keyword.text) & judged:
-            tries["gave a judged query"] += 1
-            continue
-        seen.add(keyword.text)
-        # By canonical form, so that "usb hubs" is on the same side as "usb hub".
-        if _share(canonical(keyword.text), config.seed) < dev_share:
-            if 0 < len(keyword.rows) <= config.dev_max_relevant and len(dev) < config.dev_queries:
-                dev.append(keyword)
-            continue
-        if keyword.rows and len(train) < config.train_queries:
-            train.append(keyword)
-        if len(unlabelled) < config.unlabelled_queries:
-            unlabelled.append(keyword)
-        elif len(train) == config.train_queries and len(dev) == config.dev_queries:
-            return train, dev, unlabelled
+    with progress(what="derive queries", unit="query", total=config.unlabelled_queries) as bar:
+        for keyword in _keywords(catalogue, data, config):
+            tries["all"] += 1
+            if keyword is None:
+                tries["met a product without the fields"] += 1
+                continue
+            if keyword.text in seen or not keyword.text:
+                tries["gave a query that was there"] += 1
+                continue
+            if spellings(keyword.text) & judged:
+                tries["gave a judged query"] += 1
+                continue
+            seen.add(keyword.text)
+            # By canonical form, so that "usb hubs" is on the same side as "usb hub".
+            if _share(canonical(keyword.text), config.seed) < dev_share:
+                if 0 < len(keyword.rows) <= config.dev_max_relevant and len(dev) < config.dev_queries:
+                    dev.append(keyword)
+                continue
+            if keyword.rows and len(train) < config.train_queries:
+                train.append(keyword)
+            if len(unlabelled) < config.unlabelled_queries:
+                unlabelled.append(keyword)
+                bar.update()
+            elif len(train) == config.train_queries and len(dev) == config.dev_queries:
+                return train, dev, unlabelled
     found = f"{len(train)} train, {len(dev)} dev, {len(unlabelled)} unlabelled queries"
     why = _why_few(catalogue, data, config, tries)
     if not train or not dev:

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Lowest first; a module imports from its own line and from those above it.
 LAYERS = [
-    {"errors"},
+    {"errors", "help_text", "progress", "quiet"},
     {"locks"},
     {"outputs"},
     {"integrity"},
@@ -29,7 +29,7 @@ LAYERS = [
      "faiss_parts", "index",
      "evaluation", "metric", "latency", "report", "latency_report", "budgets", "machine", "latency_floor",
      "latency_quality", "systems", "random_weights", "qwen_tokenizer", "canaries", "batches", "checkpoints",
-     "dev_retrieval", "training_inputs", "frozen"},
+     "dev_retrieval", "training_inputs", "training_bar", "frozen"},
     {"training"},
     {"gpu_stages", "gpu_work", "gpu_inputs", "gpu_timing"},
     {"lineage", "card_facts", "cards", "hub", "hub_files"},
