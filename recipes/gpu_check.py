@@ -10,8 +10,11 @@ Exit status 1: a stage failed. What a stage falls short of stands in the table a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -71,11 +74,11 @@ class Setting:
 
 
 def machine(setting: Setting, seconds: float, note: Note) -> dict[str, Any]:
-    here = facts()
+    here = environment("") | facts()  # asks for the GPU: not in the process that stages are forked from
     if setting.device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         here |= {"gpu": properties.name, "gpu_memory": properties.total_memory, "cuda": torch.version.cuda}
-    return {"machine": here, "measured": gpu_online.ceilings(setting.device, mib=64 if setting.tiny else 4096)}
+    return {"environment": here, "measured": gpu_online.ceilings(setting.device, mib=64 if setting.tiny else 4096)}
 
 
 def parity(setting: Setting, seconds: float, note: Note) -> dict[str, Any]:
@@ -149,7 +152,7 @@ STAGES: dict[str, tuple[Callable[[Setting, float, Note], dict[str, Any]], float]
     "embed_8b": (embed_rate, 75),
     "align_190m": (align_rate, 40),
     "refine_190m": (refine_rate, 60),
-    "tests": (cuda_tests, 60),
+    "tests": (cuda_tests, 75),
     "faiss": (faiss_search, 25),
 }
 # Figure -> (stage, path in it, what is asked, whether more is better).
@@ -168,7 +171,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = read_names(config.only)
     setting = make_setting(config.tiny)
     output = check_file(Path(config.output))
-    result: dict[str, Any] = {"environment": environment(command_line("recipes/gpu_check.py", argv)), "stages": {}}
+    command = command_line("recipes/gpu_check.py", argv)
+    result: dict[str, Any] = {"environment": {"command": command}, "stages": {}}
     run_stages(names, setting, config.minutes, result, lambda: write_json(output, result))
     print(table(result))
     failed = [name for name in names if result["stages"][name]["status"] in ("failed", "stopped")]
@@ -180,7 +184,7 @@ def read_names(only: list[str]) -> list[str]:
     unknown = [name for name in only if name not in STAGES]
     if unknown:
         raise HlmError(f"only: expected stages of {', '.join(STAGES)}, found {unknown[0]!r}")
-    return only or list(STAGES)
+    return [name for name in STAGES if name == "machine" or name in only or not only]
 
 
 def check_file(output: Path) -> Path:
@@ -240,6 +244,7 @@ def run_stages(
         if limit >= 1:
             print(f"{name}: at most {limit:.0f} s", flush=True)
             run_stage(name, setting, limit, entry, write)
+        result["environment"] = entry.pop("environment", {}) | result["environment"]  # the command stays
         result["ratios"] = ratios(result["stages"])
         result["asked"] = asked(result)
         write()
@@ -265,6 +270,8 @@ def run_stage(name: str, setting: Setting, limit: float, entry: dict[str, Any], 
     except EOFError:  # the process ended
         process.join()
     finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with what it started
         process.kill()
         process.join()
     if entry["status"] == "running":
@@ -273,6 +280,7 @@ def run_stage(name: str, setting: Setting, limit: float, entry: dict[str, Any], 
 
 
 def in_child(name: str, setting: Setting, limit: float, pipe: Any) -> None:
+    os.setsid()  # a group of its own
     try:
         check_device(setting.device)
         found = STAGES[name][0](setting, limit, lambda part: pipe.send(dict(part)))
