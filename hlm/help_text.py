@@ -28,10 +28,9 @@ def help_text(program: str, dataclass_types: tuple[type, ...], *, everything: bo
     """
     own, *others = dataclass_types
     width = min(shutil.get_terminal_size().columns, 110)
-    about = inspect.getdoc(sys.modules[own.__module__]) or ""
     parts = [
         f"usage: {program} --config FILE [--SETTING VALUE ...]",
-        about,
+        _about(own),
         "settings, as `name: value` in the file or as flags, which win:\n" + _settings(own, width),
     ]
     for other in others:
@@ -42,6 +41,14 @@ def help_text(program: str, dataclass_types: tuple[type, ...], *, everything: bo
             count = sum(field.init for field in dataclasses.fields(other))
             parts.append(f"{where}: --help-all lists all {count}. Often set:\n  {SHOWN}")
     return "\n\n".join(part.strip("\n") for part in parts if part)
+
+
+def _about(dataclass_type: type) -> str:
+    """Its docstring; where dataclasses made it, that of its file."""
+    text = dataclass_type.__doc__ or ""
+    if text.startswith(f"{dataclass_type.__name__}("):
+        text = sys.modules[dataclass_type.__module__].__doc__ or ""
+    return inspect.cleandoc(text)
 
 
 def _settings(dataclass_type: type, width: int) -> str:
