@@ -12,7 +12,7 @@ import pytest
 from hlm.artefacts import HlmError
 from hlm.config import Pairs, parse, read_section, run_recipe
 from hlm.help_text import SHOWN
-from hlm.training import TrainingArguments
+from hlm.training.trainer import TrainingArguments
 
 
 @dataclass
@@ -224,7 +224,7 @@ def test_run_recipe_prints_one_line_and_exits_2(capsys):
 def test_only_the_main_process_logs(rank, expected):
     code = (
         "import logging; from hlm.config import run_recipe\n"
-        "log = logging.getLogger('hlm.data')\n"
+        "log = logging.getLogger('hlm.data.contract')\n"
         "run_recipe(lambda: (log.info('hello'), log.warning('careful')))\n"
     )
     done = subprocess.run(
