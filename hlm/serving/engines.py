@@ -1,4 +1,4 @@
-"""What computes vectors from token ids: ONNX Runtime, OpenVINO, or torch with CUDA graphs; used by `hlm.serving.query_encoder`.
+"""What computes vectors from token ids: ONNX Runtime, OpenVINO, or torch with CUDA graphs; used by `query_encoder`.
 
 Each loader gives a function (input_ids, attention_mask), both int64 (rows, tokens), right padding, or None in place of
 a mask of ones -> float32 (rows, dim), L2-normalised, and dim. The functions may be called from several threads. In a
