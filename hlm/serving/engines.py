@@ -17,13 +17,13 @@ import numpy as np
 
 from hlm.artefacts import HlmError
 from hlm.forks import keep_for_ever, tell_after_fork
+from hlm.serving.bulk import Run
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger(__name__)
 
-Run = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # QueryEncoder's names of torch's dtypes
 
 
