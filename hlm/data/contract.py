@@ -1,7 +1,7 @@
 """The data contract: `corpus`, `queries`, `qrels/{train,dev,test}` and `unlabelled`, from a folder or the Hub.
 
-This is the BEIR/MTEB layout. What a row must look like is in `hlm/data/tables.py`; here is which tables there are, and how
-the judgements tie them together.
+This is the BEIR/MTEB layout. What a row must look like is in `hlm/data/tables.py`; here is which tables there are, and
+how the judgements tie them together.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from hlm.artefacts import HlmError, fingerprint_texts
 from hlm.data.readers import SUFFIXES, Row, qrels_row
 from hlm.data.sources import folder_tables, hub_tables
 from hlm.data.tables import TEXTS, Table, checked_dataset, identifier
-from hlm.progress import progress
 
 logger = logging.getLogger(__name__)
 
