@@ -26,6 +26,7 @@ from hlm.data.contract import RetrievalData, iterate, load
 from hlm.data.keywords import Catalogue, Keyword
 from hlm.data.spelling import canonical, normalise, spellings, words_of
 from hlm.data.tables import find_table, read_rows
+from hlm.progress import progress
 
 logger = logging.getLogger(__name__)
 

@@ -35,6 +35,7 @@ from hlm.config import parse, run_recipe
 from hlm.data.readers import NOT_READ
 from hlm.data.sources import shards, streamed
 from hlm.data.tables import identifier, read_rows
+from hlm.progress import progress
 
 logger = logging.getLogger(__name__)
 

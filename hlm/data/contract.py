@@ -23,6 +23,7 @@ from hlm.artefacts import HlmError, fingerprint_texts
 from hlm.data.readers import SUFFIXES, Row, qrels_row
 from hlm.data.sources import folder_tables, hub_tables
 from hlm.data.tables import TEXTS, Table, checked_dataset, identifier
+from hlm.progress import progress
 
 logger = logging.getLogger(__name__)
 

@@ -25,6 +25,7 @@ import regex
 
 from hlm.artefacts import HlmError, fingerprint_json
 from hlm.data.readers import COMPRESSIONS, SUFFIXES, TREC, Row, is_read, read_rows, suffix_of
+from hlm.progress import progress
 
 __all__ = ["SUFFIXES", "TEXTS", "Row", "Table", "checked_dataset", "find_table", "identifier", "read_rows"]
 logger = logging.getLogger(__name__)

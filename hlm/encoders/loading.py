@@ -20,6 +20,7 @@ from hlm.artefacts import HlmError, atomic_folder, write_manifest
 from hlm.encoders.fingerprint import fingerprint
 from hlm.encoders.layout import write_legacy_layout
 from hlm.fields import REMEDY, field
+from hlm.progress import progress
 from hlm.texts import as_texts, well_formed
 
 logger = logging.getLogger(__name__)

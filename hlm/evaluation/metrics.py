@@ -16,6 +16,7 @@ import pytrec_eval
 from hlm.artefacts import HlmError
 from hlm.data.contract import Row, document_text
 from hlm.data.words import count_words, terms
+from hlm.progress import progress
 from hlm.vectors.index import AdIndex
 
 Run = dict[str, dict[str, float]]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hlm.artefacts import HlmError, atomic_file, fingerprint_json
 from hlm.encoders.loading import pad_id, pad_rows, tokenise
+from hlm.progress import progress
 
 BLOCK = 8192  # texts tokenised at a time
 

@@ -23,6 +23,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from hlm.artefacts import HlmError
+from hlm.progress import progress
 from hlm.training.losses import id_mask, matryoshka
 from hlm.vectors.store import VectorStore
 

@@ -33,6 +33,7 @@ from hlm.encoders.loading import check_device, devices
 from hlm.integrity import check_files
 from hlm.outputs import resolved
 from hlm.planning.plan import check_step
+from hlm.training.bar import REPLACED, TrainingBar
 from hlm.training.batches import GroupedBatches
 from hlm.training.checkpoints import (
     IDENTITY,

@@ -46,6 +46,7 @@ from hlm.encoders.loading import load_encoder, resolve, save_encoder
 from hlm.evaluation.report import align as aligned
 from hlm.evaluation.report import command_line, environment
 from hlm.machine import facts
+from hlm.progress import progress
 from hlm.report_files import claimed_report
 from hlm.vectors.index import AdIndex
 from hlm.vectors.store import VectorStore, write_store
