@@ -21,7 +21,7 @@ from hlm.endings import INTERRUPTED, NO_READER
 from hlm.fields import optional, read_json
 from hlm.hub_cache import local_folder
 from hlm.lineage import open_fitting, read_student
-from hlm.plan_settings import Assumptions, read_steps
+from hlm.plan_settings import Assumptions, check_folder, read_steps
 
 # torch, faiss and datasets are imported where they are used: `hlm --help` and a refusal come at once.
 UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
@@ -141,13 +141,15 @@ def parser() -> argparse.ArgumentParser:
 
 def plan(options: argparse.Namespace) -> None:
     """Prints the plan; then refuses it where a phase needs more than the GPUs given hold."""
-    steps = read_steps(options.config)
+    check_folder(options.config)
 
     from hlm.config import parse
     from hlm.hardware import parse_gpus
     from hlm.plan_report import as_dict, text
     from hlm.planner import check_fit, make_plan
+    from hlm.training import TrainingArguments
 
+    steps = read_steps(options.config, TrainingArguments)
     assumed = Path(options.config) / "plan.yaml"
     given = {item.name: getattr(options, item.name) for item in fields(Assumptions)}
     flags = [word for name, value in given.items() if value is not None for word in (f"--{name}", value)]

@@ -27,7 +27,7 @@ import yaml
 
 from hlm.artefacts import HlmError, write_json
 from hlm.budgets import BUDGETS, check_budgets, gate, read_budgets
-from hlm.config import Pairs, closest, parse, read_section, run_recipe
+from hlm.config import Pairs, parse, run_recipe
 from hlm.data import RetrievalData, load
 from hlm.encoders import check_device, find_encoder
 from hlm.evaluation import length_slice
@@ -42,6 +42,7 @@ from hlm.random_weights import RANDOM_IDS, Derivation, shape_config, shape_syste
 from hlm.report import command_line, environment
 from hlm.report_files import claimed_report
 from hlm.sample_catalogue import write_catalogue
+from hlm.settings import closest, read_section
 from hlm.store import VectorStore
 from hlm.systems import HLM, SENTENCE_TRANSFORMERS, TORCH_BACKENDS, System, cold_starts, load_system
 

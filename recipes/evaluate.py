@@ -28,7 +28,7 @@ from hlm.artefacts import (
     read_manifest,
     write_json,
 )
-from hlm.config import closest, parse, read_section, run_recipe
+from hlm.config import parse, run_recipe
 from hlm.data import RetrievalData, document_text, load
 from hlm.encoders import check_device, encode, find_encoder, fingerprint, load_encoder
 from hlm.evaluation import Run, bm25_run, check_judgements, dense_run, relevance_threshold
@@ -36,6 +36,7 @@ from hlm.index import AdIndex
 from hlm.pruning import parameter_counts
 from hlm.report import STUDENTS, SYSTEMS, build_report, command_line, environment, format_table, plot
 from hlm.report_files import claimed_report
+from hlm.settings import closest, read_section
 from hlm.store import VectorStore, write_store
 from hlm.training_inputs import check_student
 

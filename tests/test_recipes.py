@@ -17,7 +17,9 @@ from hlm.data import load
 from hlm.encoders import encode, fingerprint, load_encoder
 from hlm.losses import qwen3_contrastive
 from hlm.pruning import layers_of
+from hlm.steps import TeacherConfig
 from hlm.store import VectorStore
+from hlm.teacher import Batches, Pairs
 from recipes import align, embed, evaluate, make_catalogue, prune, quickstart, refine, teacher
 
 TRAIN = ["--per_device_train_batch_size", "32", "--seed", "3", "--disable_tqdm", "true", "--learning_rate", "3e-3"]
@@ -166,11 +168,11 @@ def test_what_saves_memory_trains_to_the_same_teacher(house, tmp_path, flags):
 
 
 def test_each_document_of_a_batch_is_encoded_once_and_the_loss_stays(house, tmp_path):
-    config = teacher.TeacherConfig(house.backbone, house.data, str(tmp_path), min_score=3, hard_negatives=2)
+    config = TeacherConfig(house.backbone, house.data, str(tmp_path), min_score=3, hard_negatives=2)
     model = load_encoder(house.backbone).eval()
-    pairs = teacher.Pairs(load(house.data, splits=("train", "dev")), config)
+    pairs = Pairs(load(house.data, splits=("train", "dev")), config)
     negatives = np.random.default_rng(0).integers(-1, 200, size=(len(pairs.queries), 2))
-    batches = teacher.Batches.of(model, pairs, negatives, config)
+    batches = Batches.of(model, pairs, negatives, config)
     rows = np.argsort(pairs.rows[:, 1], kind="stable")[:48].tolist()  # several queries a document
     batch = batches.collate(rows)
     encoded = sum(len(chunk["input_ids"]) for chunk in batch["document"])
