@@ -15,11 +15,11 @@ from sentence_transformers.sentence_transformer.modules import Dense
 
 from hlm.artefacts import HlmError
 from hlm.batches import TokenTable
-from hlm.checkpoints import PATHS
 from hlm.data import load
 from hlm.dev_retrieval import DevRetrieval
 from hlm.encoders import add_head, encode, fingerprint, load_encoder, prompt_of, save_encoder
 from hlm.gradcache import gather_with_gradient
+from hlm.identity import PATHS, as_config, up_to_date
 from hlm.index import AdIndex
 from hlm.losses import cosine_alignment, kernel_alignment, kl_distillation, l2_alignment, matryoshka
 from hlm.outputs import resolved
@@ -30,12 +30,11 @@ from hlm.store import VectorStore
 from hlm.training import (
     RecipeTrainer,
     TrainingArguments,
-    as_config,
     claimed_output,
     finish,
+    recorded,
     set_dropout,
     train,
-    up_to_date,
 )
 from hlm.training_inputs import check_start
 
@@ -90,7 +89,7 @@ def _align(source: str, stage: dict, output: str, config: AlignConfig, args, dat
         "inputs": {"student": fingerprint(model), "teacher": queries.encoder, "vectors": queries.fingerprint}
         | {"documents": documents.fingerprint}
         | {f"qrels/{split}": data.fingerprint(f"qrels/{split}") for split in ("train", "dev")},
-        "config": as_config(config, args) | {"stage": stage},
+        "config": as_config(config, recorded(args)) | {"stage": stage},
     }
     if up_to_date(output, "student", identity, paths=PATHS):
         return output

@@ -13,12 +13,13 @@ import torch
 from transformers import TrainerCallback
 
 from hlm.batches import TokenTable
-from hlm.checkpoints import PATHS
 from hlm.data import load
 from hlm.dev_retrieval import DevRetrieval
 from hlm.encoders import encode, fingerprint, load_encoder, prompt_of, save_encoder
 from hlm.gradcache import gather_with_gradient, loss_of_chunks
+from hlm.identity import PATHS, as_config, up_to_date
 from hlm.index import AdIndex
+from hlm.lineage import check_student
 from hlm.losses import id_mask, l2_alignment, matryoshka, refinement_contrastive
 from hlm.mining import (
     gather_rows,
@@ -35,14 +36,13 @@ from hlm.store import VectorStore
 from hlm.training import (
     RecipeTrainer,
     TrainingArguments,
-    as_config,
     claimed_output,
     finish,
+    recorded,
     set_dropout,
     train,
-    up_to_date,
 )
-from hlm.training_inputs import check_student, kept_pairs
+from hlm.training_inputs import kept_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def _refine(config: RefineConfig, args: TrainingArguments) -> None:
         "inputs": {"student": fingerprint(model), "teacher": documents.encoder, "vectors": documents.fingerprint}
         | {"queries": queries.fingerprint, "qrels": data.fingerprint("qrels/train")}
         | {"qrels/dev": data.fingerprint("qrels/dev")},
-        "config": as_config(config, args),
+        "config": as_config(config, recorded(args)),
     }
     if up_to_date(config.output, "student", identity, paths=PATHS):
         return

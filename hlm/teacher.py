@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor
 
 from hlm.artefacts import HlmError, fingerprint_json
 from hlm.batches import TokenTable
-from hlm.checkpoints import PATHS
 from hlm.data import RetrievalData, document_text, iterate, load
 from hlm.dev_retrieval import DevRetrieval
 from hlm.encoders import (
@@ -32,6 +31,7 @@ from hlm.encoders import (
     weaken_lora,
 )
 from hlm.gradcache import gather_with_gradient, loss_of_chunks
+from hlm.identity import PATHS, as_config, up_to_date
 from hlm.losses import qwen3_contrastive
 from hlm.mining import gather_rows, mine_hard_negatives, padded_rows, search_device, shared_rows
 from hlm.settings import keywords
@@ -40,11 +40,10 @@ from hlm.store import VectorStore, write_store
 from hlm.training import (
     RecipeTrainer,
     TrainingArguments,
-    as_config,
     claimed_output,
     finish,
+    recorded,
     train,
-    up_to_date,
 )
 from hlm.training_inputs import kept_pairs
 
@@ -80,7 +79,7 @@ def _tune(config: TeacherConfig, args: TrainingArguments) -> None:
     parts = ["corpus", "queries", *(f"qrels/{split}" for split in ("train", "dev") if split in data.qrels)]
     identity = {
         "inputs": {"backbone": fingerprint(model)} | {part: data.fingerprint(part) for part in parts},
-        "config": as_config(config, args),
+        "config": as_config(config, recorded(args)),
     }
     if up_to_date(config.output, "teacher", identity, paths=PATHS):
         return

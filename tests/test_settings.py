@@ -1,4 +1,4 @@
-"""Keywords -> dataclasses: the same settings, defaults and refusals as the command line's, for steps called in Python."""
+"""Steps called in Python: settings as keywords, with the command line's defaults and refusals."""
 
 import inspect
 from dataclasses import dataclass, field
