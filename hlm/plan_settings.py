@@ -12,7 +12,6 @@ from hlm.settings import defaults_of, hints_of, read_yaml
 from hlm.steps import STEPS
 
 PLANNED = ("teacher", "embed", "prune", "align", "refine")
-TRAINED = ("teacher", "align", "refine")
 # What a plan reads of the training arguments, beside the steps' own settings.
 TRAINING = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "bf16",
             "fp16", "gradient_checkpointing", "eval_strategy", "eval_steps", "logging_steps",
@@ -81,7 +80,7 @@ def read_steps(folder: str | Path, training: type) -> dict[str, dict[str, Any]]:
 
 def _read_step(path: Path, step: str, training: type) -> dict[str, Any]:
     own = STEPS[step].settings
-    trained = step in TRAINED
+    trained = STEPS[step].trains
     given = read_yaml(str(path), hints_of(own, training) if trained else hints_of(own))
     values = defaults_of(own) | ({name: defaults_of(training)[name] for name in TRAINING} if trained else {})
     values |= {name: value for name, value in given.items() if name in values}
