@@ -64,8 +64,7 @@ def keywords(*dataclass_types: type) -> Callable[[Callable[..., T]], Callable[..
             for key, value in settings.items():
                 if key not in hints:
                     raise HlmError(f"{name}: unknown setting '{key}'{closest(key, hints)}")
-                value = os.fspath(value) if isinstance(value, os.PathLike) else value
-                given[key] = coerce(list(value) if isinstance(value, tuple) else value, hints[key], f"{name}: {key}")
+                given[key] = coerce(_as_yaml(value), hints[key], f"{name}: {key}")
             for dataclass_type in dataclass_types:
                 check_required(dataclass_type, given, f"{name}: ", "pass {0}=...")
             return step(*(build(dataclass_type, given) for dataclass_type in dataclass_types), **own)
@@ -74,6 +73,15 @@ def keywords(*dataclass_types: type) -> Callable[[Callable[..., T]], Callable[..
         return call
 
     return decorate
+
+
+def _as_yaml(value: Any) -> Any:
+    """The same value in the types that YAML has: text for a path, a list for a tuple."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, dict):
+        return {_as_yaml(key): _as_yaml(one) for key, one in value.items()}
+    return [_as_yaml(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _signature(dataclass_types: tuple[type, ...], step: Callable[..., Any]) -> inspect.Signature:

@@ -3,6 +3,7 @@
 import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ class Own:
     data: str
     output: str
     layers: list[int] = field(default_factory=lambda: [4])
+    systems: dict[str, Any] = field(default_factory=dict)
     rate: float = 0.5
 
 
@@ -37,12 +39,13 @@ def step(config: Own, more: More, *, command: str = "none") -> tuple[Own, More, 
 def test_settings_of_all_dataclasses_are_plain_arguments():
     assert step("d", "o") == (Own("d", "o"), More(), "none")
     assert step("d", output="o", rate=1, seed=3, command="c") == (Own("d", "o", rate=1.0), More(3), "c")
-    assert step(Path("d"), Path("o"), layers=(1, 2))[0] == Own("d", "o", [1, 2])
+    given = step(Path("d"), Path("o"), layers=(1, 2), systems={"a": Path("x"), "b": {"corpus": Path("y")}})
+    assert given[0] == Own("d", "o", [1, 2], {"a": "x", "b": {"corpus": "y"}})
 
 
 def test_help_shows_the_settings_with_their_defaults():
     shown = str(inspect.signature(step))
-    assert "data: str, output: str, *, layers: list[int] = [4], rate: float = 0.5, command: " in shown
+    assert "data: str, output: str, *, layers: list[int] = [4], systems: dict[str, typing.Any] = {}, rate: float = 0.5, command: " in shown
     assert "**More" in shown and step.__doc__ == "What it does." and step.__name__ == "step"
 
 
