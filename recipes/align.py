@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hlm.align import align
 from hlm.config import given, run_recipe
 from hlm.steps import AlignConfig
-from hlm.training import TrainingArguments
+from hlm.training.align import align
+from hlm.training.trainer import TrainingArguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hlm.config import given, run_recipe
-from hlm.evaluate import evaluate
-from hlm.report import command_line, format_table
+from hlm.evaluation.evaluate import evaluate
+from hlm.evaluation.report import command_line, format_table
 from hlm.steps import EvaluateConfig
 
 COMMAND = "recipes/evaluate.py"

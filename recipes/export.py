@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hlm.config import given, run_recipe
-from hlm.online_folder import export
+from hlm.publishing.online_folder import export
 from hlm.steps import ExportConfig
 
 

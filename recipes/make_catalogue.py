@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hlm.config import given, run_recipe
-from hlm.sample_catalogue import make_catalogue
+from hlm.data.sample_catalogue import make_catalogue
 from hlm.steps import CatalogueConfig
 
 

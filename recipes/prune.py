@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hlm.config import given, run_recipe
-from hlm.prune import prune
 from hlm.steps import PruneConfig
+from hlm.training.prune import prune
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hlm.config import given, run_recipe
-from hlm.hub import Published
-from hlm.release import Release, publish
+from hlm.publishing.publish import Published
+from hlm.publishing.release import Release, publish
 from hlm.steps import PublishConfig
 
 

@@ -114,7 +114,7 @@ def check_output_of(job: Job) -> None:
         if job.step.is_report:
             check_report(job.output, job.step.writes)
         elif job.step.writes == "vectors":
-            from hlm.store import check_store_output  # numpy and pyarrow come with it
+            from hlm.vectors.store import check_store_output  # numpy and pyarrow come with it
 
             for part in PARTS:
                 check_store_output(job.output / part)
@@ -252,7 +252,8 @@ def write_timings(home: Path, records: dict[str, dict[str, Any]], *, whole: bool
 def print_reports(home: Path, names: list[str]) -> None:
     for name in names:
         # torch and matplotlib come with them: seconds, and only here
-        from hlm import latency_report, report
+        from hlm.benchmark import report as latency_report
+        from hlm.evaluation import report
 
         table = report.format_table if name == "evaluate" else latency_report.format_table
         print("\n" + table(json.loads((home / STEPS[name].writes).read_text())))

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hlm.config import given, run_recipe
-from hlm.refine import refine
 from hlm.steps import RefineConfig
-from hlm.training import TrainingArguments
+from hlm.training.refine import refine
+from hlm.training.trainer import TrainingArguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:

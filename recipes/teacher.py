@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from hlm.config import given, run_recipe
 from hlm.steps import TeacherConfig
-from hlm.teacher import train_teacher
-from hlm.training import TrainingArguments
+from hlm.training.teacher import train_teacher
+from hlm.training.trainer import TrainingArguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
