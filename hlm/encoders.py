@@ -287,7 +287,21 @@ def add_lora(model: SentenceTransformer, *, rank: int, alpha: int, dropout: floa
         task_type="FEATURE_EXTRACTION",
     )
     model[0].model = get_peft_model(model[0].model, config)
+    leave_casts_to_autocast(model)
     return model
+
+
+def leave_casts_to_autocast(model: torch.nn.Module) -> None:
+    """Under autocast, keeps PEFT from casting every input of an adapter to fp32, which autocast would cast back: two
+    copies that change no bit. Layers that read one input then keep it once for the backward pass."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    def ask(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        layer.cast_input_dtype_enabled = not torch.is_autocast_enabled(inputs[0].device.type)
+
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.register_forward_pre_hook(ask)
 
 
 def enable_gradient_checkpointing(model: SentenceTransformer) -> None:
