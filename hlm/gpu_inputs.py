@@ -26,7 +26,6 @@ def made_encoder(config: PretrainedConfig, dtype: str, device: str, limit: int |
     tokenizer.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 1)])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<end>")
     model = random_encoder(random_backbone(config, dtype, device=device), fast)
-    model[0].model.config.use_cache = False  # as sentence-transformers loads an encoder: no keys and values are kept
     model.max_seq_length = limit or 512
     return model
 
