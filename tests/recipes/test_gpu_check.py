@@ -1,0 +1,119 @@
+"""recipes/gpu_check.py runs every stage tiny on the CPU, and a stage that fails or hangs takes no other along."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hlm.artefacts import HlmError
+
+SCRIPT = Path(__file__).resolve().parents[2] / "recipes" / "gpu_check.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_check"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["gpu_check"]
+
+
+def test_every_stage_runs_tiny_on_the_cpu(tmp_path):
+    output = tmp_path / "results" / "gpu.json"
+    command = [sys.executable, str(SCRIPT), "--tiny", "--minutes", "9", "--output", str(output)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(output.read_text())
+    assert result["environment"]["command"].startswith("recipes/gpu_check.py --tiny")
+    assert result["environment"]["versions"]["hlm"] and "cores" in result["environment"]
+    status = {name: entry["status"] for name, entry in result["stages"].items()}
+    assert status == dict.fromkeys(status, "done") | {"tests": "skipped", "faiss": "skipped"}
+    assert result["stages"]["parity"]["measured"]["agrees"] is True
+    for name in ("online_190m", "online_8b"):
+        assert result["stages"][name]["measured"]["best_queries_per_s"] > 0
+    for name in ("online_190m", "online_8b", "teacher_step_8b", "embed_8b", "align_190m", "refine_190m"):
+        assert result["stages"][name]["predicted"].keys() == {"H100", "H200"}
+    assert [row["figure"] for row in result["asked"]][:2] == [
+        "190M p50, tokenisation included, ms", "8B p50 / 190M p50, both as HLM serves",
+    ]  # fmt: skip
+    assert all(name in done.stdout for name in status)
+
+
+def test_stages_that_fail_or_hang_leave_the_others_alone(script, tmp_path, monkeypatch):
+    def fails(setting, seconds, note):
+        note({"measured": {"p50_ms": 1.5}})
+        raise HlmError("no kernel")
+
+    def hangs(setting, seconds, note):
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        note({"child": child.pid})
+        time.sleep(60)
+
+    def dies(setting, seconds, note):
+        os._exit(9)
+
+    stages = {"fails": fails, "hangs": hangs, "dies": dies, "runs": lambda *given: {"measured": {"agrees": True}}}
+    monkeypatch.setattr(script, "STAGES", {name: (stage, 1.5) for name, stage in stages.items()})
+    output = tmp_path / "gpu.json"
+    with pytest.raises(SystemExit) as ended:
+        script.main(["--tiny", "--minutes", "0.1", "--output", str(output)])
+    assert ended.value.code == 1
+    found = json.loads(output.read_text())["stages"]
+    assert {name: entry["status"] for name, entry in found.items()} == {
+        "fails": "failed", "hangs": "stopped", "dies": "failed", "runs": "done",
+    }  # fmt: skip
+    assert found["fails"]["measured"] == {"p50_ms": 1.5} and "no kernel" in found["fails"]["error"]
+    assert "ended with 9" in found["dies"]["error"]
+    with pytest.raises(ProcessLookupError):  # what the stage started is gone with it
+        for _ in range(100):
+            os.kill(found["hangs"]["child"], 0)
+            time.sleep(0.05)
+
+
+def test_the_process_that_forks_does_not_touch_the_gpu(script, tmp_path, monkeypatch):
+    import torch
+
+    def asked(*given):
+        assert os.getpid() != parent, "a forked process cannot use the GPU after its parent did"
+        return False
+
+    parent = os.getpid()
+    for name in ("is_available", "device_count", "_lazy_init"):
+        monkeypatch.setattr(torch.cuda, name, asked)
+    monkeypatch.setattr(script, "STAGES", {name: script.STAGES[name] for name in ("machine", "faiss")})
+    script.main(["--tiny", "--output", str(tmp_path / "gpu.json")])
+    assert json.loads((tmp_path / "gpu.json").read_text())["environment"]["gpu"] is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--only", "online"], "only: expected stages of machine, parity.*found 'online'"),
+        (["--output", "{foreign}"], "output: expected a file of this script"),
+    ],
+)
+def test_bad_settings_are_refused(script, tmp_path, flags, message):
+    foreign = tmp_path / "notes.json"
+    foreign.write_text('{"mine": 1}')
+    with pytest.raises(HlmError, match=message):
+        script.main(["--tiny", *(flag.format(foreign=foreign) for flag in flags)])
+    assert foreign.read_text() == '{"mine": 1}'
+
+
+@pytest.mark.parametrize(("measured", "reached"), [(0.4, True), (0.6, False)])
+def test_figures_are_held_against_what_is_asked(script, measured, reached):
+    stages = {
+        "online_190m": {"measured": {"p50_ms": measured}},
+        "align_190m": {"measured_over_planned": {"step_seconds": 1.31}},
+    }
+    rows = script.asked({"stages": stages, "ratios": {}})
+    assert [(row["measured"], row["reached"]) for row in rows] == [(measured, reached), (1.31, False)]
