@@ -51,7 +51,8 @@ class GpuCheckConfig:
     output: str = field(default="runs/gpu.json", metadata={"help": "file; what it held is replaced"})
     minutes: float = field(default=9.0, metadata={"help": "of all stages; each gets its share"})
     only: list[str] = field(default_factory=list, metadata={"help": "stages to run; default: all"})
-    tiny: bool = field(default=False, metadata={"help": "small shapes, on the CPU"})
+    tiny: bool = field(default=False, metadata={"help": "small shapes, on the CPU unless `device` is given"})
+    device: str | None = field(default=None, metadata={"help": "default: cuda, or cpu with --tiny"})
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,14 @@ class Setting:
     def encoder(self, config: PretrainedConfig, prompt: str = "") -> tuple[Any, list[str]]:
         """An encoder in the precision that it is served in, and queries for it."""
         if self.tiny:
-            return made_encoder(config, "float32", self.device, 32), made_texts(20, 8, 30)
+            dtype = "bfloat16" if self.device == "cuda" else "float32"
+            return made_encoder(config, dtype, self.device, 32), made_texts(20, 8, 30)
         backbone = random_backbone(config, "bfloat16", device=self.device)
         return random_encoder(backbone, find_tokenizer(None), prompt=prompt), catalogue_queries()
 
 
 def machine(setting: Setting, seconds: float, note: Note) -> dict[str, Any]:
-    here = environment("") | facts()  # asks for the GPU: not in the process that stages are forked from
+    here = environment("") | facts()
     if setting.device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         here |= {"gpu": properties.name, "gpu_memory": properties.total_memory, "cuda": torch.version.cuda}
@@ -163,17 +165,19 @@ ASKED = {
     "190M throughput / 8B throughput": ("ratios", ("throughput",), 40, True),
 }
 PLANNED = ("teacher_step_8b", "embed_8b", "align_190m", "refine_190m")
+READY, IMPORTS_S = "ready", 120  # what a stage's process says when it has imported all this, and how long that may take
 TIME_BAND, MEMORY_BAND = 0.30, 0.15  # how far the plan may be from what is measured
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     (config,) = parse(GpuCheckConfig, argv=argv)
     names = read_names(config.only)
-    setting = make_setting(config.tiny)
+    device = config.device or ("cpu" if config.tiny else "cuda")
+    check_device(device)
     output = check_file(Path(config.output))
     command = command_line("recipes/gpu_check.py", argv)
     result: dict[str, Any] = {"environment": {"command": command}, "stages": {}}
-    run_stages(names, setting, config.minutes, result, lambda: write_json(output, result))
+    run_stages(names, (config.tiny, device), config.minutes, result, lambda: write_json(output, result))
     print(table(result))
     failed = [name for name in names if result["stages"][name]["status"] in ("failed", "stopped")]
     if failed:
@@ -200,26 +204,27 @@ def check_file(output: Path) -> Path:
     return output
 
 
-def make_setting(tiny: bool) -> Setting:
+def make_setting(tiny: bool, device: str) -> Setting:
     steps = read_steps(str(CONFIGS))
     if not tiny:
         (sizes,) = parse(Assumptions, argv=["--config", str(CONFIGS / "plan.yaml")])
         student = shape_config("Qwen/Qwen3-Embedding-0.6B", layers=4, ffn=768)
-        return Setting("cuda", shape_config("Qwen/Qwen3-Embedding-8B"), student, steps, sizes, False)
+        return Setting(device, shape_config("Qwen/Qwen3-Embedding-8B"), student, steps, sizes, False)
     shape = {
         "vocab_size": 500, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
         "intermediate_size": 64, "max_position_embeddings": 64,
     }  # fmt: skip
     less = {
-        "per_device_train_batch_size": 4, "bf16": False, "dtype": "float32", "lora_rank": 4, "cache_chunk": 3,
-        "max_seq_length": 16, "pool": 32, "hard_negatives": 2, "batch_tokens": 64,
+        "per_device_train_batch_size": 4, "lora_rank": 4, "cache_chunk": 3, "max_seq_length": 16, "pool": 32,
+        "hard_negatives": 2, "batch_tokens": 64,
     }  # fmt: skip
+    less |= {} if device == "cuda" else {"bf16": False, "dtype": "float32"}
     steps = {name: {**step, **{key: less[key] for key in less.keys() & step.keys()}} for name, step in steps.items()}
     sizes = Assumptions(
         documents=200, queries=100, unlabelled=100, query_tokens=4, prompt_tokens=3, document_tokens=10, longest_query=8
     )
     return Setting(
-        "cpu", Qwen3Config(hidden_size=48, **shape), Qwen3Config(hidden_size=32, **shape), steps, sizes, True
+        device, Qwen3Config(hidden_size=48, **shape), Qwen3Config(hidden_size=32, **shape), steps, sizes, True
     )
 
 
@@ -231,7 +236,7 @@ def catalogue_queries() -> list[str]:
 
 
 def run_stages(
-    names: list[str], setting: Setting, minutes: float, result: dict[str, Any], write: Callable[[], None]
+    names: list[str], setting: tuple[bool, str], minutes: float, result: dict[str, Any], write: Callable[[], None]
 ) -> None:
     """Runs stages until the time is over; `result` is written after each figure."""
     over = perf_counter() + 60 * minutes
@@ -250,22 +255,28 @@ def run_stages(
         write()
 
 
-def run_stage(name: str, setting: Setting, limit: float, entry: dict[str, Any], write: Callable[[], None]) -> None:
+def run_stage(
+    name: str, setting: tuple[bool, str], limit: float, entry: dict[str, Any], write: Callable[[], None]
+) -> None:
     """One stage in a process of its own: one that fails, hangs or runs out of memory takes no other with it."""
-    # Forked: the imports are there. Nothing in this process has touched the GPU, which a fork would not survive.
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")  # a forked process cannot use a GPU that its parent has asked about
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=in_child, args=(name, setting, limit, theirs))
     began = perf_counter()
     process.start()
     theirs.close()
+    until = began + limit + IMPORTS_S
     try:
         while process.is_alive() or ours.poll():
-            if not ours.poll(max(0.0, began + limit - perf_counter())):
+            if not ours.poll(max(0.0, until - perf_counter())):
                 entry["status"] = "stopped"
                 entry["error"] = f"it was still running after {limit:.0f} s"
                 break
-            entry |= ours.recv()
+            found = ours.recv()
+            if found == READY:
+                until = perf_counter() + limit
+                continue
+            entry |= found
             write()
     except EOFError:  # the process ended
         process.join()
@@ -279,11 +290,11 @@ def run_stage(name: str, setting: Setting, limit: float, entry: dict[str, Any], 
     entry["seconds"] = perf_counter() - began
 
 
-def in_child(name: str, setting: Setting, limit: float, pipe: Any) -> None:
+def in_child(name: str, setting: tuple[bool, str], limit: float, pipe: Any) -> None:
     os.setsid()  # a group of its own
+    pipe.send(READY)
     try:
-        check_device(setting.device)
-        found = STAGES[name][0](setting, limit, lambda part: pipe.send(dict(part)))
+        found = STAGES[name][0](make_setting(*setting), limit, lambda part: pipe.send(dict(part)))
         pipe.send(found | {"status": "skipped" if "skipped" in found else "done"})
     except Exception as error:
         traceback.print_exc()
