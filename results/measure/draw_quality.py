@@ -93,8 +93,8 @@ def quality_over_latency(latency: Mapping[str, Any], report: Mapping[str, Any]) 
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="title">\n'
         f'<title id="title">nDCG@{report["k"]} over latency of one query: '
-        + ", ".join(f"{NAMES[name][0]} {value:.3f} in {ms:.2f} ms" for name, (ms, value) in points.items())
-        + f", BM25 {bm25:.3f}</title>\n<style>{STYLE}</style>\n"
+        + "; ".join(f"{NAMES[name][0]} {value:.3f} in {ms:.2f} ms" for name, (ms, value) in points.items())
+        + f"; BM25 {bm25:.3f}</title>\n<style>{STYLE}</style>\n"
         f'<rect class="card" x="1" y="1" width="{WIDTH - 2}" height="{HEIGHT - 2}" rx="12"/>\n{body}\n</svg>\n'
     )
 
