@@ -341,8 +341,8 @@ def bm25_run(
 
 
 def _bm25s() -> ModuleType:
-    """bm25s, without JAX: where that is installed, bm25s starts it as it is imported, to rank five numbers, and JAX takes
-    three quarters of a GPU's memory as it starts."""
+    """bm25s, without JAX: where that is installed, bm25s starts it when imported, to rank five numbers, and JAX takes
+    three quarters of a GPU's memory when it starts."""
     hidden = not {"bm25s", "jax"} & sys.modules.keys()
     if hidden:
         sys.modules["jax"] = None  # type: ignore[assignment]  # to import it is an ImportError, which bm25s expects
