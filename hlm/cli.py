@@ -172,9 +172,10 @@ def search(options: argparse.Namespace) -> None:
     catalogue = open_fitting(located_catalogue(options.index or options.vectors, kind), student, kind)
 
     from hlm.encoders import encode, load_encoder
-    from hlm.index import AdIndex
+    from hlm.faiss_index import AdIndex
+    from hlm.index import Index
 
-    index = catalogue if isinstance(catalogue, AdIndex) else AdIndex.build(catalogue, dim=student["dim"])
+    index = catalogue if isinstance(catalogue, Index) else AdIndex.build(catalogue, dim=student["dim"])
     (vector,) = encode(load_encoder(str(folder)), [options.query], prompt_name="query")
     scores, ids = index.search(vector, options.k)
     titles = read_titles(options.corpus, ids) if options.corpus else [""] * len(ids)

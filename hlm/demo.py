@@ -295,7 +295,8 @@ def load_demo(config: DemoConfig) -> Demo:
         HlmError: something is missing, or the index is of another teacher than the student's.
     """
     from hlm.data import load
-    from hlm.index import AdIndex
+    from hlm.faiss_index import AdIndex
+    from hlm.index import open_index
     from hlm.runtime import QueryEncoder
     from hlm.store import VectorStore
 
@@ -306,7 +307,7 @@ def load_demo(config: DemoConfig) -> Demo:
     data = load(source, revision=revision, splits=splits, skip_bad_rows=True)
     indexes: dict[str, Callable[[], Any]] = {}
     if config.index:
-        saved = AdIndex.load(config.place("index", "index"), expect_encoder=student.teacher)
+        saved = open_index(config.place("index", "index"), expect_encoder=student.teacher)
         indexes[f"{saved.factory}, {SAVED}"] = lambda: saved
         teacher_print, source_print = saved.encoder, saved.source
     else:

@@ -15,7 +15,7 @@ import pytrec_eval
 
 from hlm.artefacts import HlmError
 from hlm.data import Row, document_text
-from hlm.index import AdIndex
+from hlm.index import Index
 from hlm.words import count_words, terms
 
 Run = dict[str, dict[str, float]]
@@ -254,11 +254,11 @@ def slices(
     return result
 
 
-def dense_run(query_vectors: np.ndarray, index: AdIndex, query_ids: Sequence[str], k: int) -> Run:
+def dense_run(query_vectors: np.ndarray, index: Index, query_ids: Sequence[str], k: int) -> Run:
     """Searches `index` with float32 (n, dim) normalised vectors; scores are cosines.
 
     Raises:
-        HlmError: as many ids as vectors were expected, or what `AdIndex.search` refuses.
+        HlmError: as many ids as vectors were expected, or what `Index.search` refuses.
     """
     if len(query_ids) != len(query_vectors):
         raise HlmError(f"expected one id for each query vector, found {len(query_ids)} and {len(query_vectors)}")

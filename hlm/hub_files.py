@@ -16,13 +16,14 @@ from typing import Any
 
 from hlm.artefacts import MANIFEST, HlmError, read_manifest
 from hlm.hub_changes import CARD
+from hlm.index import ENGINES
 from hlm.integrity import known_fingerprint
 from hlm.redaction import machine_names, public, public_manifest, refuse_secrets
 
 RESULTS = ".eval_results/hlm.yaml"
 _TABLE = r"\.(jsonl|parquet|tsv|csv)"
 _STORE = rf"({re.escape(MANIFEST)}|vectors-\d+\.safetensors|ids-\d+\.parquet)"
-_INDEX = rf"({re.escape(MANIFEST)}|index\.faiss|ids\.parquet)"
+_INDEX = "|".join(map(re.escape, [MANIFEST, *(file for engine in ENGINES.values() for file in engine.files)]))
 ALLOWED = {
     "student": [
         re.escape(MANIFEST), r"(\d+_\w+/)?config\.json", r"\d+_\w+/model\.safetensors", r"modules\.json",
@@ -34,7 +35,7 @@ ALLOWED = {
     "teacher": [re.escape(MANIFEST), r"adapter_config\.json", r"adapter_model\.safetensors"],
     "dataset": [
         re.escape(MANIFEST), rf"(corpus|queries|unlabelled){_TABLE}", rf"qrels/(train|dev|test){_TABLE}",
-        rf"vectors/(corpus|queries)/{_STORE}", rf"index/{_INDEX}", r"reports/(report|latency)\.(json|png)",
+        rf"vectors/(corpus|queries)/{_STORE}", rf"index/({_INDEX})", r"reports/(report|latency)\.(json|png)",
     ],
     "space": [
         r"[\w-]+\.(py|json|txt|png|css|js)", "Dockerfile", r"hlm/([\w-]+/)*[\w.-]+\.(py|json|jinja)",
@@ -227,12 +228,12 @@ def _verify_adapter(folder: Path) -> dict[str, Any]:
 def _verify_dataset(folder: Path) -> None:
     """Tables are read and checked row by row, stores and index against their checksums, and all against each other."""
     from hlm.data import load
-    from hlm.index import AdIndex
+    from hlm.index import open_index
     from hlm.store import VectorStore
     from hlm.tables import find_table
 
     stores = {path.parent.name: VectorStore.open(path.parent) for path in sorted(folder.glob(f"vectors/*/{MANIFEST}"))}
-    index = AdIndex.load(folder / "index") if (folder / "index").is_dir() else None
+    index = open_index(folder / "index") if (folder / "index").is_dir() else None
     for store in stores.values():
         store.verify()
     made = {store.encoder for store in stores.values()} | ({index.encoder} if index else set())

@@ -12,7 +12,8 @@ import numpy as np
 from hlm.artefacts import MANIFEST, HlmError
 from hlm.data import RetrievalData
 from hlm.evaluation import dense_run, mean, per_query
-from hlm.index import AdIndex
+from hlm.faiss_index import AdIndex
+from hlm.index import Index
 from hlm.store import VectorStore
 
 Encode = Callable[[list[str]], np.ndarray]
@@ -127,7 +128,7 @@ def encode_all(name: str, encode: Encode, texts: Sequence[str], rows: int = 32) 
     return vectors
 
 
-def agreement(vectors: np.ndarray, others: np.ndarray, index: AdIndex | None = None, k: int = 10) -> dict[str, float]:
+def agreement(vectors: np.ndarray, others: np.ndarray, index: Index | None = None, k: int = 10) -> dict[str, float]:
     """How far two ways of running one model agree on the same queries.
 
     Args:

@@ -27,8 +27,8 @@ from hlm.config import parse, run_recipe
 from hlm.data import load
 from hlm.dev_retrieval import DevRetrieval
 from hlm.encoders import add_head, encode, fingerprint, load_encoder, prompt_of, save_encoder
+from hlm.faiss_index import AdIndex
 from hlm.gradcache import gather_with_gradient
-from hlm.index import AdIndex
 from hlm.losses import cosine_alignment, kernel_alignment, kl_distillation, l2_alignment, matryoshka
 from hlm.outputs import resolved
 from hlm.pruning import check_cascade, cut

@@ -30,8 +30,8 @@ from hlm.artefacts import MANIFEST, HlmError, check_output, read_manifest
 from hlm.config import check_processes, parse, run_recipe
 from hlm.data import document_text, load, query_text
 from hlm.encoders import encode, fingerprint, load_encoder
+from hlm.faiss_index import AdIndex
 from hlm.footprint import encoder_width
-from hlm.index import AdIndex
 from hlm.planner import check_dim
 from hlm.store import VectorStore, check_store_output, pending_shards, write_store
 

@@ -32,7 +32,7 @@ from hlm.config import closest, parse, read_section, run_recipe
 from hlm.data import RetrievalData, document_text, load
 from hlm.encoders import check_device, encode, find_encoder, fingerprint, load_encoder
 from hlm.evaluation import Run, bm25_run, check_judgements, dense_run, relevance_threshold
-from hlm.index import AdIndex
+from hlm.faiss_index import AdIndex
 from hlm.pruning import parameter_counts
 from hlm.report import STUDENTS, SYSTEMS, build_report, command_line, environment, format_table, plot
 from hlm.report_files import claimed_report

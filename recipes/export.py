@@ -18,7 +18,7 @@ from hlm.data import load
 from hlm.encoders import encode, fingerprint, load_encoder, save_encoder
 from hlm.evaluation import dense_run, mean, overlap
 from hlm.export import export_model
-from hlm.index import AdIndex
+from hlm.faiss_index import AdIndex
 from hlm.runtime import QueryEncoder
 from hlm.store import VectorStore
 from hlm.training import as_config, up_to_date

@@ -273,7 +273,7 @@ def differences(release: dict[str, Any], folders: dict[str, Path]) -> dict[str, 
     from hlm import QueryEncoder
     from hlm.data import load
     from hlm.encoders import encode, load_encoder
-    from hlm.index import AdIndex
+    from hlm.faiss_index import AdIndex
     from hlm.store import VectorStore
 
     def far(one: Any, other: Any) -> float:

@@ -43,7 +43,7 @@ from hlm.artefacts import HlmError, atomic_folder, read_manifest, write_json, wr
 from hlm.config import parse, run_recipe
 from hlm.data import load
 from hlm.encoders import load_encoder, resolve, save_encoder
-from hlm.index import AdIndex
+from hlm.faiss_index import AdIndex
 from hlm.machine import facts
 from hlm.report import align as aligned
 from hlm.report import command_line, environment

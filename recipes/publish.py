@@ -27,10 +27,10 @@ from hlm.card_facts import system_of
 from hlm.cards import dataset_card, eval_results, student_card, teacher_card
 from hlm.config import parse, run_recipe
 from hlm.data import load
+from hlm.faiss_index import AdIndex
 from hlm.hub import Published, link_files, publish_folder
 from hlm.hub_files import RESULTS, folder_files, own_file
 from hlm.hub_repository import Repository, collect
-from hlm.index import AdIndex
 from hlm.lineage import open_fitting, read_student, verify
 from hlm.store import VectorStore
 from hlm.tables import find_table, read_rows

@@ -23,8 +23,8 @@ from hlm.config import parse, run_recipe
 from hlm.data import load
 from hlm.dev_retrieval import DevRetrieval
 from hlm.encoders import encode, fingerprint, load_encoder, prompt_of, save_encoder
+from hlm.faiss_index import AdIndex
 from hlm.gradcache import gather_with_gradient, loss_of_chunks
-from hlm.index import AdIndex
 from hlm.losses import id_mask, l2_alignment, matryoshka, refinement_contrastive
 from hlm.mining import (
     gather_rows,

@@ -24,7 +24,7 @@ from hlm.config import parse, run_recipe
 from hlm.data import iterate, load
 from hlm.demo import ad_texts, is_synthetic, stored_teacher
 from hlm.demo_examples import choose_examples
-from hlm.index import AdIndex
+from hlm.faiss_index import AdIndex
 from hlm.lineage import open_fitting, read_student
 from hlm.runtime import QueryEncoder
 from hlm.store import VectorStore

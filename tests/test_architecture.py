@@ -25,7 +25,7 @@ LAYERS = [
     {"hub_repository", "hub_cache"},
     {"online_graph", "export", "backends", "word_cache", "student_files", "long_texts", "bulk", "runtime",
      "micro_batches", "mining",
-     "faiss_parts", "index",
+     "faiss_parts", "faiss_index", "index", "index_parts",
      "evaluation", "metric", "latency", "report", "latency_report", "budgets", "machine", "latency_floor",
      "latency_quality", "systems", "random_weights", "qwen_tokenizer", "canaries", "batches", "checkpoints",
      "dev_retrieval", "training_inputs"},

@@ -21,7 +21,7 @@ from hlm.config import parse, run_recipe
 from hlm.data import document_text, load
 from hlm.encoders import encode, fingerprint, load_encoder, save_encoder
 from hlm.evaluation import dense_run, mean, per_query
-from hlm.index import AdIndex
+from hlm.faiss_index import AdIndex
 from hlm.machine import Counters
 from hlm.pruning import parameter_counts, planned_parameters, prune
 from hlm.qwen_tokenizer import find_tokenizer, qwen_tokenizer

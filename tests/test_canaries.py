@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from hlm import canaries
 from hlm.artefacts import HlmError, fingerprint_file, read_manifest
 from hlm.encoders import encode, fingerprint, load_encoder, save_encoder
-from hlm.index import AdIndex
+from hlm.faiss_index import AdIndex
 from hlm.lineage import verify
 from hlm.store import VectorStore
 from recipes import embed

@@ -15,7 +15,7 @@ from hlm.artefacts import HlmError
 from hlm.cli import main
 from hlm.data import load
 from hlm.encoders import encode, fingerprint, load_encoder, save_encoder
-from hlm.index import AdIndex
+from hlm.faiss_index import AdIndex
 from hlm.store import VectorStore, write_store
 
 

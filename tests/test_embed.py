@@ -13,7 +13,7 @@ import pytest
 from hlm.artefacts import HlmError
 from hlm.data import document_text, load, query_text
 from hlm.encoders import encode, fingerprint, load_encoder
-from hlm.index import AdIndex
+from hlm.faiss_index import AdIndex
 from hlm.store import VectorStore
 from recipes import embed
 

@@ -23,7 +23,7 @@ from hlm.evaluation import (
     slices,
     tokenise,
 )
-from hlm.index import AdIndex
+from hlm.faiss_index import AdIndex
 from hlm.metric import RetrievalMetric
 from hlm.pruning import parameter_counts
 from hlm.report import SYSTEMS, build_report, environment, format_table, plot

@@ -16,10 +16,10 @@ from hlm import hub_changes, redaction
 from hlm.artefacts import HlmError, file_records, read_manifest
 from hlm.data import document_text, iterate, load
 from hlm.encoders import encode, fingerprint, load_encoder, save_encoder
+from hlm.faiss_index import AdIndex
 from hlm.hub import link_files, local_folder, publish_folder
 from hlm.hub_files import release_files
 from hlm.hub_repository import Repository, hub_errors
-from hlm.index import AdIndex
 from hlm.store import VectorStore, write_store
 
 SECRET = "hf_" + "abcdefghijklmnopqrstuvwxyz"

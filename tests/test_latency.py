@@ -13,7 +13,7 @@ from transformers import AutoConfig, BertConfig
 
 from hlm import latency, latency_floor, latency_report, machine
 from hlm.artefacts import HlmError
-from hlm.index import AdIndex
+from hlm.faiss_index import AdIndex
 from hlm.latency import derive, measure, ratios, summarise
 from hlm.latency_floor import Work, floor_of, measure_rates, work_of
 from hlm.latency_quality import agreement, agreements, quality, same_encoders

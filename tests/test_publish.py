@@ -156,7 +156,7 @@ from hlm import QueryEncoder, cli
 from hlm.data import load
 from hlm.encoders import encode, load_encoder
 from hlm.hub import local_folder
-from hlm.index import AdIndex
+from hlm.faiss_index import AdIndex
 from hlm.store import VectorStore
 
 home, base, texts, far = Path(sys.argv[1]), sys.argv[2], ["red shoe", "steel kettle 1 litre", "lamp"], {}

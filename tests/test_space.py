@@ -22,7 +22,7 @@ from hlm.data import iterate, load
 from hlm.demo import Demo, DemoConfig, clean, load_demo
 from hlm.demo_page import failure, results, shown, table
 from hlm.demo_plots import latency_charts, quality_charts
-from hlm.index import AdIndex
+from hlm.faiss_index import AdIndex
 from hlm.store import VectorStore
 
 gradio = pytest.importorskip("gradio", reason="the demo needs the extra 'space'")

@@ -17,7 +17,7 @@ from browser import SCRIPT, hostile_run, opening, serious
 from hlm.artefacts import HlmError
 from hlm.data import iterate, load
 from hlm.export import export
-from hlm.index import AdIndex
+from hlm.faiss_index import AdIndex
 from hlm.runtime import QueryEncoder
 from hlm.store import VectorStore
 
