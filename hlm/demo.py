@@ -13,13 +13,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from threading import Lock
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
 from hlm.artefacts import MANIFEST, HlmError, read_manifest
 from hlm.demo_examples import choose_examples
 from hlm.hub_cache import local_folder
+from hlm.report_files import read_latency, read_report
+from hlm.report_types import LatencyReport, Report
 from hlm.spelling import match_key, singular, words_of
 
 logger = logging.getLogger(__name__)
@@ -92,15 +94,15 @@ class DemoConfig:
             inside = f"vectors/{inside}"  # where a published dataset keeps its stores
         return local_folder(value, revision=self.revisions.get(name), repo_type=kind, subfolder=inside)
 
-    def read_report(self, name: str) -> dict[str, Any] | None:
-        """The run's "report" or "latency"; None where the settings name none, or what they name is not there."""
+    def read_report(self, name: Literal["report", "latency"]) -> Report | LatencyReport | None:
+        """The run's report; None where the settings name none, or what they name is not there or no report."""
         value = getattr(self, name)
         if value is None:
             return None
         try:
             path = Path(value) if value.endswith(".json") else self.place(name, "reports") / f"{name}.json"
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (HlmError, OSError, ValueError) as error:
+            return read_report(path) if name == "report" else read_latency(path)
+        except HlmError as error:
             logger.warning("%s is not shown: %s", name, error)
             return None
 

@@ -16,6 +16,7 @@ import pytrec_eval
 from hlm.artefacts import HlmError
 from hlm.data import Row, document_text
 from hlm.index import Index
+from hlm.report_types import Recovery
 from hlm.words import count_words, terms
 
 Run = dict[str, dict[str, float]]
@@ -135,7 +136,7 @@ def mean(scores: Scores) -> float:
     return float(np.mean(list(scores.values())))
 
 
-def recovery(student: Scores, teacher: Scores, *, samples: int = 10_000, seed: int = 0) -> dict[str, Any]:
+def recovery(student: Scores, teacher: Scores, *, samples: int = 10_000, seed: int = 0) -> Recovery:
     """How much of the teacher's metric the student keeps: the ratio of their means over the same queries.
 
     The interval is the percentile interval of the paired bootstrap (Efron and Tibshirani 1993, ch. 13): queries are
@@ -329,8 +330,8 @@ def bm25_run(
     del documents
     run = {}
     for query, text in queries:
-        words = [vocabulary[word] for word in tokenise(text, stem=stem) if word in vocabulary]
-        scores = engine.get_scores(words) if words else np.zeros(0, np.float32)
+        known = [vocabulary[word] for word in tokenise(text, stem=stem) if word in vocabulary]
+        scores = engine.get_scores(known) if known else np.zeros(0, np.float32)
         rows = np.flatnonzero(scores > 0)
         if len(rows) > k:
             rows = rows[np.argpartition(-scores[rows], k - 1)[:k]]

@@ -66,15 +66,13 @@ def read_facts(folder: Path, engine: str, expect_encoder: str | None = None) -> 
 
 def write_facts(folder: Path, index: Index, **settings: Any) -> None:
     """Writes the manifest of an index, the last of its files; `settings` are the engine's own."""
+    facts: dict[str, Any] = {"engine": index.engine, "dim": index.dim, "count": len(index)}
     write_manifest(
         folder,
         KIND,
         inputs={"encoder": index.encoder, "source": index.source},
         config={"factory": index.factory, **settings},
-        engine=index.engine,
-        dim=index.dim,
-        count=len(index),
-        **({"canaries": index.canaries} if index.canaries else {}),
+        **facts | ({"canaries": index.canaries} if index.canaries else {}),
     )
 
 

@@ -26,7 +26,6 @@ from hlm.artefacts import (
     fingerprint_json,
     fingerprint_texts,
     read_manifest,
-    write_json,
 )
 from hlm.config import closest, parse, read_section, run_recipe
 from hlm.data import RetrievalData, document_text, load
@@ -35,7 +34,8 @@ from hlm.evaluation import Run, bm25_run, check_judgements, dense_run, relevance
 from hlm.faiss_index import AdIndex
 from hlm.pruning import parameter_counts
 from hlm.report import STUDENTS, SYSTEMS, build_report, command_line, environment, format_table, plot
-from hlm.report_files import claimed_report
+from hlm.report_files import claimed_report, write_report
+from hlm.report_types import Report
 from hlm.store import VectorStore, write_store
 from hlm.training_inputs import check_student
 
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def evaluate(
     config: EvaluateConfig, systems: dict[str, System | None], stores: dict[str, VectorStore], command: str
-) -> dict[str, Any]:
+) -> Report:
     """Searches with every system and writes the report's files."""
     data = load(config.data, revision=config.revision, splits=(config.split,), skip_bad_rows=config.skip_bad_rows)
     queries, qrels = data.split_queries(config.split), data.qrels[config.split]
@@ -132,10 +132,10 @@ def evaluate(
         incomplete=config.incomplete,
         samples=config.bootstrap_samples,
         seed=config.bootstrap_seed,
-        environment=environment(command) | {"encoders": encoders, "corpus": data.fingerprint("corpus")},
+        environment={**environment(command), "encoders": encoders, "corpus": data.fingerprint("corpus")},
     )
     output = Path(config.output)
-    write_json(output / "report.json", report)  # first: it says that the files beside it are HLM's
+    write_report(output, report)  # first: it says that the files beside it are HLM's
     write_parquet(output / "per_query.parquet", scores)
     plot(report, output / "report.png")
     return report

@@ -15,7 +15,7 @@ LAYERS = [
     {"integrity"},
     {"artefacts"},
     {"texts", "forks"},
-    {"fields"},
+    {"fields", "report_types"},
     {"endings", "processes", "report_files"},
     {"config", "data", "gradcache", "hub_changes", "keywords", "losses", "readers", "redaction",
      "sample_catalogue", "sample_vocabulary", "sources", "spelling", "store", "store_writer", "tables", "words"},
