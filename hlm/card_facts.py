@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from hlm import latency_report
 from hlm.artefacts import MANIFEST, HlmError, read_manifest
-from hlm.redaction import public, public_manifest
+from hlm.redaction import portable, public, public_manifest
 from hlm.report import SYSTEMS
 from hlm.report_types import LatencyReport, Recovery, Report
 
@@ -76,7 +75,7 @@ def _steps(folder: Path) -> Iterator[dict[str, Any]]:
                 "step": _step_name(kind, config),
                 "encoder": manifest["encoder"],
                 "inputs": public(inputs),
-                "settings": json.dumps(_settings(config), ensure_ascii=False),
+                "settings": json.dumps(portable(config), ensure_ascii=False),
                 "backbone": config.get("backbone"),
             }
         if before is None or before not in (inputs.get("student"), inputs.get("teacher"), manifest["encoder"]):
@@ -89,16 +88,6 @@ def _step_name(kind: str, config: dict[str, Any]) -> str:
         return "teacher"
     marks = (("hard_negatives", "refinement"), ("cascade", "alignment"), ("layers", "pruning"))
     return next((name for mark, name in marks if mark in config), "student")
-
-
-def _settings(config: Any) -> Any:
-    """Settings without paths, tokens and empty values."""
-    if isinstance(config, dict):
-        kept = {key: _settings(value) for key, value in config.items() if "token" not in key or "batch" in key}
-        return {key: value for key, value in kept.items() if value not in (None, {}, [], "")}
-    if isinstance(config, list):
-        return [_settings(value) for value in config]
-    return None if isinstance(config, str) and re.search(r"[/\\:]", config) else config
 
 
 def system_of(report: Report | None, encoder: str, usual: str) -> str | None:
@@ -212,7 +201,7 @@ def dataset_facts(folder: str | Path) -> dict[str, Any]:
     rows = stores["corpus"]["rows"] if "corpus" in stores else (manifest.get("config") or {}).get("ads")
     return {
         "manifest": manifest,
-        "made_settings": json.dumps(_settings(manifest.get("config") or {}), ensure_ascii=False),
+        "made_settings": json.dumps(portable(manifest.get("config") or {}), ensure_ascii=False),
         "configs": configs,
         "stores": {name: store | {"fingerprint_of_texts": store["inputs"]["source"]} for name, store in stores.items()},
         "index": index,

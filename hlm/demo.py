@@ -20,6 +20,7 @@ import numpy as np
 from hlm.artefacts import MANIFEST, HlmError, read_manifest
 from hlm.demo_examples import choose_examples
 from hlm.hub_cache import local_folder
+from hlm.redaction import public
 from hlm.report_files import read_latency, read_report
 from hlm.report_types import LatencyReport, Report
 from hlm.spelling import match_key, singular, words_of
@@ -321,18 +322,18 @@ def load_demo(config: DemoConfig) -> Demo:
     live = config.teacher is not None
     if live:
         teach = _live_teacher(config.place("teacher"), teacher_print, student.dim)
-        said = f"{_told(config.teacher)}, run on every query"
+        said = f"{public(config.teacher)}, run on every query"
     else:
         queries = VectorStore.open(config.place("vectors", "queries"))
         queries.check(encoder=teacher_print)
         teach = stored_teacher(queries, data.queries, student.dim)
         said = f"not run here: its stored vectors of {len(queries):,} queries are read"
     facts = [
-        ("Student", f"{_told(config.chosen('student'))}, {student.backend} {student.precision}, width {student.dim}"),
+        ("Student", f"{public(config.chosen('student'))}, {student.backend} {student.precision}, width {student.dim}"),
         ("Student's fingerprint", student.fingerprint or "none"),
         ("Teacher", said),
         ("Teacher's fingerprint", f"{teacher_print}, the same in the student and in the vectors"),
-        ("Catalogue", f"{_told(config.data)}, {data.corpus.num_rows:,} ads"),
+        ("Catalogue", f"{public(config.data)}, {data.corpus.num_rows:,} ads"),
         ("Fingerprint of the ads' texts", source_print),
         ("Indexes", ", ".join(indexes)),
         *((f"Revision of {name}", revision) for name, revision in config.revisions.items()),
@@ -350,11 +351,6 @@ def load_demo(config: DemoConfig) -> Demo:
         demo.examples = choose_examples(data, encode_student, teach, demo.index())
     demo.compare(demo.examples[1][0])  # the first call of a model is its slowest
     return demo
-
-
-def _told(place: str) -> str:
-    """A Hub id or a relative folder as it is written; where else a folder lies is no visitor's business."""
-    return Path(place).name if Path(place).is_absolute() else place
 
 
 def _live_teacher(folder: Path, fingerprint: str, dim: int) -> Callable[[str], np.ndarray]:

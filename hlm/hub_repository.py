@@ -277,7 +277,9 @@ def hub_errors(what: str) -> Iterator[None]:
     except HlmError:
         raise
     except tuple(kinds) as error:
-        raise HlmError(f"{what} ({_redacted(_reason(error))}); {_remedy(error)}") from error
+        from hlm.redaction import public_error
+
+        raise HlmError(f"{what} ({public_error(_reason(error))}); {_remedy(error)}") from error
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -320,13 +322,3 @@ def _remedy(error: BaseException) -> str:
     if type(error).__name__ == "LocalTokenNotFoundError":
         return REMEDIES[401]
     return f"check the connection, then {AGAIN}"
-
-
-def _redacted(text: str) -> str:
-    """Without tokens, and without the queries of addresses, which carry signatures."""
-    from huggingface_hub import get_token
-
-    from hlm.redaction import HIDDEN, without_secrets
-
-    text = re.sub(r"(https?://[^\s?]+)\?\S+", r"\1?...", without_secrets(text))
-    return text.replace(token, HIDDEN) if (token := get_token()) else text

@@ -35,6 +35,7 @@ from hlm.evaluation import (
     slices,
 )
 from hlm.machine import cores
+from hlm.redaction import without_secret_options
 from hlm.report_types import Environment, Recovery, Report
 
 # Rows of every table, in this order. Students search the teacher's index with a query encoder of their own.
@@ -274,8 +275,8 @@ def _plot_recovery(axis: Any, report: Report, students: list[str]) -> None:
 
 
 def command_line(script: str, argv: Sequence[str] | None) -> str:
-    """The command that `main(argv)` of a recipe stands for, as a shell reads it."""
-    return shlex.join([script, *(sys.argv[1:] if argv is None else argv)])
+    """The command that `main(argv)` of a recipe stands for, as a shell reads it; secrets are struck out."""
+    return shlex.join(without_secret_options([script, *(sys.argv[1:] if argv is None else argv)]))
 
 
 def environment(command: str) -> Environment:
