@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hlm import __version__
-from hlm.artefacts import HlmError
+from hlm.errors import FULL_DISK, HlmError
 from hlm.hub_changes import ATTRIBUTES, CARD, RECORD, Changes, compare, foreign, make_record, same_content
 
 # huggingface_hub is imported where it is used: a folder is found without it.
@@ -310,8 +309,7 @@ def _status(error: BaseException) -> tuple[int | None, BaseException | None]:
 def _remedy(error: BaseException) -> str:
     status, _ = _status(error)
     text = " ".join(str(cause) for cause in _chain(error))
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if any(isinstance(cause, OSError) and cause.errno in full for cause in _chain(error)) or "No space" in text:
+    if any(isinstance(cause, OSError) and cause.errno in FULL_DISK for cause in _chain(error)) or "No space" in text:
         return f"free some space on the disk, then {AGAIN}"
     if status in REMEDIES:
         return REMEDIES[status]
