@@ -124,7 +124,7 @@ class NewWords(TypedDict):
 
 
 class Floor(TypedDict):
-    """A system's figures over what its machine allows; see `hlm.latency_floor.floor_of`."""
+    """A system's figures over what its machine allows; see `hlm.benchmark.floor.floor_of`."""
 
     weight_mib: float
     tokens: float

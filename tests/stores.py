@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from hlm.artefacts import fingerprint_file
-from hlm.store import VectorStore, write_store
+from hlm.vectors.store import VectorStore, write_store
 
 
 def make_store(folder, vectors, *, ids=None, encoder="teacher-a", shard_rows=700):

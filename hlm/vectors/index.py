@@ -1,0 +1,135 @@
+"""What an ad index is, whichever engine searches it, and `open_index`, which opens what any of them saved.
+
+An index holds the teacher's document vectors and the catalogue's own ids. Scores are inner products of L2-normalised
+vectors, that is cosines. The index remembers which encoder made its vectors; a query encoder that was not aligned to
+that encoder must not be searched against it.
+
+An engine is a module with a subclass of `Index` and a line in `ENGINES`; `hlm.vectors.index_parts` has what engines share.
+"""
+
+from __future__ import annotations
+
+import abc
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+
+from hlm.artefacts import MANIFEST, HlmError, read_manifest
+from hlm.fields import optional
+from hlm.integrity import read_steadily
+
+# NumPy, PyArrow and FAISS come with the engine: what may be published is known without them.
+if TYPE_CHECKING:
+    import numpy as np
+
+    from hlm.vectors.store import VectorStore
+
+KIND = "index"
+
+
+class Engine(NamedTuple):
+    """Where an engine's class is, and the files that it writes beside `hlm.json`: no others are published."""
+
+    module: str
+    name: str
+    files: tuple[str, ...]
+
+
+ENGINES = {"faiss": Engine("hlm.vectors.faiss_index", "AdIndex", ("index.faiss", "ids.parquet"))}
+OLDEST = "faiss"  # the engine of indexes whose manifests name none
+
+
+class Index(abc.ABC):
+    """Maximum-inner-product search over a catalogue.
+
+    Attributes:
+        engine: its name in `ENGINES` and in `hlm.json`.
+        encoder: fingerprint of the encoder that made the vectors, the teacher.
+        source: fingerprint of the texts behind them.
+        factory: what was built, in the engine's own words, e.g. FAISS's factory string "Flat".
+        canaries: the teacher's vectors of fixed queries (`hlm.vectors.canaries`), from the store; None where it had none.
+    """
+
+    engine: ClassVar[str]
+    encoder: str
+    source: str
+    factory: str
+    canaries: dict[str, Any] | None
+
+    @property
+    @abc.abstractmethod
+    def dim(self) -> int:
+        """Width of the vectors."""
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """How many documents there are."""
+
+    @classmethod
+    @abc.abstractmethod
+    def build(cls, store: VectorStore, factory: str, *, dim: int | None = None) -> Self:
+        """Builds an index over a store's vectors; with `dim` over their first components, normalised again."""
+
+    @abc.abstractmethod
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, list[list[str]] | list[str]]:
+        """The `k` documents with the largest inner product for each query. Safe to call from several threads.
+
+        Args:
+            queries: float32 (n, dim), or (dim,) for one query, L2-normalised, of the encoder that made the index or one
+                aligned to it.
+            k: documents for each query; at most as many as there are come back.
+
+        Returns:
+            scores: float32 (n, min(k, len(index))), cosines in descending order; for one query (min(k, len(index)),).
+            ids: n lists of document ids; for one query one list. An approximate index can find fewer than k: then the
+                list is shorter and the scores past its end are -inf.
+
+        Raises:
+            HlmError: another width, values that are not finite or not normalised, or a k below 1.
+        """
+
+    @abc.abstractmethod
+    def save(self, folder: str | Path) -> None:
+        """Writes the engine's files and `hlm.json` (kind "index"); an older index is replaced whole.
+
+        Raises:
+            HlmError: `folder` holds something else, another process writes there, or it cannot be written.
+        """
+
+    @classmethod
+    @abc.abstractmethod
+    def load(cls, folder: str | Path, *, expect_encoder: str | None = None) -> Self:
+        """Reads what `save` of this engine wrote; see `open_index`."""
+
+
+def open_index(folder: str | Path, *, expect_encoder: str | None = None) -> Index:
+    """Opens a saved index with the engine that its manifest names.
+
+    Args:
+        folder: what `Index.save` wrote.
+        expect_encoder: fingerprint of the encoder that the queries' encoder was aligned to.
+
+    Raises:
+        HlmError: no index there, one of an engine that this version does not know, one of another encoder, or files
+            that are missing, cut short or changed.
+    """
+    where = Path(folder) / MANIFEST
+    engine = ENGINES[read_steadily(folder, lambda: engine_of(read_manifest(folder, KIND), where))]
+    opened: type[Index] = getattr(importlib.import_module(engine.module), engine.name)
+    return opened.load(folder, expect_encoder=expect_encoder)
+
+
+def engine_of(manifest: Mapping[str, Any], where: Path) -> str:
+    """The engine that the manifest of an index names.
+
+    Raises:
+        HlmError: this version does not know it.
+    """
+    name = optional(manifest, str, "engine", where=where) or OLDEST
+    if name not in ENGINES:
+        raise HlmError(
+            f"{where}: expected an index of the engine {' or '.join(ENGINES)}, found one of '{name}'; use the version "
+            "of HLM that wrote it, or build the index again"
+        )
+    return name

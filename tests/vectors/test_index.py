@@ -1,0 +1,127 @@
+"""What an ad index is: a second engine goes wherever FAISS goes, and the manifest says which one it is."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from stores import clustered, make_store, rewrite
+
+from hlm.artefacts import HlmError, atomic_folder
+from hlm.evaluation.metrics import dense_run
+from hlm.publishing.files import release_files
+from hlm.vectors import index_parts
+from hlm.vectors.faiss_index import AdIndex
+from hlm.vectors.index import ENGINES, Engine, Index, open_index
+from hlm.vectors.lineage import open_fitting
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("index") / "store", clustered(3000))
+
+
+@pytest.fixture(scope="module")
+def queries():
+    return clustered(3064)[3000:]
+
+
+@pytest.fixture
+def saved(store, tmp_path):
+    AdIndex.build(store).save(tmp_path / "index")
+    return tmp_path / "index"
+
+
+class ArrayIndex(Index):
+    """A second engine: all vectors in one NumPy array."""
+
+    engine = "array"
+    factory = "float32"
+
+    def __init__(self, vectors, ids, *, encoder, source, canaries=None):
+        self.vectors, self.ids = vectors, ids
+        self.encoder, self.source, self.canaries = encoder, source, canaries
+
+    @property
+    def dim(self):
+        return self.vectors.shape[1]
+
+    def __len__(self):
+        return len(self.vectors)
+
+    @classmethod
+    def build(cls, store, factory="float32", *, dim=None):
+        width = dim or store.dim
+        blocks = [index_parts.normalised(block, width, first_row=row) for row, block in store.iter_blocks()]
+        ids = index_parts.checked_ids(store.ids)
+        return cls(np.concatenate(blocks), ids, encoder=store.encoder, source=store.source, canaries=store.canaries)
+
+    def search(self, queries, k):
+        products = index_parts.checked_queries(queries, self.dim) @ self.vectors.T
+        rows = np.argsort(-products, axis=1, kind="stable")[:, :k]
+        scores = np.take_along_axis(products, rows, 1)
+        ids = [self.ids.take(pa.array(row)).to_pylist() for row in rows]
+        return (scores, ids) if np.ndim(queries) == 2 else (scores[0], ids[0])
+
+    def save(self, folder):
+        with atomic_folder(folder, "index") as aside:
+            np.save(aside / "vectors.npy", self.vectors)
+            pq.write_table(pa.table({"_id": self.ids}), aside / "ids.parquet")
+            index_parts.write_facts(aside, self)
+
+    @classmethod
+    def load(cls, folder, *, expect_encoder=None):
+        facts = index_parts.read_facts(folder, cls.engine, expect_encoder)
+        ids = index_parts.read_index_ids(folder / "ids.parquet", facts.count)
+        vectors = np.load(folder / "vectors.npy", allow_pickle=False)
+        return cls(vectors, ids, encoder=facts.encoder, source=facts.source, canaries=facts.canaries)
+
+
+@pytest.fixture
+def second_engine(monkeypatch):
+    files = ("vectors.npy", "ids.parquet")
+    monkeypatch.setitem(ENGINES, "array", Engine(__name__, ArrayIndex.__name__, files))
+
+
+def test_another_engine_is_opened_by_its_manifest_and_answers_as_faiss_does(second_engine, store, queries, tmp_path):
+    ArrayIndex.build(store).save(tmp_path / "array")
+    AdIndex.build(store).save(tmp_path / "faiss")
+    ours, theirs = open_index(tmp_path / "array", expect_encoder="teacher-a"), open_index(tmp_path / "faiss")
+    assert (type(ours).__name__, type(theirs)) == ("ArrayIndex", AdIndex)
+    names = [str(row) for row in range(len(queries))]
+    mine, other = (dense_run(queries, index, names, 10) for index in (ours, theirs))
+    assert {name: list(found) for name, found in mine.items()} == {name: list(found) for name, found in other.items()}
+    assert ours.search(queries[0], 3)[1] == theirs.search(queries[0], 3)[1]
+    student = {"inputs": {"teacher": "teacher-a"}, "dim": 32}
+    assert len(open_fitting(tmp_path / "array", student)) == 3000
+    with pytest.raises(HlmError, match="teacher-b.*teacher-a"):
+        open_index(tmp_path / "array", expect_encoder="teacher-b")
+    with pytest.raises(HlmError, match="expected an index of the engine 'faiss'.*'array'; use open_index"):
+        AdIndex.load(tmp_path / "array")
+    (tmp_path / "array/vectors.npy").write_bytes(b"")
+    with pytest.raises(HlmError, match="vectors.npy.*cut short"):
+        open_index(tmp_path / "array")
+
+
+def test_the_files_of_an_engine_are_published_and_no_others(store, tmp_path):
+    (tmp_path / "dataset").mkdir()
+    AdIndex.build(store).save(tmp_path / "dataset/index")
+    files = {f"index/{name}" for name in ("hlm.json", *ENGINES["faiss"].files)}
+    assert set(release_files(tmp_path / "dataset", "dataset")) == files
+    (tmp_path / "dataset/index/vectors.npy").touch()
+    with pytest.raises(HlmError, match="only the documented files of a dataset, found 'index/vectors.npy'"):
+        release_files(tmp_path / "dataset", "dataset")
+
+
+def test_an_unknown_engine_is_refused_and_an_older_index_is_of_faiss(saved):
+    assert json.loads((saved / "hlm.json").read_text())["engine"] == "faiss"
+    rewrite(saved, lambda manifest: manifest.pop("engine"))
+    assert type(open_index(saved)) is AdIndex
+    for name in ("glow", "FAISS"):
+        rewrite(saved, lambda manifest, name=name: manifest.update(engine=name))
+        with pytest.raises(HlmError, match=f"expected an index of the engine faiss, found one of '{name}'; use the"):
+            open_index(saved)
+    rewrite(saved, lambda manifest: manifest.update(engine=7))
+    with pytest.raises(HlmError, match="a text as 'engine', found int 7"):
+        open_index(saved)
