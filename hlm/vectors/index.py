@@ -4,7 +4,7 @@ An index holds the teacher's document vectors and the catalogue's own ids. Score
 vectors, that is cosines. The index remembers which encoder made its vectors; a query encoder that was not aligned to
 that encoder must not be searched against it.
 
-An engine is a module with a subclass of `Index` and a line in `ENGINES`; `hlm.vectors.index_parts` has what engines share.
+An engine is a module with a subclass of `Index` and a line in `ENGINES`; `index_parts.py` has what engines share.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Index(abc.ABC):
         encoder: fingerprint of the encoder that made the vectors, the teacher.
         source: fingerprint of the texts behind them.
         factory: what was built, in the engine's own words, e.g. FAISS's factory string "Flat".
-        canaries: the teacher's vectors of fixed queries (`hlm.vectors.canaries`), from the store; None where it had none.
+        canaries: the teacher's vectors of fixed queries (`canaries.py`), from the store; None where it had none.
     """
 
     engine: ClassVar[str]

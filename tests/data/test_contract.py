@@ -125,7 +125,8 @@ def test_fingerprint_follows_what_encoders_read(folder, read):
 
 def test_a_table_is_read_once_for_its_fingerprint(folder, read, monkeypatch):
     given, asked = read(folder, splits=("test",)), []
-    monkeypatch.setattr("hlm.data.contract.fingerprint_texts", lambda texts: asked.append(1) or fingerprint_texts(texts))
+    taken = "hlm.data.contract.fingerprint_texts"
+    monkeypatch.setattr(taken, lambda texts: asked.append(1) or fingerprint_texts(texts))
     parts = ("corpus", "queries", "qrels/test")
     assert [[given.fingerprint(part) for part in parts] for _ in range(3)] == [
         ["4c1236eca2d65712", "aa9e525ffcb0e79c", "9060c550cb9da04a"]
