@@ -205,9 +205,10 @@ def search(options: argparse.Namespace) -> None:
     catalogue = open_fitting(located_catalogue(options.index or options.vectors, kind), student, kind)
 
     from hlm.encoders.loading import encode, load_encoder
-    from hlm.vectors.index import AdIndex
+    from hlm.vectors.faiss_index import AdIndex
+    from hlm.vectors.index import Index
 
-    index = catalogue if isinstance(catalogue, AdIndex) else AdIndex.build(catalogue, dim=student["dim"])
+    index = catalogue if isinstance(catalogue, Index) else AdIndex.build(catalogue, dim=student["dim"])
     (vector,) = encode(load_encoder(str(folder)), [options.query], prompt_name="query")
     scores, ids = index.search(vector, options.k)
     titles = read_titles(options.corpus, ids) if options.corpus else [""] * len(ids)
@@ -244,13 +245,14 @@ def card(options: argparse.Namespace) -> None:
     kind = optional(read_json(found), str, "kind", where=found) if found.is_file() else None
 
     from hlm.publishing.cards import dataset_card, student_card, teacher_card
+    from hlm.report_files import read_latency, read_report
 
     write = {"student": student_card, "teacher": teacher_card}.get(kind, dataset_card)
     name = re.sub(r"[^A-Za-z0-9]+", "-", folder.resolve().name).strip("-") or "artefact"
     about = {
         "repo_id": options.repo_id or f"local/{name}",
-        "report": read_json(Path(options.report)) if options.report else None,
-        "latency": read_json(Path(options.latency)) if options.latency else None,
+        "report": read_report(options.report) if options.report else None,
+        "latency": read_latency(options.latency) if options.latency else None,
     }
     names = ("teacher_repo", "student_repo", "dataset_repo", "base_model", "licence", "language", "command", "commit")
     show(write(folder, **about, **{name: getattr(options, name) for name in names}))

@@ -16,7 +16,7 @@ from hlm.cli import main
 from hlm.data.contract import load
 from hlm.encoders.loading import encode, fingerprint, load_encoder, save_encoder
 from hlm.vectors import canaries
-from hlm.vectors.index import AdIndex
+from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.store import VectorStore, write_store
 
 

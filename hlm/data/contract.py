@@ -11,7 +11,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,30 +49,34 @@ class RetrievalData:
     queries: datasets.Dataset
     qrels: dict[str, Qrels]
     unlabelled: datasets.Dataset | None = None
+    # Of the tables, which cannot change; judgements can.
+    _fingerprints: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def fingerprint(self, part: str) -> str:
         """16 hex digits over what the encoders read of `part`: "corpus", "queries", "unlabelled" or "qrels/train" ...
 
-        Ids, texts and `oracle` count, file format and further columns do not; row order does, except in qrels.
+        Ids, texts and `oracle` count, file format and further columns do not; row order does, except in qrels. A table
+        is read for it once, however often it is asked for.
         """
         if part.startswith("qrels/"):
             qrels = self.qrels[part.removeprefix("qrels/")]
             return fingerprint_texts(
-                field
+                value
                 for query_id in sorted(qrels)
                 for document_id, grade in sorted(qrels[query_id].items())
-                for field in (query_id, document_id, str(grade))
+                for value in (query_id, document_id, str(grade))
             )
         if part not in TEXTS:
             raise HlmError(f"expected one of {', '.join(TEXTS)} or qrels/<split>, found '{part}'")
         dataset = getattr(self, part)
         if dataset is None:
             raise HlmError(f"{self.source} has no '{part}' table; add {part}.jsonl or another source")
-        columns = [c for c in ("_id", "title", "text", "oracle") if c in dataset.column_names]
-        rows = progress(
-            iterate(dataset.select_columns(columns)), what=f"fingerprint {part}", unit="row", total=len(dataset)
-        )
-        return fingerprint_texts(field for row in rows for field in _encoder_fields(row))
+        if part not in self._fingerprints:
+            columns = [c for c in ("_id", "title", "text", "oracle") if c in dataset.column_names]
+            table = iterate(dataset.select_columns(columns))
+            rows = progress(table, what=f"fingerprint {part}", unit="row", total=len(dataset))
+            self._fingerprints[part] = fingerprint_texts(value for row in rows for value in _encoder_fields(row))
+        return self._fingerprints[part]
 
     def split_queries(self, split: str, *, oracle: bool = False) -> list[tuple[str, str]]:
         """(query id, query text) of the queries that have a judgement in `split`, in file order."""

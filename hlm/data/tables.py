@@ -6,13 +6,9 @@ corpus never becomes a Python list. What is read of which file is in `hlm/data/r
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import logging
 import math
-import os
-import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +21,7 @@ import regex
 
 from hlm.artefacts import HlmError, fingerprint_json
 from hlm.data.readers import COMPRESSIONS, SUFFIXES, TREC, Row, is_read, read_rows, suffix_of
+from hlm.outputs import make_once
 from hlm.progress import progress
 
 __all__ = ["SUFFIXES", "TEXTS", "Row", "Table", "checked_dataset", "find_table", "identifier", "read_rows"]
@@ -97,10 +94,13 @@ def checked_dataset(table: Table, part: str, cache: Path, *, skip_bad_rows: bool
     try:
         if not path.is_file():
             columns, left_out = _check_rows(table, part, skip_bad_rows)
-            with _written_aside(path) as aside:
+
+            def write(aside: Path) -> None:
                 _write_arrow(table, part, columns, left_out, aside)
                 if part != "unlabelled":
                     _refuse_duplicates(table, aside)
+
+            make_once(path, write, path.is_file)
             logger.info("checked %s", table.name)
         with pa.memory_map(str(path)) as stored:
             left_out = int((pa.ipc.open_stream(stored).schema.metadata or {}).get(_LEFT_OUT, 0))
@@ -112,26 +112,6 @@ def checked_dataset(table: Table, part: str, cache: Path, *, skip_bad_rows: bool
     if left_out:
         logger.warning("%s: left out %d %s without %s", table.name, left_out, _ROWS[part], " and ".join(TEXTS[part]))
     return datasets.Dataset.from_file(str(path))
-
-
-@contextlib.contextmanager
-def _written_aside(path: Path) -> Iterator[Path]:
-    """Yields a file to write to, which takes the name `path` at the end. It is locked while its process lives, so
-    that what killed processes left can be told and removed here."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(".*.partial"):
-        with contextlib.suppress(OSError), open(leftover, "rb") as file:  # OSError: gone, or of a living process
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            leftover.unlink()
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    with open(aside, "xb") as held:
-        with contextlib.suppress(OSError):  # a file system without locks: then nobody can lock it to remove it either
-            fcntl.flock(held, fcntl.LOCK_EX)
-        try:
-            yield aside
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
 
 
 def identifier(value: Any, where: str) -> str:

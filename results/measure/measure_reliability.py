@@ -48,7 +48,7 @@ from hlm.evaluation.report import command_line, environment
 from hlm.machine import facts
 from hlm.progress import progress
 from hlm.report_files import claimed_report
-from hlm.vectors.index import AdIndex
+from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.store import VectorStore, write_store
 
 logger = logging.getLogger(__name__)

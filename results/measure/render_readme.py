@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hlm.artefacts import write_json
 from hlm.benchmark import report as latency_report
 from hlm.evaluation.report import undefined
+from hlm.report_files import checked_report, read_latency
+from hlm.report_types import LatencyReport, Recovery, Report
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -38,7 +41,7 @@ LATENCY = {
 }
 
 
-def table(report: dict[str, Any], columns: list[str]) -> str:
+def table(report: Report, columns: list[str]) -> str:
     """One report as Markdown: a row a system, with these columns where it has them."""
     columns = [name for name in columns if any(name in row for row in report["systems"].values())]
     rows = []
@@ -47,22 +50,22 @@ def table(report: dict[str, Any], columns: list[str]) -> str:
         size = "-"
         if row["params_total"]:
             size = f"{row['params_total'] / 1e6:.1f}M ({row['params_non_embedding'] / 1e6:.1f}M)"
-        kept = report.get("recovery_by_system", {}).get(name, {}).get("ndcg@10")
+        kept = report["recovery_by_system"].get(name, {}).get("ndcg@10")
         rows.append([name, *cells, percent(kept) if kept else "-", size])
     return markdown(["system", *columns, "recovery of ndcg@10", "parameters (without embeddings)"], rows)
 
 
-def summary(report: dict[str, Any]) -> str:
+def summary(report: Report) -> str:
     """Recovery and overlap of the refined student."""
     found = [f"{metric} {percent(report['recovery'][metric])}" for metric in RECOVERED if metric in report["recovery"]]
     lines = ["Recovery of the student: " + ", ".join(found) + "."] if found else []
     lines += [f"{line}." for line in undefined(report)]
-    if report.get("overlap@10") is not None:
-        lines.append(f"Of the student's ten best ads, {report['overlap@10']:.1%} are among the teacher's ten.")
+    if (overlap := report["systems"].get("student", {}).get("overlap@10")) is not None:
+        lines.append(f"Of the student's ten best ads, {overlap:.1%} are among the teacher's ten.")
     return "\n\n".join(lines)
 
 
-def percent(recovery: dict[str, Any]) -> str:
+def percent(recovery: Recovery) -> str:
     if recovery["value"] is None:
         return "-"
     interval = f"{recovery['ci95'][0]:.1%} to {recovery['ci95'][1]:.1%}" if recovery["ci95"] else "no interval"
@@ -72,10 +75,14 @@ def percent(recovery: dict[str, Any]) -> str:
 def block() -> str:
     parts = []
     for name, title in TITLES.items():
-        if (results := read(name)) is not None:
-            parts += [f"### {title}", table(results["report"], SHORT[name]), timing(results)]
-        if (latency := read(f"latency-{name}")) is not None:
-            parts.append(latency_table(latency, SHORT_LATENCY))
+        path = ROOT / "results" / f"{name}.json"
+        if path.is_file():
+            results = json.loads(path.read_text())
+            report = checked_report(results["report"], path)
+            parts += [f"### {title}", table(report, SHORT[name]), timing(results)]
+        path = ROOT / "results" / f"latency-{name}.json"
+        if path.is_file():
+            parts.append(latency_table(read_latency(path), SHORT_LATENCY))
     return "\n\n".join(filter(None, parts)) or "Not measured yet."
 
 
@@ -85,12 +92,14 @@ def details() -> str:
     parts = ["# Measured", about]
     for name, title in TITLES.items():
         if (found := read(name)) is not None:
-            report = found["report"]
+            report = checked_report(found["report"], ROOT / "results" / f"{name}.json")
             parts += [f"## {title}", command(report), table(report, METRICS), summary(report), timing(found)]
     for name, title in LATENCY.items():
-        if (found := read(f"latency-{name}")) is not None:
-            notes = [f"- {note}" for note in latency_report.notes(found)]
-            parts += [f"## {title}", command(found), latency_table(found), "\n".join(notes)]
+        path = ROOT / "results" / f"latency-{name}.json"
+        if path.is_file():
+            latency = read_latency(path)
+            notes = [f"- {note}" for note in latency_report.notes(latency)]
+            parts += [f"## {title}", command(latency), latency_table(latency), "\n".join(notes)]
     for name, title, rows in (
         ("compare", "Training and embedding beside the sentence-transformers scripts they replace", compared),
         ("memory", "Memory of alignment as the query log grows", remembered),
@@ -109,7 +118,7 @@ def read(name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def command(found: dict[str, Any]) -> str:
+def command(found: Mapping[str, Any]) -> str:
     """The command that takes the measurement again: the script is named where it lies now, whatever the JSON says."""
     line = found.get("command") or found.get("environment", {}).get("command")
     if not line:
@@ -191,7 +200,7 @@ def timing(results: dict[str, Any]) -> str:
     )
 
 
-def latency_table(latency: dict[str, Any], columns: list[str] | None = None) -> str:
+def latency_table(latency: LatencyReport, columns: list[str] | None = None) -> str:
     """latency.json as Markdown: the rows that recipes/benchmark.py prints; or these columns of them, and of what is
     below only what they need."""
     header, *rows = latency_report.rows(latency)

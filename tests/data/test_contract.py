@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hlm.artefacts import HlmError
+from hlm.artefacts import HlmError, fingerprint_texts
 from hlm.data.contract import document_text, load, query_text, training_pairs
 
 CORPUS = [
@@ -121,6 +121,19 @@ def test_fingerprint_follows_what_encoders_read(folder, read):
     assert len({before, with_oracle, read(folder).fingerprint("corpus")}) == 3
     with pytest.raises(HlmError, match="no 'unlabelled' table"):
         read(folder).fingerprint("unlabelled")
+
+
+def test_a_table_is_read_once_for_its_fingerprint(folder, read, monkeypatch):
+    given, asked = read(folder, splits=("test",)), []
+    taken = "hlm.data.contract.fingerprint_texts"
+    monkeypatch.setattr(taken, lambda texts: asked.append(1) or fingerprint_texts(texts))
+    parts = ("corpus", "queries", "qrels/test")
+    assert [[given.fingerprint(part) for part in parts] for _ in range(3)] == [
+        ["4c1236eca2d65712", "aa9e525ffcb0e79c", "9060c550cb9da04a"]
+    ] * 3
+    assert len(asked) == 2 + 3  # judgements can change: theirs is taken anew
+    given.qrels["test"]["q1"]["d1"] = 9
+    assert given.fingerprint("qrels/test") != "9060c550cb9da04a"
 
 
 def test_second_load_maps_the_cached_file(folder, read, monkeypatch):
