@@ -166,19 +166,22 @@ def search(options: argparse.Namespace) -> None:
         raise HlmError("query: expected text in UTF-8, found other bytes; check the terminal's encoding")
     if options.k < 1:
         raise HlmError(f"-k: expected 1 or more, found {options.k}")
-    folder = located(options.student)
-    student = read_student(folder)
+    from hlm.student_files import StudentFiles
+
+    source, revision = named(options.student)
+    student = read_student(StudentFiles.folder_of(source, revision))
     kind = "index" if options.index else "vectors"
     catalogue = open_fitting(located_catalogue(options.index or options.vectors, kind), student, kind)
 
-    from hlm.encoders import encode, load_encoder
+    from hlm.data import titles
     from hlm.index import AdIndex
+    from hlm.runtime import QueryEncoder
 
     index = catalogue if isinstance(catalogue, AdIndex) else AdIndex.build(catalogue, dim=student["dim"])
-    (vector,) = encode(load_encoder(str(folder)), [options.query], prompt_name="query")
-    scores, ids = index.search(vector, options.k)
-    titles = read_titles(options.corpus, ids) if options.corpus else [""] * len(ids)
-    for rank, (score, ad, title) in enumerate(zip(scores, ids, titles, strict=False), 1):
+    encoder = QueryEncoder.from_pretrained(source, revision=revision)
+    scores, ids = index.search(encoder.encode(options.query), options.k)
+    names = titles(options.corpus, ids) if options.corpus else [""] * len(ids)
+    for rank, (score, ad, title) in enumerate(zip(scores, ids, names, strict=False), 1):
         print(printable(f"{rank:>3}  {score:.4f}  {ad}  {title}").rstrip())
 
 
@@ -225,10 +228,16 @@ def card(options: argparse.Namespace) -> None:
 
 def located(name: str, repo_type: str = "model", subfolder: str | None = None) -> Path:
     """The folder that `name` stands for; a Hub id, owner/name or owner/name@revision, is downloaded."""
-    where, _, revision = name.partition("@")
+    where, revision = named(name)
+    return local_folder(where, revision=revision, repo_type=repo_type, subfolder=subfolder)
+
+
+def named(name: str) -> tuple[str, str | None]:
+    """A folder or Hub id, and the revision that is named with it."""
     if Path(name).is_dir():
-        where, revision = name, ""
-    return local_folder(where, revision=revision or None, repo_type=repo_type, subfolder=subfolder)
+        return name, None
+    where, _, revision = name.partition("@")
+    return where, revision or None
 
 
 def located_catalogue(name: str, kind: str = "index") -> Path:
@@ -237,31 +246,6 @@ def located_catalogue(name: str, kind: str = "index") -> Path:
     if Path(name).is_dir():
         return Path(name) / inside if (Path(name) / inside / MANIFEST).is_file() else Path(name)
     return located(name, "dataset", inside)
-
-
-def read_titles(source: str, ids: list[str]) -> list[str]:
-    """The title of each ad, or its text where it has no title; passes once over the corpus, a block at a time.
-
-    Raises:
-        HlmError: an ad of the index that the dataset does not have.
-    """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    from hlm.data import load
-
-    corpus = load(source, splits=(), skip_bad_rows=True).corpus
-    columns = [name for name in ("_id", "title", "text") if name in corpus.column_names]
-    wanted, found = pa.array(ids, pa.string()), {}
-    for block in corpus.select_columns(columns).with_format("arrow").iter(batch_size=65_536):
-        for row in block.filter(pc.is_in(block["_id"].cast(pa.string()), value_set=wanted)).to_pylist():
-            found[row["_id"]] = row.get("title") or row.get("text")
-    missing = [ad for ad in ids if ad not in found]
-    if missing:
-        raise HlmError(
-            f"expected the ads of the index in {source}, found no {missing[0]!r}; name the dataset that was embedded"
-        )
-    return [found[ad] for ad in ids]
 
 
 if __name__ == "__main__":

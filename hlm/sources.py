@@ -7,16 +7,18 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-import datasets
-from datasets.data_files import DataFilesList
-from huggingface_hub import HfFileSystem, constants, hf_hub_download, snapshot_download
+from huggingface_hub import constants
 
 from hlm.artefacts import HlmError, fingerprint_file, fingerprint_json
-from hlm.readers import NOT_READ, READ, Row, is_read, read_qrels, read_rows
+from hlm.readers import READ, Row, is_read, not_read, read_qrels, read_rows
 from hlm.tables import SPLIT_NAMES, SUFFIXES, TEXTS, Table, find_table
+
+# datasets takes a second to import: a folder is read without it.
+if TYPE_CHECKING:
+    from datasets.data_files import DataFilesList
 
 logger = logging.getLogger(__name__)
 
@@ -134,11 +136,13 @@ def addressed(name: str, addresses: Sequence[str]) -> Table:
     Raises:
         HlmError: nothing at an address, or files that are not read.
     """
+    from datasets.data_files import DataFilesList
+
     files = DataFilesList([], [])
     for address in addresses:
         try:
             found = DataFilesList.from_patterns([address])
-        except (*NOT_READ, ValueError) as error:
+        except (*not_read(), ValueError) as error:
             raise HlmError(f"{name}: expected files at {address}, found none ({error}); correct it") from error
         if not found:
             raise HlmError(f"{name}: expected files at {address}, found none; correct it")
@@ -202,15 +206,17 @@ _OPTIONS = ("names", "header", "skiprows", "skipfooter", "nrows", "usecols", "qu
 
 def _hub(source: str, revision: str | None, ask: Callable[..., Any], *wanted: str) -> Any:
     """What `datasets` says of a repository: of the Hub's, or where the Hub cannot be asked of the copy in its cache."""
+    from huggingface_hub import snapshot_download
+
     try:
         if not constants.HF_HUB_OFFLINE or Path(source).is_dir():
             return ask(source, *wanted, revision=revision)
         error: Exception = ConnectionError("offline by HF_HUB_OFFLINE")
-    except (*NOT_READ, ValueError) as failed:
+    except (*not_read(), ValueError) as failed:
         error = failed
     try:
         return ask(snapshot_download(source, repo_type="dataset", revision=revision, local_files_only=True), *wanted)
-    except (*NOT_READ, ValueError):  # no copy, or not of this part: the first error is the user's
+    except (*not_read(), ValueError):  # no copy, or not of this part: the first error is the user's
         raise HlmError(
             f"expected a folder or a Hub dataset id, found '{source}': no such folder here, and the Hub says "
             f"{type(error).__name__}: {error}; correct the path or the id, or check the connection; where the cache "
@@ -219,11 +225,15 @@ def _hub(source: str, revision: str | None, ask: Callable[..., Any], *wanted: st
 
 
 def _configs(source: str, revision: str | None) -> list[str]:
+    import datasets
+
     return _hub(source, revision, datasets.get_dataset_config_names)
 
 
 def _files(source: str, config: str, revision: str | None) -> dict[str, tuple[DataFilesList, str | None]]:
     """{split: (files, delimiter)} of a config."""
+    import datasets
+
     builder = _hub(source, revision, datasets.load_dataset_builder, config)
     said, own = builder.config, type(builder.config)()
     unknown = [name for name in _OPTIONS if getattr(said, name, None) != getattr(own, name, None)]
@@ -246,7 +256,7 @@ def _hub_table(
         raise HlmError(f"{name}: expected files that are read ({READ}), found {_few(unread)}; publish it as JSONL")
     try:
         paths = [_downloaded(address) for address in addresses]
-    except (*NOT_READ, ValueError) as error:
+    except (*not_read(), ValueError) as error:
         raise HlmError(
             f"{name}: expected its files, found {type(error).__name__}: {error}; check the connection, and that "
             "HF_HOME is a folder with room that can be written"
@@ -263,6 +273,8 @@ def _hub_table(
 def _downloaded(address: str) -> str:
     if not address.startswith("hf://"):
         return address
+    from huggingface_hub import HfFileSystem, hf_hub_download
+
     place = HfFileSystem().resolve_path(address)
     return hf_hub_download(place.repo_id, place.path_in_repo, repo_type="dataset", revision=place.revision)
 
