@@ -18,6 +18,7 @@ from pathlib import Path
 from hlm import __version__
 from hlm.artefacts import MANIFEST, HlmError
 from hlm.endings import INTERRUPTED, NO_READER
+from hlm.extras import extras_named
 from hlm.fields import optional, read_json
 from hlm.hub_cache import local_folder
 from hlm.lineage import open_fitting, read_student
@@ -42,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             options = parser().parse_args(argv)
-            options.run(options)
+            with extras_named("this command"):
+                options.run(options)
         finally:
             # Here rather than when Python ends: there a closed pipe or a full disk would be a traceback.
             if sys.stdout is not None:

@@ -13,6 +13,7 @@ from urllib.parse import unquote
 from huggingface_hub import constants
 
 from hlm.artefacts import HlmError, fingerprint_file, fingerprint_json
+from hlm.extras import extras_named
 from hlm.readers import READ, Row, is_read, not_read, read_qrels, read_rows
 from hlm.tables import SPLIT_NAMES, SUFFIXES, TEXTS, Table, find_table
 
@@ -130,6 +131,7 @@ def shard_table(folder: Path) -> Table:
     return Table(str(folder), rows, digest)
 
 
+@extras_named("tables at addresses")
 def addressed(name: str, addresses: Sequence[str]) -> Table:
     """A table in files at addresses that fsspec reads, patterns included, streamed.
 
@@ -168,6 +170,7 @@ def streamed(name: str, files: DataFilesList) -> Table:
     return Table(name, rows, lambda: fingerprint_json([list(files), [list(one) for one in files.origin_metadata]]))
 
 
+@extras_named("a dataset of the Hub")
 def hub_tables(source: str, revision: str | None, splits: Sequence[str]) -> dict[str, Table]:
     """The tables of a Hub dataset in the BEIR layout; their files go into the Hub's cache, which is enough offline.
 

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from hlm import __version__
 from hlm.artefacts import MANIFEST, SCHEMA_VERSION, HlmError, file_records, fingerprint_json, write_json
+from hlm.extras import extras_named
 from hlm.hub_cache import local_folder
 from hlm.integrity import cache_folder, check_files, known_fingerprint
 
@@ -253,6 +254,9 @@ def _kept_graph(kept: Path, names: Sequence[str]) -> Path | None:
 
 def _export(folder: Path, kept: Path, names: Sequence[str]) -> None:
     """Exports `folder` to `kept`, one process at a time. What processes that were killed left there is removed."""
+    with extras_named(f"the export of {folder}, which has no ONNX files"):
+        from hlm.export import export
+
     kept.parent.mkdir(parents=True, exist_ok=True)
     with open(kept.parent / ".lock", "a") as lock:
         try:
@@ -272,8 +276,6 @@ def _export(folder: Path, kept: Path, names: Sequence[str]) -> None:
                 "%s has no ONNX files: exporting them, once, takes some ten seconds; recipes/export.py does it "
                 "beforehand", folder,
             )  # fmt: skip
-            from hlm.export import export
-
             export(str(folder), aside)
             write_json(aside / MANIFEST, {"files": file_records(aside)})
             shutil.rmtree(kept, ignore_errors=True)

@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 import regex
 
 from hlm.artefacts import HlmError, fingerprint_json
+from hlm.extras import extras_named
 from hlm.readers import COMPRESSIONS, SUFFIXES, TREC, Row, is_read, read_rows, suffix_of
 
 __all__ = [
@@ -90,6 +91,7 @@ def _named(path: Path, suffixes: tuple[str, ...]) -> bool:
     return plain and kind in suffixes and (is_read(path) or kind in TREC)
 
 
+@extras_named("loading a dataset")
 def checked_dataset(table: Table, part: str, cache: Path, *, skip_bad_rows: bool = False) -> datasets.Dataset:
     """`checked_file` as a memory-mapped Dataset."""
     from datasets import Dataset

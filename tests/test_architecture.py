@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Lowest first; a module imports from its own line and from those above it.
 LAYERS = [
     {"errors"},
-    {"locks"},
+    {"locks", "extras"},
     {"outputs"},
     {"integrity"},
     {"artefacts"},

@@ -35,7 +35,8 @@ def test_every_package_of_the_project_is_named_and_fits_its_bound():
     constraints = pins(LINES)
     assert len(constraints) == len(LINES)
     extras = {name: given for name, given in PROJECT["optional-dependencies"].items() if name not in UNTESTED}
-    asked = [Requirement(line) for given in (PROJECT["dependencies"], *extras.values()) for line in given]
+    lines = [line for given in (PROJECT["dependencies"], *extras.values()) for line in given]
+    asked = [Requirement(line) for line in lines if not line.startswith("hlm[")]
     absent = [one.name for one in asked if canonicalize_name(one.name) not in constraints]
     assert not absent
     assert not [str(one) for one in asked if constraints[canonicalize_name(one.name)] not in one.specifier]
