@@ -20,9 +20,9 @@ from hlm.artefacts import MANIFEST, HlmError
 from hlm.endings import INTERRUPTED, NO_READER
 from hlm.extras import extras_named
 from hlm.fields import optional, read_json
-from hlm.hub_cache import local_folder
-from hlm.lineage import open_fitting, read_student
-from hlm.plan_settings import Assumptions, read_steps
+from hlm.hub.cache import local_folder
+from hlm.planning.settings import Assumptions, read_steps
+from hlm.vectors.lineage import open_fitting, read_student
 
 # torch, faiss and datasets are imported where they are used: `hlm --help` and a refusal come at once.
 UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
@@ -146,9 +146,9 @@ def plan(options: argparse.Namespace) -> None:
     steps = read_steps(options.config)
 
     from hlm.config import parse
-    from hlm.hardware import parse_gpus
-    from hlm.plan_report import as_dict, text
-    from hlm.planner import check_fit, make_plan
+    from hlm.planning.hardware import parse_gpus
+    from hlm.planning.plan import check_fit, make_plan
+    from hlm.planning.report import as_dict, text
 
     assumed = Path(options.config) / "plan.yaml"
     given = {item.name: getattr(options, item.name) for item in fields(Assumptions)}
@@ -168,16 +168,16 @@ def search(options: argparse.Namespace) -> None:
         raise HlmError("query: expected text in UTF-8, found other bytes; check the terminal's encoding")
     if options.k < 1:
         raise HlmError(f"-k: expected 1 or more, found {options.k}")
-    from hlm.student_files import StudentFiles
+    from hlm.serving.student_files import StudentFiles
 
     source, revision = named(options.student)
     student = read_student(StudentFiles.folder_of(source, revision))
     kind = "index" if options.index else "vectors"
     catalogue = open_fitting(located_catalogue(options.index or options.vectors, kind), student, kind)
 
-    from hlm.data import titles
-    from hlm.index import AdIndex
-    from hlm.runtime import QueryEncoder
+    from hlm.data.contract import titles
+    from hlm.serving.query_encoder import QueryEncoder
+    from hlm.vectors.index import AdIndex
 
     index = catalogue if isinstance(catalogue, AdIndex) else AdIndex.build(catalogue, dim=student["dim"])
     encoder = QueryEncoder.from_pretrained(source, revision=revision)
@@ -192,7 +192,7 @@ def verify(options: argparse.Namespace) -> None:
     read_student(student)  # what is no student is refused before a catalogue is downloaded
     target = located_catalogue(options.target)
 
-    from hlm import lineage
+    from hlm.vectors import lineage
 
     facts = lineage.verify(student, target)
     show(
@@ -215,7 +215,7 @@ def card(options: argparse.Namespace) -> None:
     found = folder / MANIFEST
     kind = optional(read_json(found), str, "kind", where=found) if found.is_file() else None
 
-    from hlm.cards import dataset_card, student_card, teacher_card
+    from hlm.publishing.cards import dataset_card, student_card, teacher_card
 
     write = {"student": student_card, "teacher": teacher_card}.get(kind, dataset_card)
     name = re.sub(r"[^A-Za-z0-9]+", "-", folder.resolve().name).strip("-") or "artefact"

@@ -15,10 +15,10 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from hlm.encoders import encode, fingerprint, load_encoder, save_encoder
-from hlm.export import export_model
+from hlm.encoders.loading import encode, fingerprint, load_encoder, save_encoder
 from hlm.extras import EXTRAS
-from hlm.index import AdIndex
+from hlm.serving.export import export_model
+from hlm.vectors.index import AdIndex
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
