@@ -43,7 +43,7 @@ def shape_config(shape: str, *, layers: int | None = None, ffn: int | None = Non
     """The config of a Qwen3-style backbone, cut to `layers` and an FFN of `ffn` units; None keeps its own.
 
     Args:
-        shape: as in `hlm.planning.footprint.backbone_config`: "Qwen/Qwen3-Embedding-8B" needs neither a Hub nor weights.
+        shape: as in `footprint.backbone_config`: "Qwen/Qwen3-Embedding-8B" needs neither a Hub nor weights.
 
     Raises:
         HlmError: no such shape (names those that are shipped), another architecture, or a cut that grows.
@@ -106,6 +106,7 @@ def random_backbone(config: PretrainedConfig, dtype: str, *, device: str = "cpu"
             piece.copy_(noise[: piece.numel()])
     # Tables that are computed and not loaded were emptied with the rest.
     model.rotary_emb = type(model.rotary_emb)(config=config).to(device)
+    model.config.use_cache = False  # as sentence-transformers loads an encoder: no keys and values are kept
     return model.eval().requires_grad_(False)
 
 
@@ -206,7 +207,7 @@ def shape_systems(
         depths: derive it from these two depths; None does so where `depths_that_fit` says.
         tokenizer: None feeds random token ids.
         prompt: before every query.
-        backend, engine, precision: as in `hlm.benchmark.systems.load_system`; "hlm" needs a tokenizer and the whole depth, and
+        backend, engine, precision: as in `systems.load_system`; "hlm" needs a tokenizer and the whole depth, and
             under "torch" `dtype` in place of `precision`.
 
     Raises:
@@ -222,7 +223,7 @@ def shape_systems(
         raise HlmError(f"{name}: depths: expected two within 1 to {whole}, rising, found {list(depths)}")
     depths = depths or depths_that_fit(config, dtype, device=device)
     if backend == HLM and (tokenizer is None or depths):
-        found = "no tokenizer" if tokenizer is None else "too little memory for the whole depth"
+        found = "no tokenizer" if tokenizer is None else f"memory for {depths[1]} of {whole} layers"
         raise HlmError(f"{name}: backend 'hlm' reads a whole model with a tokenizer, found {found}")
     backbone = random_backbone(cut_config(config, depths[1]) if depths else config, dtype, device=device, seed=seed)
     total, without_embeddings = planned_parameters(config)
