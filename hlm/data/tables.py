@@ -23,11 +23,14 @@ import pyarrow.compute as pc
 import regex
 
 from hlm.artefacts import HlmError, fingerprint_json
-from hlm.data.readers import COMPRESSIONS, SUFFIXES, TREC, Row, is_read, suffix_of
+from hlm.data.readers import COMPRESSIONS, SUFFIXES, TREC, Row, is_read, read_rows, suffix_of
 from hlm.extras import extras_named
 
 if TYPE_CHECKING:
     import datasets
+
+__all__ = ["SUFFIXES", "TEXTS", "Row", "Table", "checked_dataset", "checked_file", "find_table", "identifier"]
+__all__ += ["read_rows"]
 
 logger = logging.getLogger(__name__)
 

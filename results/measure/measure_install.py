@@ -25,7 +25,7 @@ from typing import Any
 from hlm.artefacts import HlmError, write_json
 from hlm.config import parse, run_recipe
 from hlm.evaluation.report import command_line, environment
-from hlm.machine import facts
+from hlm.machine import facts, other_load, read_counters
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN = {"pip", "setuptools", "wheel", "hlm"}  # of every environment, and the wheel itself
@@ -117,11 +117,13 @@ def sizes(python: Path) -> dict[str, Any]:
     return {"mib": sum(packages.values()) / 2**20, "torch": "torch" in packages, "packages": packages}
 
 
-def timed(words: list[str], repeats: int) -> dict[str, float]:
-    """Median seconds of a command after one that fills the disk's cache: wall time, and CPU time of the process."""
-    walls, cpus = [], []
+def timed(words: list[str], repeats: int) -> dict[str, float | None]:
+    """Medians over runs of a command, after one that fills the disk's cache: seconds of wall time, CPU seconds of the
+    process, and the share of the machine's CPUs that others took meanwhile, None where it cannot be read."""
+    walls, cpus, others = [], [], []
     for number in range(repeats + 1):
-        before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+        counters, before = read_counters(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        started = time.perf_counter()
         variables = os.environ | {"HF_HUB_OFFLINE": "1"}
         variables.pop("PYTHONPATH", None)  # the wheel, not this checkout
         done = subprocess.run(words, capture_output=True, text=True, check=False, env=variables)
@@ -131,7 +133,9 @@ def timed(words: list[str], repeats: int) -> dict[str, float]:
         if number:
             walls.append(wall)
             cpus.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    return {"wall_s": median(walls), "cpu_s": median(cpus)}
+            others.append(other_load(counters, read_counters(), children_s=cpus[-1]))
+    load = None if None in others else median(others)
+    return {"wall_s": median(walls), "cpu_s": median(cpus), "others": load}
 
 
 if __name__ == "__main__":

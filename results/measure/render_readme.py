@@ -157,8 +157,12 @@ def light(found: dict[str, Any]) -> str:
         beside = ", ".join(f"{package} {size / 2**20:.0f}" for package, size in largest)
         rows.append([f"pip install {name}", f"{one['mib']:.0f}", f"{len(one['packages'])}", beside])
     sizes = markdown(["command", "MiB", "packages", "the largest, MiB"], rows)
-    rows = [[name, f"{one['wall_s']:.2f}", f"{one['cpu_s']:.2f}"] for name, one in found["commands"].items()]
-    return f"{sizes}\n\n{markdown(['from cold, median', 's', 'CPU s'], rows)}"
+    rows = [
+        [name, f"{one['wall_s']:.2f}", f"{one['cpu_s']:.2f}", "-" if one["others"] is None else f"{one['others']:.0%}"]
+        for name, one in found["commands"].items()
+    ]
+    header = ["from cold, median", "s", "CPU s", "of the CPUs used by others"]
+    return f"{sizes}\n\n{markdown(header, rows)}"
 
 
 def reliable(found: dict[str, Any]) -> str:
