@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator
 
 from hlm.errors import HlmError
@@ -17,6 +18,9 @@ EXTRAS = {
     "gradio": "space",
     "openvino": "openvino",
 }  # fmt: skip
+
+
+NESTED = ("index", "train", "eval")  # each brings what those before it bring
 
 
 @contextlib.contextmanager
@@ -38,3 +42,16 @@ def extras_named(what: str) -> Iterator[None]:
         raise HlmError(
             f"expected the package '{package}' for {what}, found none; pip install 'hlm[{EXTRAS[package]}]'"
         ) from error
+
+
+def check_extra(extra: str, what: str) -> None:
+    """Refuses, without importing them, where packages of an extra of `NESTED` are missing.
+
+    Raises:
+        HlmError: as `extras_named`.
+    """
+    wanted = NESTED[: NESTED.index(extra) + 1]
+    with extras_named(what):
+        for package, brought in EXTRAS.items():
+            if brought in wanted and importlib.util.find_spec(package) is None:
+                raise ModuleNotFoundError(name=package)

@@ -97,6 +97,8 @@ def test_an_exported_student_encodes(house):
 @pytest.mark.parametrize(
     ("code", "package", "extra"),
     [
+        ("from hlm import AdIndex", "pyarrow", "index"),
+        ("hlm.align", "torch", "train"),
         ("hlm.QueryEncoder.from_pretrained('student')", "onnx_ir", "train"),
         ("hlm.QueryEncoder.from_pretrained('online', device='cuda')", "torch", "train"),
         ("hlm.QueryEncoder.from_pretrained('online', backend='openvino')", "openvino", "openvino"),
@@ -114,6 +116,7 @@ def test_what_is_missing_is_named_with_its_extra(house, code, package, extra):
         (["search", "red shoe", "--student", "online", "--index", "index"], "index"),
         (["verify", "online", "index"], "index"),
         (["card", "online"], "train"),
+        (["align", "--help"], "index"),
         (["plan", "--config", str(ROOT / "recipes/configs/qwen3-8b-190m")], "train"),
     ],
 )
