@@ -39,9 +39,7 @@ def extras_named(what: str) -> Iterator[None]:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
             raise
-        raise HlmError(
-            f"expected the package '{package}' for {what}, found none; pip install 'hlm[{EXTRAS[package]}]'"
-        ) from error
+        raise _missing(package, EXTRAS[package], what) from error
 
 
 def check_extra(extra: str, what: str) -> None:
@@ -50,8 +48,10 @@ def check_extra(extra: str, what: str) -> None:
     Raises:
         HlmError: as `extras_named`.
     """
-    wanted = NESTED[: NESTED.index(extra) + 1]
-    with extras_named(what):
-        for package, brought in EXTRAS.items():
-            if brought in wanted and importlib.util.find_spec(package) is None:
-                raise ModuleNotFoundError(name=package)
+    for package, brought in EXTRAS.items():
+        if brought in NESTED[: NESTED.index(extra) + 1] and importlib.util.find_spec(package) is None:
+            raise _missing(package, extra, what)
+
+
+def _missing(package: str, extra: str, what: str) -> HlmError:
+    return HlmError(f"expected the package '{package}' for {what}, found none; pip install 'hlm[{extra}]'")

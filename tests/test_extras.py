@@ -23,6 +23,7 @@ from hlm.vectors.index import AdIndex
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 COMES_ALONG = {"fsspec": "huggingface_hub", "starlette": "gradio", "gradio_client": "gradio", "aiohttp": "fsspec"}
+COMES_ALONG |= {"tqdm": "huggingface_hub"}
 HIDDEN = f"import sys; sys.modules.update(dict.fromkeys({sorted(EXTRAS)})); "
 
 
@@ -116,7 +117,8 @@ def test_what_is_missing_is_named_with_its_extra(house, code, package, extra):
         (["search", "red shoe", "--student", "online", "--index", "index"], "index"),
         (["verify", "online", "index"], "index"),
         (["card", "online"], "train"),
-        (["align", "--help"], "index"),
+        (["align", "--help"], "train"),
+        (["evaluate", "--help"], "eval"),
         (["plan", "--config", str(ROOT / "recipes/configs/qwen3-8b-190m")], "train"),
     ],
 )
