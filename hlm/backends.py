@@ -207,10 +207,10 @@ def torch_model(model: SentenceTransformer) -> tuple[Run, int]:
     """As `torch`, of a model that is loaded; it is put into eval mode."""
     import torch
 
-    from hlm.encoders import is_causal
+    from hlm.families import is_causal
 
     model.eval()
-    causal = is_causal(model)
+    causal = is_causal(model[0].model)
     backbone, *modules = model
 
     def forward(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

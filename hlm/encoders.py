@@ -341,14 +341,6 @@ def save_encoder(
         write_manifest(aside, kind, encoder=fingerprint(model), dim=model.get_embedding_dimension(), **manifest)
 
 
-def is_causal(model: SentenceTransformer) -> bool:
-    """Whether a token attends to those before it alone. `is_causal` false in the configuration takes that from a model
-    whose layers are made for it."""
-    backbone = model[0].model
-    made_for_it = any(getattr(module, "is_causal", False) for module in backbone.modules())
-    return made_for_it and getattr(backbone.config, "is_causal", True) is not False
-
-
 def add_head(model: SentenceTransformer, student: np.ndarray, teacher: np.ndarray) -> SentenceTransformer:
     """Puts a linear head before the normalisation, in place and inside the model, so that it is saved and loaded.
 

@@ -29,6 +29,7 @@ from sentence_transformers import SentenceTransformer
 
 from hlm.artefacts import MANIFEST, HlmError, amend_manifest, fingerprint_file
 from hlm.encoders import load_encoder, pad, prompt_of, tokenise
+from hlm.families import FAMILIES
 from hlm.online_graph import LookupGraph, OnlineGraph, lookup_pays
 
 # Loggers of what exports, which say nothing that a user could act on.
@@ -112,7 +113,16 @@ def _exported(model: SentenceTransformer, folder: Path, *, int8: bool, lookup: b
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".onnx.") as aside:
         paths = {"fp32": Path(aside) / Path(FP32_FILE).name}
-        _save(_traced(model), paths["fp32"])
+        try:
+            traced = _traced(model)
+        except Exception as error:  # torch.export, torch.onnx and the model's own code raise whatever they raise
+            first = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
+            raise HlmError(
+                f"expected a backbone that torch {torch.__version__} can trace, found "
+                f"'{model[0].model.config.model_type}' ({first}); families that are known to work: "
+                f"{', '.join(FAMILIES)}"
+            ) from error
+        _save(traced, paths["fp32"])
         if lookup and lookup_pays(model):
             paths["lookup"] = Path(aside) / Path(LOOKUP_FILE).name
             _save(_traced(model, lookup=True), paths["lookup"], external=True)
@@ -220,6 +230,6 @@ def _differences(model: SentenceTransformer, path: Path) -> dict[str, float]:
             expected = model(dict(features))["sentence_embedding"].numpy()
         feed = {name: value.numpy() for name, value in features.items() if name in inputs}
         (found,) = session.run(["sentence_embedding"], feed)
-        largest = max(largest, float(np.abs(found - expected).max()))
-        smallest = min(smallest, float((found * expected).sum(axis=1).min()))
-    return {"max_abs_difference": largest, "min_cosine": smallest}
+        largest = np.maximum(largest, np.abs(found - expected).max())  # NaN stays NaN, which `max` would lose
+        smallest = np.minimum(smallest, (found * expected).sum(axis=1).min())
+    return {"max_abs_difference": float(largest), "min_cosine": float(smallest)}

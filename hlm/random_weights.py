@@ -21,9 +21,10 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedTokenizerFast
 
 from hlm.artefacts import HlmError
 from hlm.encoders import DTYPES, write_legacy_layout
+from hlm.families import layers_of
 from hlm.footprint import backbone_config
 from hlm.machine import memory_mib
-from hlm.pruning import cut_config, layers_of, planned_parameters
+from hlm.pruning import cut_config, planned_parameters
 from hlm.systems import (
     HLM,
     SENTENCE_TRANSFORMERS,

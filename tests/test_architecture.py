@@ -14,7 +14,7 @@ LAYERS = [
     {"outputs"},
     {"integrity"},
     {"artefacts"},
-    {"texts", "forks"},
+    {"texts", "forks", "families"},
     {"fields"},
     {"endings", "processes", "report_files"},
     {"config", "data", "gradcache", "hub_changes", "keywords", "losses", "readers", "redaction",

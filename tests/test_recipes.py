@@ -15,8 +15,8 @@ from safetensors.numpy import load_file
 from hlm.artefacts import HlmError, read_manifest
 from hlm.data import load
 from hlm.encoders import encode, fingerprint, load_encoder
+from hlm.families import layers_of
 from hlm.losses import qwen3_contrastive
-from hlm.pruning import layers_of
 from hlm.store import VectorStore
 from recipes import align, embed, evaluate, make_catalogue, prune, quickstart, refine, teacher
 
