@@ -25,10 +25,6 @@ logger = logging.getLogger(__name__)
 
 Run = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # QueryEncoder's names of torch's dtypes
-# What a GPU pads to: few shapes, so each has its kernels chosen and its CUDA graph captured once.
-LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-ROWS = (1, 4, 16, 64)
-GRAPH_TOKENS = 2048  # a larger batch keeps a GPU busy for longer than it takes to launch its kernels
 
 
 class _Graph:
@@ -184,17 +180,22 @@ def torch(folder: Path, precision: str, device: str) -> tuple[Run, int]:
 
 
 class _TorchRun:
-    """A `Run` that refuses to compute in a forked child, where torch waits for ever for the threads of its parent."""
+    """A `Run` that refuses to compute in a forked child, where torch waits for ever for the threads of its parent.
+
+    Attributes:
+        stream: batches -> each with its vectors, of a GPU, which computes ahead; None where nothing is gained by it.
+    """
 
     def __init__(self, run: Run) -> None:
         self._run = run
+        self.stream = getattr(run, "stream", None)
         tell_after_fork(self)
 
     def __call__(self, ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         return self._run(ids, mask)
 
     def after_fork(self) -> None:
-        self._run = self._refuse
+        self._run, self.stream = self._refuse, None
 
     def _refuse(self, ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         raise HlmError(
@@ -204,26 +205,33 @@ class _TorchRun:
 
 
 def torch_model(model: SentenceTransformer) -> tuple[Run, int]:
-    """As `torch`, of a model that is loaded; it is put into eval mode."""
+    """As `torch`, of a model that is loaded; it is put into eval mode. A Qwen3 of last-token pooling computes by
+    `hlm.fused.FusedQwen3` texts of up to the longest of `hlm.cuda_graphs.LENGTHS`."""
     import torch
 
+    from hlm.cuda_graphs import LENGTHS, CudaGraphs
     from hlm.families import is_causal
+    from hlm.fused import FusedQwen3
 
     model.eval()
     causal = is_causal(model[0].model)
     backbone, *modules = model
+    fused = FusedQwen3(model, LENGTHS[-1]) if FusedQwen3.fits(model) else None
 
     def forward(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        # Of a causal model no token sees the padding on its right: without a mask to add, attention is a faster kernel.
-        features = backbone({"input_ids": ids} if causal else {"input_ids": ids, "attention_mask": mask})
-        features["attention_mask"] = mask
-        for module in modules:
+        if fused and ids.shape[1] <= fused.longest:
+            features, rest = {"sentence_embedding": fused(ids, mask)}, modules[1:]  # the first one pools
+        else:
+            # Of a causal model no token sees the padding on its right: without a mask to add, attention is faster.
+            features = backbone({"input_ids": ids} if causal else {"input_ids": ids, "attention_mask": mask})
+            features["attention_mask"], rest = mask, modules
+        for module in rest:
             features = module(features)
         vectors = features["sentence_embedding"].float()
         return torch.nn.functional.normalize(vectors, dim=-1)  # bf16 leaves lengths off by 1e-2
 
     if model.device.type != "cpu":
-        return _TorchRun(padded(_Graphs(forward, model.device))), model.get_embedding_dimension()
+        return _TorchRun(CudaGraphs(forward, model.device)), model.get_embedding_dimension()
 
     @torch.inference_mode()
     def run(ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
@@ -232,69 +240,6 @@ def torch_model(model: SentenceTransformer) -> tuple[Run, int]:
     return _TorchRun(run), model.get_embedding_dimension()
 
 
-def padded(run: Run) -> Run:
-    """`run` on batches padded to `LENGTHS` and, up to `GRAPH_TOKENS` tokens, to `ROWS`; what was added is cut off."""
-
-    def wrapped(ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-        count, length = ids.shape
-        length = next((each for each in LENGTHS if each >= length), length)
-        rows = next((each for each in ROWS if each >= count and each * length <= GRAPH_TOKENS), count)
-        margins = ((0, rows - count), (0, length - ids.shape[1]))
-        mask = np.pad(_whole(ids, mask), margins)
-        mask[count:, 0] = 1  # a row without any token would divide by nothing
-        return run(np.pad(ids, margins), mask)[:count]
-
-    return wrapped
-
-
 def _whole(ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
     """The mask that None stands for."""
     return np.ones_like(ids) if mask is None else mask
-
-
-class _Graphs:
-    """Runs `forward` on a GPU; shapes of at most `GRAPH_TOKENS` tokens are captured when first met, then replayed."""
-
-    def __init__(self, forward, device) -> None:
-        self.forward, self.device = forward, device
-        self.graphs: dict[tuple[int, int], tuple] = {}  # (rows, tokens) -> (graph, input buffer, output); None: eager
-        self.pool = None
-        self.lock = threading.Lock()  # buffers are shared by all threads
-
-    def __call__(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        import torch
-
-        both = torch.from_numpy(np.stack([ids, mask]))
-        if self.device.type == "cuda":
-            both = both.pin_memory()
-        with torch.inference_mode(), self.lock:
-            if self.device.type != "cuda" or ids.size > GRAPH_TOKENS:
-                return self.forward(*both.to(self.device, non_blocking=True)).cpu().numpy()
-            if ids.shape not in self.graphs:
-                self.graphs[ids.shape] = self._capture(both)
-            graph, buffer, output = self.graphs[ids.shape]
-            buffer.copy_(both, non_blocking=True)
-            if graph is None:
-                return self.forward(*buffer).cpu().numpy()
-            graph.replay()
-            return output.cpu().numpy()
-
-    def _capture(self, both) -> tuple:
-        import torch
-
-        buffer = both.to(self.device)
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):  # libraries choose kernels and allocate on first calls, outside of the graph
-            for _ in range(3):
-                self.forward(*buffer)
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=self.pool):
-                output = self.forward(*buffer)
-        except RuntimeError as error:
-            logger.warning("shape %s: no CUDA graph (%s); it runs kernel by kernel", tuple(both.shape[1:]), error)
-            return None, buffer, None
-        self.pool = self.pool or graph.pool()
-        return graph, buffer, output

@@ -18,11 +18,13 @@ CONTEXT_BYTES, FRAGMENTED = GIB, 0.05
 
 @dataclass(frozen=True)
 class Gpu:
-    """`memory`: bytes that torch reports; `flops`: dense bf16 FLOP/s with fp32 sums, of the data sheet."""
+    """`memory`: bytes that torch reports; of the data sheet, `flops`: dense bf16 FLOP/s with fp32 sums, `bandwidth`:
+    bytes/s of the memory."""
 
     name: str
     memory: int
     flops: float
+    bandwidth: float = 0.0
 
     @property
     def usable(self) -> int:
@@ -33,11 +35,11 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("RTX4090", int(23.5 * GIB), 165e12),
-        Gpu("A100-40", int(39.4 * GIB), 312e12),
-        Gpu("H100", int(79.1 * GIB), 989e12),
-        Gpu("A100-80", int(79.2 * GIB), 312e12),
-        Gpu("H200", int(139.8 * GIB), 989e12),
+        Gpu("RTX4090", int(23.5 * GIB), 165e12, 1.008e12),
+        Gpu("A100-40", int(39.4 * GIB), 312e12, 1.555e12),
+        Gpu("H100", int(79.1 * GIB), 989e12, 3.35e12),
+        Gpu("A100-80", int(79.2 * GIB), 312e12, 2.039e12),
+        Gpu("H200", int(139.8 * GIB), 989e12, 4.8e12),
     )
 }
 

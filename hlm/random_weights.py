@@ -107,6 +107,7 @@ def random_backbone(config: PretrainedConfig, dtype: str, *, device: str = "cpu"
             piece.copy_(noise[: piece.numel()])
     # Tables that are computed and not loaded were emptied with the rest.
     model.rotary_emb = type(model.rotary_emb)(config=config).to(device)
+    model.config.use_cache = False  # as sentence-transformers loads an encoder: no keys and values are kept
     return model.eval().requires_grad_(False)
 
 
@@ -223,7 +224,7 @@ def shape_systems(
         raise HlmError(f"{name}: depths: expected two within 1 to {whole}, rising, found {list(depths)}")
     depths = depths or depths_that_fit(config, dtype, device=device)
     if backend == HLM and (tokenizer is None or depths):
-        found = "no tokenizer" if tokenizer is None else "too little memory for the whole depth"
+        found = "no tokenizer" if tokenizer is None else f"memory for {depths[1]} of {whole} layers"
         raise HlmError(f"{name}: backend 'hlm' reads a whole model with a tokenizer, found {found}")
     backbone = random_backbone(cut_config(config, depths[1]) if depths else config, dtype, device=device, seed=seed)
     total, without_embeddings = planned_parameters(config)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from hlm import backends
 from hlm.artefacts import MANIFEST, HlmError
 from hlm.backends import Run, file_state
-from hlm.bulk import SideBySide, cut_by_length
+from hlm.bulk import Batch, SideBySide, cut_by_length
 from hlm.integrity import read_steadily
 from hlm.long_texts import first_ids, whole_characters
 from hlm.machine import cores, instructions
@@ -41,7 +41,7 @@ BACKENDS = {
 BF16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16"}
 BF16_WEIGHTS = 10_000_000  # a smaller body is encoded sooner by ONNX Runtime in fp32, where queries come one by one
 # Tokens of a batch, padding counted: what a core's cache holds, and what keeps a GPU busy.
-CORE_BATCH_TOKENS, GPU_BATCH_TOKENS = 512, 32768
+CORE_BATCH_TOKENS, GPU_BATCH_TOKENS = 512, 16384
 SIDE_BY_SIDE_TOKENS = 256  # fewer in a call are computed sooner by all cores together
 MOST_THREADS = 1024
 
@@ -261,9 +261,13 @@ class QueryEncoder:
             share = min(CORE_BATCH_TOKENS, -(-tokens // self._side_by_side.threads))
             self._side_by_side(cut_by_length(ids, share, pads=not self.lookup), out)
         else:
-            for batch in cut_by_length(ids, self._batch_tokens, pads=not self.lookup):
-                out[batch.rows] = self._run(batch.ids, batch.mask)
+            for batch, vectors in self._computed(cut_by_length(ids, self._batch_tokens, pads=not self.lookup)):
+                out[batch.rows] = vectors
         return out
+
+    def _computed(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, np.ndarray]]:
+        stream = getattr(self._run, "stream", None)  # of a GPU: it computes the next batch meanwhile
+        return stream(batches) if stream else ((batch, self._run(batch.ids, batch.mask)) for batch in batches)
 
 
 def _choose(backend: str, precision: str, device: str | None) -> tuple[str, str]:

@@ -15,6 +15,8 @@ import torch
 import hlm
 from hlm import backends, runtime
 from hlm.artefacts import HlmError, write_manifest
+from hlm.bulk import cut_by_length
+from hlm.cuda_graphs import GRAPH_TOKENS, LENGTHS, ROWS, CudaGraphs, pad, padded_shape
 from hlm.encoders import encode, load_encoder
 from hlm.export import export, export_model
 from hlm.micro_batches import AsyncQueryEncoder
@@ -283,7 +285,8 @@ def test_a_loaded_model_is_served_as_a_folder_is(online, dtype, tolerance):
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_a_causal_model_needs_no_mask_and_another_one_does(bidirectional, tiny_qwen3):
+def test_a_causal_model_needs_no_mask_and_another_one_does(bidirectional, tiny_qwen3, monkeypatch):
+    monkeypatch.setattr("hlm.fused.FusedQwen3.fits", lambda model: False)  # it never asks for one
     model = load_encoder(tiny_qwen3, device="cpu")
     if bidirectional:
         model[0].model.config.is_causal = False
@@ -300,17 +303,41 @@ def test_batches_padded_to_few_shapes_give_the_same_vectors(online):
     encoder = QueryEncoder.from_pretrained(online, threads=1)
     shapes, run = set(), encoder._run
 
-    def recorded(ids, mask):
-        shapes.add(ids.shape)
-        return run(ids, mask)
+    def padded(ids, mask):
+        both = np.full((2, *padded_shape(*ids.shape)), 7)
+        pad(ids, mask, both)
+        shapes.add(both.shape[1:])
+        return run(*both)[: len(ids)]
 
-    encoder._run = backends.padded(recorded)
+    encoder._run = padded
     expected = QueryEncoder.from_pretrained(online, threads=1)
     for count in (1, 3, 5, 70):
         texts = (TEXTS * 12)[:count]
         np.testing.assert_allclose(encoder.encode(texts), expected.encode(texts), atol=1e-5)
-    assert {length for _, length in shapes} <= set(backends.LENGTHS)
-    assert {rows for rows, length in shapes if 64 * length <= backends.GRAPH_TOKENS} <= set(backends.ROWS)
+    assert {length for _, length in shapes} <= set(LENGTHS)
+    assert {rows for rows, length in shapes if 64 * length <= GRAPH_TOKENS} <= set(ROWS)
+
+
+def test_batches_come_back_in_order_while_the_next_is_computed(online):
+    model = load_encoder(online, device="cpu")
+    encoder = QueryEncoder.from_model(model)
+    expected = encoder.encode(TEXTS * 3)
+
+    def forward(ids, mask):
+        return torch.from_numpy(run(ids.numpy(), mask.numpy()))
+
+    run, started = encoder._run, []
+    graphs = CudaGraphs(lambda ids, mask: (started.append(len(ids)), forward(ids, mask))[1], torch.device("cpu"))
+    encoder._run, encoder._batch_tokens = graphs, 8
+    np.testing.assert_allclose(encoder.encode(TEXTS * 3), expected, atol=1e-5)
+    assert len(started) > 3
+    started.clear()
+    batches = cut_by_length(encoder.tokenise(TEXTS), 8)
+    stream = graphs.stream(batches)
+    next(stream)
+    assert len(started) == 2
+    np.testing.assert_allclose(graphs(np.ones((2, 5), np.int64), None), run(np.ones((2, 5), np.int64), None), atol=1e-5)
+    assert not list(graphs.stream([]))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -322,5 +349,5 @@ def test_cuda_graphs_give_the_same_vectors_from_threads(online, precision):
         for place, found in enumerate(pool.map(encoder.encode, TEXTS * 20)):
             np.testing.assert_allclose(found, expected[place % len(TEXTS)], atol=0.03)
     np.testing.assert_allclose(encoder.encode(TEXTS * 20), np.tile(expected, (20, 1)), atol=0.03)
-    graphs = encoder._run._run.__closure__[0].cell_contents.graphs
-    assert graphs and all(graph is not None for graph, _, _ in graphs.values())
+    captured = encoder._run._run.captured
+    assert captured and all(each is not None for each in captured.values())
