@@ -13,11 +13,11 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 def __getattr__(name: str) -> Any:
     # Loaded when asked for: `import hlm` stays light.
     if name == "QueryEncoder":
-        from hlm.runtime import QueryEncoder
+        from hlm.serving.query_encoder import QueryEncoder
 
         return QueryEncoder
     if name == "AsyncQueryEncoder":
-        from hlm.micro_batches import AsyncQueryEncoder
+        from hlm.serving.micro_batches import AsyncQueryEncoder
 
         return AsyncQueryEncoder
     raise AttributeError(f"module 'hlm' has no attribute '{name}'")

@@ -19,9 +19,9 @@ from hlm import __version__
 from hlm.artefacts import MANIFEST, HlmError
 from hlm.endings import INTERRUPTED, NO_READER
 from hlm.fields import optional, read_json
-from hlm.hub_cache import local_folder
-from hlm.lineage import open_fitting, read_student
-from hlm.plan_settings import Assumptions, read_steps
+from hlm.hub.cache import local_folder
+from hlm.planning.settings import Assumptions, read_steps
+from hlm.vectors.lineage import open_fitting, read_student
 
 # torch, faiss and datasets are imported where they are used: `hlm --help` and a refusal come at once.
 UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
@@ -144,9 +144,9 @@ def plan(options: argparse.Namespace) -> None:
     steps = read_steps(options.config)
 
     from hlm.config import parse
-    from hlm.hardware import parse_gpus
-    from hlm.plan_report import as_dict, text
-    from hlm.planner import check_fit, make_plan
+    from hlm.planning.hardware import parse_gpus
+    from hlm.planning.plan import check_fit, make_plan
+    from hlm.planning.report import as_dict, text
 
     assumed = Path(options.config) / "plan.yaml"
     given = {item.name: getattr(options, item.name) for item in fields(Assumptions)}
@@ -171,8 +171,8 @@ def search(options: argparse.Namespace) -> None:
     kind = "index" if options.index else "vectors"
     catalogue = open_fitting(located_catalogue(options.index or options.vectors, kind), student, kind)
 
-    from hlm.encoders import encode, load_encoder
-    from hlm.index import AdIndex
+    from hlm.encoders.loading import encode, load_encoder
+    from hlm.vectors.index import AdIndex
 
     index = catalogue if isinstance(catalogue, AdIndex) else AdIndex.build(catalogue, dim=student["dim"])
     (vector,) = encode(load_encoder(str(folder)), [options.query], prompt_name="query")
@@ -187,7 +187,7 @@ def verify(options: argparse.Namespace) -> None:
     read_student(student)  # what is no student is refused before a catalogue is downloaded
     target = located_catalogue(options.target)
 
-    from hlm import lineage
+    from hlm.vectors import lineage
 
     facts = lineage.verify(student, target)
     show(
@@ -210,7 +210,7 @@ def card(options: argparse.Namespace) -> None:
     found = folder / MANIFEST
     kind = optional(read_json(found), str, "kind", where=found) if found.is_file() else None
 
-    from hlm.cards import dataset_card, student_card, teacher_card
+    from hlm.publishing.cards import dataset_card, student_card, teacher_card
 
     write = {"student": student_card, "teacher": teacher_card}.get(kind, dataset_card)
     name = re.sub(r"[^A-Za-z0-9]+", "-", folder.resolve().name).strip("-") or "artefact"
@@ -248,7 +248,7 @@ def read_titles(source: str, ids: list[str]) -> list[str]:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    from hlm.data import load
+    from hlm.data.contract import load
 
     corpus = load(source, splits=(), skip_bad_rows=True).corpus
     columns = [name for name in ("_id", "title", "text") if name in corpus.column_names]

@@ -153,7 +153,7 @@ def _line_mib(path: Path, field: str) -> float | None:
 
 
 def facts() -> dict[str, Any]:
-    """What latency depends on beyond `hlm.report.environment`: JSON-able, None where it cannot be read."""
+    """What latency depends on beyond `hlm.evaluation.report.environment`: JSON-able, None where it cannot be read."""
     import torch
 
     governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")

@@ -21,19 +21,18 @@ import torch
 from sentence_transformers.sentence_transformer.modules import Dense
 
 from hlm.artefacts import HlmError
-from hlm.batches import TokenTable
-from hlm.checkpoints import PATHS
 from hlm.config import parse, run_recipe
-from hlm.data import load
-from hlm.dev_retrieval import DevRetrieval
-from hlm.encoders import add_head, encode, fingerprint, load_encoder, prompt_of, save_encoder
-from hlm.gradcache import gather_with_gradient
-from hlm.index import AdIndex
-from hlm.losses import cosine_alignment, kernel_alignment, kl_distillation, l2_alignment, matryoshka
+from hlm.data.contract import load
+from hlm.encoders.loading import add_head, encode, fingerprint, load_encoder, prompt_of, save_encoder
+from hlm.encoders.pruning import check_cascade, cut
 from hlm.outputs import resolved
-from hlm.pruning import check_cascade, cut
-from hlm.store import VectorStore
-from hlm.training import (
+from hlm.training.batches import TokenTable
+from hlm.training.checkpoints import PATHS
+from hlm.training.dev_retrieval import DevRetrieval
+from hlm.training.gradcache import gather_with_gradient
+from hlm.training.inputs import check_start
+from hlm.training.losses import cosine_alignment, kernel_alignment, kl_distillation, l2_alignment, matryoshka
+from hlm.training.trainer import (
     RecipeTrainer,
     TrainingArguments,
     as_config,
@@ -43,7 +42,8 @@ from hlm.training import (
     train,
     up_to_date,
 )
-from hlm.training_inputs import check_start
+from hlm.vectors.index import AdIndex
+from hlm.vectors.store import VectorStore
 
 logger = logging.getLogger(__name__)
 

@@ -26,24 +26,24 @@ import torch
 import yaml
 
 from hlm.artefacts import HlmError, write_json
-from hlm.budgets import BUDGETS, check_budgets, gate, read_budgets
+from hlm.benchmark.budgets import BUDGETS, check_budgets, gate, read_budgets
+from hlm.benchmark.floor import Work, floor_of, measure_rates, work_of
+from hlm.benchmark.latency import Block, derive, measure, new_words, ratios, summarise
+from hlm.benchmark.quality import agreements, measured_quality, quality, same_encoders, searchable
+from hlm.benchmark.random_weights import RANDOM_IDS, Derivation, shape_config, shape_systems
+from hlm.benchmark.report import format_table, plot
+from hlm.benchmark.systems import HLM, SENTENCE_TRANSFORMERS, TORCH_BACKENDS, System, cold_starts, load_system
 from hlm.config import Pairs, closest, parse, read_section, run_recipe
-from hlm.data import RetrievalData, load
-from hlm.encoders import check_device, find_encoder
-from hlm.evaluation import length_slice
-from hlm.footprint import backbone_config
-from hlm.latency import Block, derive, measure, new_words, ratios, summarise
-from hlm.latency_floor import Work, floor_of, measure_rates, work_of
-from hlm.latency_quality import agreements, measured_quality, quality, same_encoders, searchable
-from hlm.latency_report import format_table, plot
+from hlm.data.contract import RetrievalData, load
+from hlm.data.sample_catalogue import write_catalogue
+from hlm.encoders.loading import check_device, find_encoder
+from hlm.encoders.qwen_tokenizer import find_tokenizer
+from hlm.evaluation.metrics import length_slice
+from hlm.evaluation.report import command_line, environment
 from hlm.machine import facts
-from hlm.qwen_tokenizer import find_tokenizer
-from hlm.random_weights import RANDOM_IDS, Derivation, shape_config, shape_systems
-from hlm.report import command_line, environment
+from hlm.planning.footprint import backbone_config
 from hlm.report_files import claimed_report
-from hlm.sample_catalogue import write_catalogue
-from hlm.store import VectorStore
-from hlm.systems import HLM, SENTENCE_TRANSFORMERS, TORCH_BACKENDS, System, cold_starts, load_system
+from hlm.vectors.store import VectorStore
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class Entry:
     """One entry of `systems`: a `model`, or a `shape` with random weights."""
 
     model: str | None = None  # folder, "package:..." or Hub id
-    # hlm: hlm.runtime.QueryEncoder; the others as `hlm.systems.load_system` says
+    # hlm: hlm.serving.query_encoder.QueryEncoder; the others as `hlm.benchmark.systems.load_system` says
     backend: Literal["sentence-transformers", "hlm", "onnxruntime", "openvino", "torch.compile"] = (
         "sentence-transformers"
     )

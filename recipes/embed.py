@@ -25,15 +25,15 @@ from accelerate.utils import parse_flag_from_env
 from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
-from hlm import canaries
 from hlm.artefacts import MANIFEST, HlmError, check_output, read_manifest
 from hlm.config import check_processes, parse, run_recipe
-from hlm.data import document_text, load, query_text
-from hlm.encoders import encode, fingerprint, load_encoder
-from hlm.footprint import encoder_width
-from hlm.index import AdIndex
-from hlm.planner import check_dim
-from hlm.store import VectorStore, check_store_output, pending_shards, write_store
+from hlm.data.contract import document_text, load, query_text
+from hlm.encoders.loading import encode, fingerprint, load_encoder
+from hlm.planning.footprint import encoder_width
+from hlm.planning.plan import check_dim
+from hlm.vectors import canaries
+from hlm.vectors.index import AdIndex
+from hlm.vectors.store import VectorStore, check_store_output, pending_shards, write_store
 
 logger = logging.getLogger(__name__)
 

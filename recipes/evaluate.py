@@ -29,15 +29,15 @@ from hlm.artefacts import (
     write_json,
 )
 from hlm.config import closest, parse, read_section, run_recipe
-from hlm.data import RetrievalData, document_text, load
-from hlm.encoders import check_device, encode, find_encoder, fingerprint, load_encoder
-from hlm.evaluation import Run, bm25_run, check_judgements, dense_run, relevance_threshold
-from hlm.index import AdIndex
-from hlm.pruning import parameter_counts
-from hlm.report import STUDENTS, SYSTEMS, build_report, command_line, environment, format_table, plot
+from hlm.data.contract import RetrievalData, document_text, load
+from hlm.encoders.loading import check_device, encode, find_encoder, fingerprint, load_encoder
+from hlm.encoders.pruning import parameter_counts
+from hlm.evaluation.metrics import Run, bm25_run, check_judgements, dense_run, relevance_threshold
+from hlm.evaluation.report import STUDENTS, SYSTEMS, build_report, command_line, environment, format_table, plot
 from hlm.report_files import claimed_report
-from hlm.store import VectorStore, write_store
-from hlm.training_inputs import check_student
+from hlm.training.inputs import check_student
+from hlm.vectors.index import AdIndex
+from hlm.vectors.store import VectorStore, write_store
 
 logger = logging.getLogger(__name__)
 

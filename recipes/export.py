@@ -14,15 +14,15 @@ from pathlib import Path
 
 from hlm.artefacts import HlmError, claimed, read_manifest
 from hlm.config import parse, run_recipe
-from hlm.data import load
-from hlm.encoders import encode, fingerprint, load_encoder, save_encoder
-from hlm.evaluation import dense_run, mean, overlap
-from hlm.export import export_model
-from hlm.index import AdIndex
-from hlm.runtime import QueryEncoder
-from hlm.store import VectorStore
-from hlm.training import as_config, up_to_date
-from hlm.training_inputs import check_student
+from hlm.data.contract import load
+from hlm.encoders.loading import encode, fingerprint, load_encoder, save_encoder
+from hlm.evaluation.metrics import dense_run, mean, overlap
+from hlm.serving.export import export_model
+from hlm.serving.query_encoder import QueryEncoder
+from hlm.training.inputs import check_student
+from hlm.training.trainer import as_config, up_to_date
+from hlm.vectors.index import AdIndex
+from hlm.vectors.store import VectorStore
 
 logger = logging.getLogger(__name__)
 

@@ -28,17 +28,17 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, Qwen3Config
 
-from hlm import gpu_online, gpu_stages
 from hlm.artefacts import HlmError, write_json
+from hlm.benchmark import gpu_online, gpu_stages
+from hlm.benchmark.gpu_inputs import made_encoder, made_texts
+from hlm.benchmark.random_weights import random_backbone, random_encoder, shape_config
 from hlm.config import parse, run_recipe
-from hlm.encoders import check_device
-from hlm.gpu_inputs import made_encoder, made_texts
+from hlm.data.sample_catalogue import write_catalogue
+from hlm.encoders.loading import check_device
+from hlm.encoders.qwen_tokenizer import find_tokenizer
+from hlm.evaluation.report import command_line, environment
 from hlm.machine import facts
-from hlm.plan_settings import Assumptions, read_steps
-from hlm.qwen_tokenizer import find_tokenizer
-from hlm.random_weights import random_backbone, random_encoder, shape_config
-from hlm.report import command_line, environment
-from hlm.sample_catalogue import write_catalogue
+from hlm.planning.settings import Assumptions, read_steps
 
 HOME = Path(__file__).resolve().parent.parent
 CONFIGS = HOME / "recipes" / "configs" / "qwen3-8b-190m"

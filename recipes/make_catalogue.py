@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 
 from hlm.artefacts import MANIFEST, check_output, read_manifest
 from hlm.config import parse, run_recipe
-from hlm.sample_catalogue import VERSION, write_catalogue
+from hlm.data.sample_catalogue import VERSION, write_catalogue
 
 logger = logging.getLogger(__name__)
 

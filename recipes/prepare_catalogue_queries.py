@@ -22,10 +22,10 @@ from typing import Any
 
 from hlm.artefacts import MANIFEST, HlmError, atomic_folder, claimed, fingerprint_file, read_manifest, write_manifest
 from hlm.config import parse, run_recipe
-from hlm.data import RetrievalData, iterate, load
-from hlm.keywords import Catalogue, Keyword
-from hlm.spelling import canonical, normalise, spellings, words_of
-from hlm.tables import find_table, read_rows
+from hlm.data.contract import RetrievalData, iterate, load
+from hlm.data.keywords import Catalogue, Keyword
+from hlm.data.spelling import canonical, normalise, spellings, words_of
+from hlm.data.tables import find_table, read_rows
 
 logger = logging.getLogger(__name__)
 

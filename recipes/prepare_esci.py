@@ -32,9 +32,9 @@ from hlm.artefacts import (
     write_manifest,
 )
 from hlm.config import parse, run_recipe
-from hlm.readers import NOT_READ
-from hlm.sources import shards, streamed
-from hlm.tables import identifier, read_rows
+from hlm.data.readers import NOT_READ
+from hlm.data.sources import shards, streamed
+from hlm.data.tables import identifier, read_rows
 
 logger = logging.getLogger(__name__)
 

@@ -16,13 +16,13 @@ from typing import Literal
 
 from hlm.artefacts import claimed
 from hlm.config import parse, run_recipe
-from hlm.data import load
-from hlm.encoders import fingerprint, load_encoder, save_encoder
-from hlm.footprint import backbone_config
-from hlm.planner import cascade
-from hlm.pruning import cut
-from hlm.store import VectorStore
-from hlm.training import as_config, up_to_date
+from hlm.data.contract import load
+from hlm.encoders.loading import fingerprint, load_encoder, save_encoder
+from hlm.encoders.pruning import cut
+from hlm.planning.footprint import backbone_config
+from hlm.planning.plan import cascade
+from hlm.training.trainer import as_config, up_to_date
+from hlm.vectors.store import VectorStore
 
 logger = logging.getLogger(__name__)
 

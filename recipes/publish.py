@@ -23,17 +23,17 @@ from huggingface_hub import RepoCard
 
 import hlm
 from hlm.artefacts import MANIFEST, HlmError, read_manifest, write_json
-from hlm.card_facts import system_of
-from hlm.cards import dataset_card, eval_results, student_card, teacher_card
 from hlm.config import parse, run_recipe
-from hlm.data import load
-from hlm.hub import Published, link_files, publish_folder
-from hlm.hub_files import RESULTS, folder_files, own_file
-from hlm.hub_repository import Repository, collect
-from hlm.index import AdIndex
-from hlm.lineage import open_fitting, read_student, verify
-from hlm.store import VectorStore
-from hlm.tables import find_table, read_rows
+from hlm.data.contract import load
+from hlm.data.tables import find_table, read_rows
+from hlm.hub.repository import Repository, collect
+from hlm.publishing.card_facts import system_of
+from hlm.publishing.cards import dataset_card, eval_results, student_card, teacher_card
+from hlm.publishing.files import RESULTS, folder_files, own_file
+from hlm.publishing.publish import Published, link_files, publish_folder
+from hlm.vectors.index import AdIndex
+from hlm.vectors.lineage import open_fitting, read_student, verify
+from hlm.vectors.store import VectorStore
 
 logger = logging.getLogger(__name__)
 

@@ -118,7 +118,7 @@ def check_step(step: Step) -> None:
         if step.name in REPORTS:
             check_report(step.output, REPORTS[step.name])
         elif step.script == "embed":
-            from hlm.store import check_store_output  # numpy and pyarrow come with it
+            from hlm.vectors.store import check_store_output  # numpy and pyarrow come with it
 
             for part in PARTS:
                 check_store_output(step.output / part)
@@ -207,7 +207,7 @@ def tell(line: str) -> None:
 def fingerprint(step: Step, outputs: list[Path], before: str) -> str:
     """What the step's result follows from; sizes and times stand for the content of files that no step makes."""
     digest = hashlib.sha256(before.encode())
-    sources = sorted((RECIPES.parent / "hlm").glob("*.py"))
+    sources = sorted((RECIPES.parent / "hlm").rglob("*.py"))
     for path in (RECIPES / f"{step.script}.py", step.config, *sources):
         digest.update(path.read_bytes())
     for value in settings(step.config).values():
@@ -247,7 +247,8 @@ def write_timings(home: Path, records: dict[str, dict[str, Any]], *, whole: bool
 def print_reports(home: Path, names: list[str]) -> None:
     for name in names:
         # torch and matplotlib come with them: seconds, and only here
-        from hlm import latency_report, report
+        from hlm.benchmark import report as latency_report
+        from hlm.evaluation import report
 
         table = report.format_table if name == "evaluate" else latency_report.format_table
         print("\n" + table(json.loads((home / REPORTS[name]).read_text())))

@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from hlm.batches import TokenTable
-from hlm.checkpoints import PATHS
 from hlm.config import parse, run_recipe
-from hlm.data import load
-from hlm.dev_retrieval import DevRetrieval
-from hlm.encoders import encode, fingerprint, load_encoder, prompt_of, save_encoder
-from hlm.gradcache import gather_with_gradient, loss_of_chunks
-from hlm.index import AdIndex
-from hlm.losses import id_mask, l2_alignment, matryoshka, refinement_contrastive
-from hlm.mining import (
+from hlm.data.contract import load
+from hlm.encoders.loading import encode, fingerprint, load_encoder, prompt_of, save_encoder
+from hlm.training.batches import TokenTable
+from hlm.training.checkpoints import PATHS
+from hlm.training.dev_retrieval import DevRetrieval
+from hlm.training.gradcache import gather_with_gradient, loss_of_chunks
+from hlm.training.inputs import check_student, kept_pairs
+from hlm.training.losses import id_mask, l2_alignment, matryoshka, refinement_contrastive
+from hlm.training.mining import (
     gather_rows,
     padded_rows,
     positive_scores,
@@ -35,8 +35,7 @@ from hlm.mining import (
     shared_rows,
     top_k_documents,
 )
-from hlm.store import VectorStore
-from hlm.training import (
+from hlm.training.trainer import (
     RecipeTrainer,
     TrainingArguments,
     as_config,
@@ -46,7 +45,8 @@ from hlm.training import (
     train,
     up_to_date,
 )
-from hlm.training_inputs import check_student, kept_pairs
+from hlm.vectors.index import AdIndex
+from hlm.vectors.store import VectorStore
 
 logger = logging.getLogger(__name__)
 

@@ -21,13 +21,13 @@ import numpy as np
 
 from hlm.artefacts import HlmError, atomic_folder, check_output, write_manifest
 from hlm.config import parse, run_recipe
-from hlm.data import iterate, load
-from hlm.demo import ad_texts, is_synthetic, stored_teacher
-from hlm.demo_examples import choose_examples
-from hlm.index import AdIndex
-from hlm.lineage import open_fitting, read_student
-from hlm.runtime import QueryEncoder
-from hlm.store import VectorStore
+from hlm.data.contract import iterate, load
+from hlm.demo.comparison import ad_texts, is_synthetic, stored_teacher
+from hlm.demo.examples import choose_examples
+from hlm.serving.query_encoder import QueryEncoder
+from hlm.vectors.index import AdIndex
+from hlm.vectors.lineage import open_fitting, read_student
+from hlm.vectors.store import VectorStore
 
 logger = logging.getLogger(__name__)
 KIND = "static_space"

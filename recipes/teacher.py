@@ -21,12 +21,9 @@ from accelerate.utils import set_seed
 from torch.distributed.tensor import DTensor
 
 from hlm.artefacts import HlmError, fingerprint_json
-from hlm.batches import TokenTable
-from hlm.checkpoints import PATHS
 from hlm.config import parse, run_recipe
-from hlm.data import RetrievalData, document_text, iterate, load
-from hlm.dev_retrieval import DevRetrieval
-from hlm.encoders import (
+from hlm.data.contract import RetrievalData, document_text, iterate, load
+from hlm.encoders.loading import (
     add_lora,
     enable_gradient_checkpointing,
     encode,
@@ -37,11 +34,14 @@ from hlm.encoders import (
     save_encoder,
     weaken_lora,
 )
-from hlm.gradcache import gather_with_gradient, loss_of_chunks
-from hlm.losses import qwen3_contrastive
-from hlm.mining import gather_rows, mine_hard_negatives, padded_rows, search_device, shared_rows
-from hlm.store import VectorStore, write_store
-from hlm.training import (
+from hlm.training.batches import TokenTable
+from hlm.training.checkpoints import PATHS
+from hlm.training.dev_retrieval import DevRetrieval
+from hlm.training.gradcache import gather_with_gradient, loss_of_chunks
+from hlm.training.inputs import kept_pairs
+from hlm.training.losses import qwen3_contrastive
+from hlm.training.mining import gather_rows, mine_hard_negatives, padded_rows, search_device, shared_rows
+from hlm.training.trainer import (
     RecipeTrainer,
     TrainingArguments,
     as_config,
@@ -50,7 +50,7 @@ from hlm.training import (
     train,
     up_to_date,
 )
-from hlm.training_inputs import kept_pairs
+from hlm.vectors.store import VectorStore, write_store
 
 logger = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from hlm.artefacts import write_manifest
-from hlm.data import document_text, iterate, load
-from hlm.encoders import encode, load_encoder
-from hlm.export import export
-from hlm.store import write_store
+from hlm.data.contract import document_text, iterate, load
+from hlm.encoders.loading import encode, load_encoder
+from hlm.serving.export import export
+from hlm.vectors.store import write_store
 
 CHROMIUM = Path("/usr/bin/chromium")
 AXE = Path(__file__).parent / "space/node_modules/axe-core/axe.min.js"

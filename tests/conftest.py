@@ -167,7 +167,7 @@ def family_settings(name: str, tokenizer) -> dict[str, object]:
 @pytest.fixture(scope="session")
 def catalogue_200(tmp_path_factory) -> str:
     """The sample catalogue at 200 ads, in the data contract."""
-    from hlm.sample_catalogue import write_catalogue
+    from hlm.data.sample_catalogue import write_catalogue
 
     folder = tmp_path_factory.mktemp("catalogue") / "data"
     write_catalogue(folder, ads=200, unlabelled=400, train_queries=150, dev_queries=20, test_queries=80, seed=0)

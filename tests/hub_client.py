@@ -154,7 +154,7 @@ def pull(wanted: dict[str, list[str]], fresh: bool, largest: int | None = None) 
     """Folder of each (repository, type) of `wanted`; no file can grow beyond `largest` bytes, as on a full disk."""
     if fresh:
         forget()
-    from hlm.hub import local_folder
+    from hlm.publishing.publish import local_folder
 
     with full_disk(largest):
         return {part: str(local_folder(name, repo_type=kind)) for part, (name, kind) in wanted.items()}

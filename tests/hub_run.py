@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from hlm.artefacts import read_manifest
-from hlm.data import load
-from hlm.encoders import load_encoder, save_encoder
-from hlm.sample_catalogue import write_catalogue
+from hlm.data.contract import load
+from hlm.data.sample_catalogue import write_catalogue
+from hlm.encoders.loading import load_encoder, save_encoder
 from recipes import embed, export, teacher
-from recipes.measure_reliability import tiny_encoder
+from results.measure.measure_reliability import tiny_encoder
 
 
 def tiny_run(folder: Path, tokenizer_of: str, seed: int) -> dict[str, str]:

@@ -10,7 +10,7 @@ import sys
 
 from transformers import TrainerState
 
-from hlm.training import RecipeTrainer
+from hlm.training.trainer import RecipeTrainer
 from recipes import align, refine, teacher
 
 

@@ -10,13 +10,14 @@ import unicodedata
 import pytest
 from huggingface_hub import ModelCard
 
-from hlm import __version__, canaries, cli
+from hlm import __version__, cli
 from hlm.artefacts import HlmError
 from hlm.cli import main
-from hlm.data import load
-from hlm.encoders import encode, fingerprint, load_encoder, save_encoder
-from hlm.index import AdIndex
-from hlm.store import VectorStore, write_store
+from hlm.data.contract import load
+from hlm.encoders.loading import encode, fingerprint, load_encoder, save_encoder
+from hlm.vectors import canaries
+from hlm.vectors.index import AdIndex
+from hlm.vectors.store import VectorStore, write_store
 
 
 @pytest.fixture(scope="module")

@@ -191,7 +191,7 @@ def test_run_recipe_prints_one_line_and_exits_2(capsys):
 def test_only_the_main_process_logs(rank, expected):
     code = (
         "import logging; from hlm.config import run_recipe\n"
-        "log = logging.getLogger('hlm.data')\n"
+        "log = logging.getLogger('hlm.data.contract')\n"
         "run_recipe(lambda: (log.info('hello'), log.warning('careful')))\n"
     )
     done = subprocess.run(

@@ -105,7 +105,7 @@ def test_a_terminal_that_is_not_utf8_gets_every_line():
 
 
 def test_nothing_of_other_libraries_is_shown(tiny_bert):
-    process = run(f"from hlm.encoders import load_encoder\nload_encoder({tiny_bert!r})")
+    process = run(f"from hlm.encoders.loading import load_encoder\nload_encoder({tiny_bert!r})")
     told = "".join(process.communicate(timeout=120))
     assert process.returncode == 0 and told == ""
 

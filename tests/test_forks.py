@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from hlm.artefacts import HlmError, write_manifest
-from hlm.encoders import load_encoder
-from hlm.export import export
-from hlm.runtime import QueryEncoder
+from hlm.encoders.loading import load_encoder
+from hlm.serving.export import export
+from hlm.serving.query_encoder import QueryEncoder
 
 MANY = [f"red shoe number {n} with a long tail of words to fill the batch" for n in range(200)]
 

@@ -12,11 +12,11 @@ import yaml
 
 from hlm import cli
 from hlm.artefacts import HlmError
-from hlm.budgets import INCONCLUSIVE
+from hlm.benchmark.budgets import INCONCLUSIVE
 from hlm.config import parse
-from hlm.training import TrainingArguments
-from recipes import render_readme
+from hlm.training.trainer import TrainingArguments
 from recipes.quickstart import STEPS
+from results.measure import render_readme
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -25,8 +25,8 @@ COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for
 
 
 def test_the_table_is_rendered_from_the_results():
-    assert render_readme.rendered(README) == README, "run python recipes/render_readme.py"
-    assert render_readme.details() == (ROOT / "results/README.md").read_text(), "run python recipes/render_readme.py"
+    assert render_readme.rendered(README) == README, "run python results/measure/render_readme.py"
+    assert render_readme.details() == (ROOT / "results/README.md").read_text(), "run python results/measure/render_readme.py"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -111,7 +111,7 @@ def test_the_tree_names_what_exists():
     tree = README.split("## Where things are")[1]
     names = re.findall(r"\b([a-z_]+\.py)\b", tree)
     assert names and all((ROOT / "hlm" / name).is_file() for name in names)
-    assert {path.name for path in (ROOT / "hlm").glob("*.py")} - set(names) <= {"__init__.py", "sample_vocabulary.py"}
+    assert {path.name for path in (ROOT / "hlm").rglob("*.py")} - set(names) <= {"__init__.py", "sample_vocabulary.py"}
 
 
 def test_the_code_runs(tiny_bert, catalogue_200, tmp_path, monkeypatch):

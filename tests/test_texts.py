@@ -8,8 +8,8 @@ import pytest
 from tokenizers import Tokenizer, processors
 
 from hlm.artefacts import HlmError
-from hlm.encoders import encode, load_encoder, tokenise
-from hlm.runtime import QueryEncoder
+from hlm.encoders.loading import encode, load_encoder, tokenise
+from hlm.serving.query_encoder import QueryEncoder
 from hlm.texts import as_texts, well_formed
 
 ODD = [

@@ -36,11 +36,12 @@ finally:
 
 from starlette.middleware import Middleware  # noqa: E402
 
-from hlm import demo_page, demo_plots  # noqa: E402
 from hlm.artefacts import HlmError  # noqa: E402
-from hlm.demo import MAX_K, MAX_TYPED, Demo, DemoConfig, load_demo  # noqa: E402
-from hlm.demo_limits import Limits  # noqa: E402
-from hlm.demo_page import failure, notice, results, table  # noqa: E402
+from hlm.demo import page as demo_page  # noqa: E402
+from hlm.demo import plots as demo_plots  # noqa: E402
+from hlm.demo.comparison import MAX_K, MAX_TYPED, Demo, DemoConfig, load_demo  # noqa: E402
+from hlm.demo.limits import Limits  # noqa: E402
+from hlm.demo.page import failure, notice, results, table  # noqa: E402
 
 logger = logging.getLogger(__name__)
 

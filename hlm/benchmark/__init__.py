@@ -1,0 +1,1 @@
+"""Latency, throughput and cold starts of query encoders, side by side."""

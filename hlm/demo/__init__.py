@@ -1,0 +1,1 @@
+"""What the demo compares and how its page shows it."""

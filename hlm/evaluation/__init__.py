@@ -1,0 +1,1 @@
+"""Retrieval metrics, what a student keeps of its teacher, and the report."""

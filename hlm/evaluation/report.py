@@ -1,0 +1,311 @@
+"""From runs to a report: report.json, a printed table, a plot and the scores of every query.
+
+The names of systems and keys are fixed: cards, the README and CI read them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from matplotlib.figure import Figure
+
+from hlm import __version__
+from hlm.artefacts import HlmError, atomic_file
+from hlm.evaluation.metrics import (
+    Qrels,
+    Run,
+    Scores,
+    length_slice,
+    mean,
+    metric_names,
+    overlap,
+    per_query,
+    recovery,
+    relevance_threshold,
+    slices,
+)
+from hlm.machine import cores
+
+# Rows of every table, in this order. Students search the teacher's index with a query encoder of their own.
+SYSTEMS = ("bm25", "backbone", "teacher", "pruned", "aligned", "student", "contrastive_only")
+STUDENTS = ("pruned", "aligned", "student", "contrastive_only")
+
+_PACKAGES = ("torch", "transformers", "sentence-transformers", "peft", "accelerate", "datasets", "faiss-cpu")
+_PACKAGES += ("faiss-gpu", "faiss-gpu-cu12", "bm25s", "pytrec-eval-terrier", "numpy")
+
+
+def build_report(
+    runs: Mapping[str, Run],
+    qrels: Qrels,
+    *,
+    dataset: str,
+    split: str,
+    parameters: Mapping[str, tuple[int, int]],
+    texts: Mapping[str, str],
+    kinds: Mapping[str, str] | None = None,
+    k: int = 10,
+    relevance_level: int | None = None,
+    incomplete: bool = False,
+    samples: int = 10_000,
+    seed: int = 0,
+    environment: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Any], pa.Table]:
+    """Scores every run and compares the students with the teacher.
+
+    Args:
+        runs: system name (one of `SYSTEMS`) -> run over the queries of `qrels`.
+        parameters: system name -> (all parameters, parameters outside embedding tables).
+        texts: query id -> text, for the slices by length.
+        kinds: query id -> kind, for the slices by kind; None where the data has no kinds.
+        k, relevance_level, incomplete: see `hlm.evaluation.metrics.per_query`.
+        samples, seed: of the bootstrap.
+        environment: kept as it is; see `environment`.
+
+    Returns:
+        report: {"dataset", "split", "k", "queries", "relevance_level", "systems", "recovery", "overlap@k", "slices",
+            "recovery_by_system", "environment"}. "recovery", "overlap@k" and "slices" compare `student` with
+            `teacher`; empty (None for the overlap) where one of them is not among the runs. Every recovery is that of
+            `hlm.evaluation.metrics.recovery`: None and a "reason" where it is undefined.
+        scores: one row for each system and query: system, query_id, the metrics, and for students overlap@k.
+
+    Raises:
+        HlmError: an unknown system name, or what the metrics refuse.
+    """
+    unknown = sorted(set(runs) - set(SYSTEMS))
+    if unknown or not runs:
+        raise HlmError(f"expected systems among {', '.join(SYSTEMS)}, found {', '.join(unknown) or 'none'}")
+    runs = {name: {query: runs[name].get(query, {}) for query in qrels} for name in SYSTEMS if name in runs}
+    level = relevance_threshold(qrels) if relevance_level is None else relevance_level
+    scores = {
+        name: per_query(run, qrels, k, relevance_level=level, incomplete=incomplete) for name, run in runs.items()
+    }
+    # judged@k says how much of a result is judged at all; a ratio of it would be no recovery.
+    recovered = [metric for metric in metric_names(k, incomplete=incomplete) if metric != f"judged@{k}"]
+    students = [name for name in STUDENTS if name in runs and "teacher" in runs]
+    overlaps = {name: overlap(runs[name], runs["teacher"], k) for name in students}
+    kept = {
+        name: {m: recovery(scores[name][m], scores["teacher"][m], samples=samples, seed=seed) for m in recovered}
+        for name in students
+    }
+    report = {
+        "dataset": dataset,
+        "split": split,
+        "k": k,
+        "queries": len(qrels),
+        "relevance_level": level,
+        "systems": {
+            name: {metric: mean(values) for metric, values in scores[name].items()}
+            | ({f"overlap@{k}": mean(overlaps[name])} if name in overlaps else {})
+            | {"params_total": parameters[name][0], "params_non_embedding": parameters[name][1]}
+            for name in runs
+        },
+        "recovery": kept.get("student", {}),
+        f"overlap@{k}": mean(overlaps["student"]) if "student" in overlaps else None,
+        "slices": {},
+        "recovery_by_system": kept,
+        "environment": dict(environment or {}),
+    }
+    if "student" in overlaps:
+        groups = {"length": {query: length_slice(texts[query]) for query in qrels}}
+        if kinds is not None:
+            groups = {"kind": {query: kinds[query] for query in qrels}} | groups
+        sides = scores["student"][f"ndcg@{k}"], scores["teacher"][f"ndcg@{k}"], overlaps["student"]
+        report["slices"] = {
+            by: slices(members, *sides, k=k, samples=samples, seed=seed) for by, members in groups.items()
+        }
+    return report, _score_table(scores, overlaps, k)
+
+
+def _score_table(scores: Mapping[str, dict[str, Scores]], overlaps: Mapping[str, Scores], k: int) -> pa.Table:
+    rows = [
+        {"system": name, "query_id": query, f"overlap@{k}": overlaps.get(name, {}).get(query)}
+        | {metric: of_query[query] for metric, of_query in values.items()}
+        for name, values in scores.items()
+        for query in next(iter(values.values()))
+    ]
+    metrics = list(next(iter(scores.values())))
+    fields = [("system", pa.string()), ("query_id", pa.string())]
+    fields += [(name, pa.float64()) for name in (*metrics, f"overlap@{k}")]
+    return pa.Table.from_pylist(rows, schema=pa.schema(fields))
+
+
+def format_table(report: Mapping[str, Any]) -> str:
+    """The report as aligned plain text: one row a system, then the student's recovery."""
+    k = report["k"]
+    systems = report["systems"]
+    metrics = [m for m in metric_names(k, incomplete=True) if m in next(iter(systems.values()))]
+    header = ["system", "params", "non-emb", *metrics, f"overlap@{k}", "recovery of nDCG [95%]"]
+    rows = [header]
+    for name in (name for name in SYSTEMS if name in systems):
+        values = systems[name]
+        kept = report["recovery_by_system"].get(name, {}).get(f"ndcg@{k}")
+        rows.append(
+            [
+                name,
+                _millions(values["params_total"]),
+                _millions(values["params_non_embedding"]),
+                *(f"{values[metric]:.4f}" for metric in metrics),
+                f"{values[f'overlap@{k}']:.4f}" if f"overlap@{k}" in values else "-",
+                _percent(kept) if kept else "-",
+            ]
+        )
+    title = f"{report['dataset']}, split {report['split']}: {report['queries']} queries, "
+    title += f"relevant from grade {report['relevance_level']}"
+    text = [title, "", *align(rows)]
+    if report["recovery"]:
+        text += ["", "student / teacher:  " + "  ".join(f"{m} {_percent(r)}" for m, r in report["recovery"].items())]
+    return "\n".join([*text, *undefined(report)])
+
+
+def undefined(report: Mapping[str, Any]) -> list[str]:
+    """A line for each system whose recovery, or its interval, is undefined: the metrics and the reason."""
+    lines = []
+    for name, kept in report["recovery_by_system"].items():
+        reasons: dict[str, list[str]] = {}
+        for metric, found in kept.items():
+            if "reason" in found:
+                reasons.setdefault(found["reason"], []).append(metric)
+        lines += [f"{name}, recovery of {', '.join(metrics)}: {reason}" for reason, metrics in reasons.items()]
+    return lines
+
+
+def align(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Lines of a plain-text table, header first and ruled off; the first `left` columns start at the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f}M" if count else "-"
+
+
+def _percent(kept: Mapping[str, Any]) -> str:
+    if kept["value"] is None:
+        return "-"
+    interval = f"[{100 * kept['ci95'][0]:.1f}, {100 * kept['ci95'][1]:.1f}]" if kept["ci95"] else "[-]"
+    return f"{100 * kept['value']:.1f}% {interval}"
+
+
+def plot(report: Mapping[str, Any], path: str | Path) -> None:
+    """Draws nDCG@k of every system and, where there are students, their recovery with 95% intervals, as a PNG."""
+    k = report["k"]
+    names = [name for name in SYSTEMS if name in report["systems"]]
+    students = [name for name in STUDENTS if name in report["recovery_by_system"]]
+    figure = Figure(figsize=(11 if students else 6.5, 4.4), layout="constrained")
+    axes = figure.subplots(1, 2 if students else 1, squeeze=False, width_ratios=[1.15, 1] if students else None)[0]
+
+    heights = [report["systems"][name][f"ndcg@{k}"] for name in names]
+    colours = ["#1b6ca8" if name in STUDENTS else "#d98324" if name == "teacher" else "#9aa5b1" for name in names]
+    bars = axes[0].bar(range(len(names)), heights, color=colours)
+    axes[0].bar_label(bars, fmt="%.3f", padding=2, fontsize=9)
+    axes[0].set_xticks(range(len(names)), [name.replace("_", "\n") for name in names], fontsize=9)
+    axes[0].set_ylabel(f"nDCG@{k}")
+    axes[0].set_ylim(0, max(heights) * 1.12 or 1)
+    axes[0].set_title(f"{report['split']}, {report['queries']} queries", fontsize=10)
+    if students:
+        _plot_recovery(axes[1], report, students)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(str(report["dataset"]), fontsize=11)
+    with atomic_file(path) as aside:
+        figure.savefig(aside, dpi=150, format="png")
+
+
+def _plot_recovery(axis: Any, report: Mapping[str, Any], students: list[str]) -> None:
+    k = report["k"]
+    tops, bottoms = [], []
+    for offset, metric, colour in ((-0.2, f"ndcg@{k}", "#1b6ca8"), (0.2, f"precision@{k}", "#7fb3d5")):
+        for place, name in enumerate(students):
+            kept = report["recovery_by_system"][name][metric]
+            if kept["value"] is None:
+                axis.annotate("-", (place + offset, 0.02), xycoords=("data", "axes fraction"), ha="center", fontsize=8)
+                continue
+            value = 100 * kept["value"]
+            low, high = (100 * bound for bound in kept["ci95"] or (kept["value"], kept["value"]))
+            # A bootstrap interval of very few queries need not contain the value itself: bars of no negative length.
+            low, high = min(low, value), max(high, value)
+            whiskers = {"yerr": [[value - low], [high - value]], "capsize": 3} if kept["ci95"] else {}
+            axis.bar(place + offset, value, 0.38, color=colour, **whiskers)
+            point = (place + offset, high)
+            axis.annotate(f"{value:.1f}", point, (0, 3), textcoords="offset points", ha="center", fontsize=8)
+            tops, bottoms = [*tops, high], [*bottoms, low]
+        axis.bar(0, 0, color=colour, label=f"nDCG@{k}" if metric.startswith("ndcg") else f"P@{k}")
+    axis.axhline(100, color="#d98324", linewidth=1.2, linestyle="--", label="teacher")
+    axis.set_xticks(range(len(students)), [name.replace("_", "\n") for name in students], fontsize=9)
+    axis.set_xlim(-0.5, len(students) - 0.5)
+    axis.set_ylabel("recovery, % of the teacher")
+    # From 0 the bars of good students could not be told apart; the axis says where it starts.
+    floor = max(0, 10 * int(min(bottoms, default=0) // 10) - 10)
+    top = max([*tops, 100])
+    axis.set_ylim(floor, top + 0.16 * (top - floor))
+    axis.set_title("with paired-bootstrap 95% intervals" + (f"; axis from {floor}%" if floor else ""), fontsize=10)
+    axis.legend(fontsize=8, ncols=3, loc="upper center", frameon=False)
+
+
+def command_line(script: str, argv: Sequence[str] | None) -> str:
+    """The command that `main(argv)` of a recipe stands for, as a shell reads it."""
+    return shlex.join([script, *(sys.argv[1:] if argv is None else argv)])
+
+
+def environment(command: str) -> dict[str, Any]:
+    """Where a report comes from: command, date (UTC), git commit, package versions, processor, cores, GPU."""
+    versions = {"hlm": __version__}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "command": command,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": versions,
+        "cpu": _cpu_model(),
+        "cores": cores(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _git_commit() -> str | None:
+    """The checkout's commit, with "-dirty" where tracked files differ from it; None outside a checkout."""
+    checkout = Path(__file__).resolve().parents[2]
+    if not (checkout / ".git").exists():  # installed: whatever repository lies around it is another project's
+        return None
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:  # no git on this machine
+        return None
+    return found.stdout.strip() or None
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

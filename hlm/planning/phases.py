@@ -1,0 +1,220 @@
+"""The phases of a run and what each costs: GPU memory, FLOPs, time, disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hlm.artefacts import HlmError
+from hlm.planning.footprint import Precision, Shape, forward_flops, inference_memory, training_flops
+from hlm.planning.hardware import Gpu, Training, smallest
+from hlm.planning.settings import Assumptions
+
+# fp32 matrices that a loss holds at its peak for each of its similarities: measured, rounded up.
+CONTRASTIVE_MATRICES, REFINEMENT_MATRICES = 12, 8
+PADDING = 1.1  # padded tokens over real ones, in batches of similar length
+SEARCH_FLOPS = 2e13  # a second and GPU, in fp32: exact search of the whole store, which the GPUs share
+ID_BYTES = 12  # of a row id, compressed
+
+
+@dataclass
+class Phase:
+    """One part of a step. `memory`: bytes a GPU; `flops`: of all GPUs; `disk`: bytes by what they hold."""
+
+    step: str
+    name: str
+    memory: dict[str, int]
+    flops: float = 0.0
+    utilisation: float = 1.0
+    disk: dict[str, int] = field(default_factory=dict)
+    alone: bool = False  # every GPU does the same
+    search_flops: float = 0.0  # in fp32, of all GPUs
+    steps: int | None = None
+    step_seconds: float = 0.0  # no step is faster
+    training: Training | None = None
+
+    @property
+    def peak(self) -> int:
+        return sum(self.memory.values())
+
+    def hours(self, count: int, gpu: Gpu) -> float:
+        seconds = self.flops / (gpu.flops * self.utilisation * (1 if self.alone else count))
+        seconds = max(seconds, (self.steps or 0) * self.step_seconds)
+        return (seconds + self.search_flops / (count * SEARCH_FLOPS)) / 3600
+
+    def smallest(self) -> str:
+        """The smallest hardware that holds this phase."""
+        if self.training is None:
+            return smallest(lambda count, sharded: self.peak, shards=False)
+        return smallest(self.training.peak)
+
+
+def padded(tokens: float, longest: int) -> float:
+    return min(tokens * PADDING, longest)
+
+
+def precision_of(step: Mapping[str, Any], lora_rank: int | None = None) -> Precision:
+    return Precision(step.get("dtype", "float32"), bool(step["bf16"] or step["fp16"]), lora_rank)
+
+
+def teacher_lengths(step: Mapping[str, Any], sizes: Assumptions) -> tuple[int, int]:
+    """Padded tokens of the longest query with its instruction, and of the longest document."""
+    limit = step["max_seq_length"]
+    query = int(sizes.prompt_tokens + sizes.longest_query)
+    return (query, sizes.longest_document) if limit is None else (min(query, limit), limit)
+
+
+def teacher_training(shape: Shape, step: Mapping[str, Any], sizes: Assumptions, count: int) -> Training:
+    """The teacher's training step on each of `count` GPUs, at the longest texts."""
+    query, document = teacher_lengths(step, sizes)
+    negatives = step["hard_negatives"]
+
+    def loss(batch: int) -> int:
+        vectors = 2 * batch * (2 + negatives) * shape.hidden * 4 + 2 * batch * count * shape.hidden * 4
+        return CONTRASTIVE_MATRICES * 4 * batch * batch * count + vectors
+
+    return Training(
+        shape=shape,
+        precision=precision_of(step, step["lora_rank"]),
+        rows=((1, query), (1 + negatives, document)),
+        batch=step["per_device_train_batch_size"],
+        chunk=step["cache_chunk"],
+        checkpointing=bool(step["gradient_checkpointing"]),
+        loss=loss,
+    )
+
+
+def teacher_phases(shape: Shape, step: Mapping[str, Any], sizes: Assumptions, count: int) -> list[Phase]:
+    training = teacher_training(shape, step, sizes, count)
+    query_limit, document_limit = teacher_lengths(step, sizes)
+    query = padded(sizes.query_tokens + sizes.prompt_tokens, query_limit)
+    document = padded(sizes.document_tokens, document_limit)
+    encoding = inference_memory(shape, max(1, 4096 // document_limit), document_limit, step["dtype"])
+    busy, phases = sizes.teacher_utilisation, []
+    if step["hard_negatives"]:
+        flops = forward_flops(shape, sizes.documents, document) + forward_flops(shape, sizes.train_queries, query)
+        phases.append(
+            Phase("teacher", "mine hard negatives", encoding, flops, busy,
+                  disk={"backbone's vectors, until the step ends": store_bytes(sizes.documents, shape.hidden)},
+                  search_flops=2.0 * sizes.train_queries * sizes.documents * shape.hidden)
+        )  # fmt: skip
+    pairs = min(sizes.train_pairs, sizes.train_queries * (step["pairs_per_query"] or sizes.train_pairs))
+    steps, rows = steps_of(step, pairs, count)
+    kind = {"lora_rank": step["lora_rank"], "checkpointing": training.checkpointing, "caching": bool(training.chunk)}
+    flops = training_flops(shape, rows, query, **kind)
+    flops += training_flops(shape, rows * (1 + step["hard_negatives"]), document, **kind)
+    adapter = shape.lora_parameters(step["lora_rank"])
+    weights = shape.parameters * training.precision.weight_bytes
+    phases.append(
+        Phase("teacher", "train", training.memory(count, sizes.fsdp), flops, busy, steps=steps, training=training,
+              step_seconds=sizes.step_seconds,
+              disk={"merged model": weights, "adapter": 4 * adapter} | checkpoints(step, adapter))
+    )  # fmt: skip
+    if evaluations := evaluations_of(step, steps):
+        rows = evaluations * (sizes.dev_documents + step["dev_documents"])
+        phases.append(
+            Phase("teacher", "dev retrieval", encoding, forward_flops(shape, rows, document), busy, alone=True)
+        )
+    return phases
+
+
+def embed_phase(shape: Shape, step: Mapping[str, Any], sizes: Assumptions, dim: int) -> Phase:
+    limit = step["max_seq_length"] or sizes.longest_document
+    query = padded(sizes.query_tokens + sizes.prompt_tokens, limit)
+    rows = {"corpus": sizes.documents, "unlabelled": sizes.unlabelled, "queries": sizes.queries}
+    flops = sum(
+        forward_flops(shape, rows[part], padded(sizes.document_tokens, limit) if part == "corpus" else query)
+        for part in step["parts"]
+    )
+    memory = inference_memory(shape, max(1, step["batch_tokens"] // limit), limit, step["dtype"])
+    disk = {part: store_bytes(rows[part], dim) for part in step["parts"]}
+    return Phase("embed", "encode", memory, flops, sizes.teacher_utilisation, disk=disk)
+
+
+def student_training(
+    shape: Shape, step: Mapping[str, Any], sizes: Assumptions, loss: Callable[[int], int], prompt: bool = False
+) -> Training:
+    longest = int(sizes.longest_query + (sizes.prompt_tokens if prompt else 0))
+    return Training(
+        shape=shape,
+        precision=precision_of(step),
+        rows=((1, min(longest, step.get("max_seq_length") or longest)),),
+        batch=step["per_device_train_batch_size"],
+        chunk=None,
+        checkpointing=bool(step["gradient_checkpointing"]),
+        loss=loss,
+    )
+
+
+def student_phase(step_name: str, name: str, training: Training, step, rows: int, sizes: Assumptions, count: int):
+    shape = training.shape
+    steps, rows = steps_of(step, rows, count)
+    tokens = padded(sizes.query_tokens + (sizes.prompt_tokens if step.get("prompt") else 0), training.rows[0][1])
+    flops = training_flops(shape, rows, tokens, checkpointing=training.checkpointing)
+    disk = {"student": 4 * shape.parameters} | checkpoints(step, shape.parameters)
+    return Phase(step_name, name, training.memory(count, sizes.fsdp), flops, sizes.student_utilisation, disk=disk,
+                 steps=steps, step_seconds=sizes.step_seconds, training=training)  # fmt: skip
+
+
+def align_training(shape: Shape, step: Mapping[str, Any], sizes: Assumptions) -> Training:
+    return student_training(shape, step, sizes, lambda batch: 8 * batch * shape.hidden * 4, step["prompt"])
+
+
+def align_phase(name: str, shape: Shape, stage: dict, step: Mapping[str, Any], sizes: Assumptions, count: int) -> Phase:
+    rows = {"unlabelled": sizes.unlabelled, "train": sizes.train_queries}
+    step = {**step, "num_train_epochs": stage.get("epochs", step["num_train_epochs"])}
+    training = align_training(shape, step, sizes)
+    return student_phase("align", name, training, step, sum(rows[part] for part in step["parts"]), sizes, count)
+
+
+def refine_training(shape: Shape, step: Mapping[str, Any], sizes: Assumptions, count: int) -> Training:
+    pool = min(step["pool"], sizes.documents)
+
+    def loss(batch: int) -> int:
+        ads = pool + batch * (1 + step["hard_negatives"])  # vectors of the pool, positives and hard negatives
+        others = CONTRASTIVE_MATRICES * batch * batch * count if step["query_query"] else 0
+        return 4 * (2 * ads * shape.hidden + REFINEMENT_MATRICES * batch * pool + others)
+
+    return student_training(shape, step, sizes, loss)
+
+
+def refine_phase(shape: Shape, step: Mapping[str, Any], sizes: Assumptions, count: int, dim: int) -> Phase:
+    training = refine_training(shape, step, sizes, count)
+    phase = student_phase("refine", "train", training, step, sizes.train_pairs, sizes, count)
+    epochs = step["num_train_epochs"] if step["max_steps"] <= 0 else 1
+    searches = (epochs / max(1, step["refresh_epochs"]) if step["hard_negatives"] else 0) + bool(step["mask_top"])
+    phase.search_flops = 2.0 * searches * sizes.train_queries * sizes.documents * dim
+    return phase
+
+
+def steps_of(step: Mapping[str, Any], rows: int, count: int) -> tuple[int, int]:
+    """(optimizer steps, rows seen by all GPUs) of a training step."""
+    batch = step["per_device_train_batch_size"] * count
+    accumulation = max(1, step["gradient_accumulation_steps"])
+    if rows < batch:
+        raise HlmError(
+            f"expected at least one whole batch of {batch} rows ({step['per_device_train_batch_size']} on {count} "
+            f"GPUs), found {rows}; the nearest per_device_train_batch_size that works is {max(1, rows // count)}"
+        )
+    steps = int(step["num_train_epochs"] * -(-(rows // batch) // accumulation))
+    if step["max_steps"] > 0:
+        steps = step["max_steps"]
+    return steps, steps * accumulation * batch
+
+
+def evaluations_of(step: Mapping[str, Any], steps: int) -> int:
+    if step["eval_strategy"] == "epoch":
+        return int(step["num_train_epochs"])
+    every = step["eval_steps"] or step["logging_steps"]
+    return int(steps // (every if every >= 1 else max(1, every * steps))) if step["eval_strategy"] == "steps" else 0
+
+
+def checkpoints(step: Mapping[str, Any], trained: int) -> dict[str, int]:
+    """Weights and AdamW's two moments in fp32 for each checkpoint that is kept, until the step ends."""
+    return {"checkpoints, until the step ends": 12 * trained * (step["save_total_limit"] or 1)}
+
+
+def store_bytes(rows: int, dim: int) -> int:
+    """A vector store on disk: fp16 vectors and compressed ids."""
+    return rows * (2 * dim + ID_BYTES)

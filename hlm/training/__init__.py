@@ -1,0 +1,1 @@
+"""The three phases: trainer, batches, losses, gradient caching, hard negatives, checkpoints."""

@@ -1,0 +1,390 @@
+"""What the three training recipes share: the trainer, the dev retrieval, exact resume.
+
+The loop is sentence-transformers' trainer. What differs is what flows through it: rows of tables instead of text
+columns, so that texts are tokenised once (`hlm.training.batches`) and frozen vectors come from the store's memory map.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.base.evaluation import BaseEvaluator
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from hlm.artefacts import MANIFEST, HlmError, claimed, fingerprint_json, read_manifest, write_json
+from hlm.config import check_processes
+from hlm.encoders.loading import check_device, devices
+from hlm.integrity import check_files
+from hlm.outputs import resolved
+from hlm.planning.plan import check_step
+from hlm.training.batches import GroupedBatches
+from hlm.training.checkpoints import (
+    IDENTITY,
+    STATE,
+    check_same_run,
+    checkpoint_folder,
+    fault,
+    last_checkpoint,
+    leave_folder,
+    mark_whole,
+    take_folder,
+    without,
+)
+from hlm.training.dev_retrieval import on_dev
+
+logger = logging.getLogger(__name__)
+
+START = "start.json"  # what a run measured on dev before its first step
+# Arguments that say where and how to report, or how fast, not what is computed: they may change between a run and its
+# resumption.
+REPORTING = {"output_dir", "run_name", "logging_dir", "logging_steps", "report_to", "disable_tqdm", "save_total_limit"}
+REPORTING |= {f"dataloader_{name}" for name in ("num_workers", "prefetch_factor", "persistent_workers", "pin_memory")}
+
+
+@dataclass
+class TrainingArguments(SentenceTransformerTrainingArguments):
+    """sentence-transformers' training arguments with this project's defaults; every one can be set in YAML."""
+
+    dataloader_drop_last: bool = field(default=True)  # ranks must see equally many rows
+    remove_unused_columns: bool = field(default=False)
+    use_cpu: bool | None = field(default=None, metadata={"help": "true: the CPU; false: a GPU; null: what is there"})
+    report_to: str = field(default="none")
+    save_total_limit: int | None = field(default=2)
+    logging_steps: float = field(default=50)
+    lr_scheduler_type: str = field(default="cosine")
+    warmup_steps: float = field(default=0.05)
+
+    def __post_init__(self) -> None:
+        if self.use_cpu is False:
+            check_device("accelerator", "use_cpu: false")
+        # Left alone, several processes without an accelerator would each take themselves for the only one.
+        self.use_cpu = bool(self.use_cpu) or not torch.accelerator.is_available()
+        if self.use_cpu:
+            self.dataloader_pin_memory = False  # pinned for a GPU that is not there
+            if self.fp16:
+                raise HlmError(f"fp16: expected a GPU, found none in use ({devices()}); leave fp16 out")
+        super().__post_init__()
+        check_processes(self.world_size)
+        if self.resume_from_checkpoint:
+            raise HlmError(
+                "resume_from_checkpoint: a recipe resumes by itself from the last whole checkpoint beside its output; "
+                "leave it out and run the same command again"
+            )
+        if self.load_best_model_at_end and self.save_strategy == "steps" and self.save_steps != self.eval_steps:
+            raise HlmError(
+                f"load_best_model_at_end: expected each evaluated step to be saved, found eval_steps {self.eval_steps} "
+                f"and save_steps {self.save_steps}: the best may not be there; set both to one number"
+            )
+
+    def check_hardware(self, step: str, config: Any) -> None:
+        """Refuses a recipe's settings before any weights load, as `hlm.planning.plan.check_step` says."""
+        if self.use_cpu and self.bf16:
+            logger.warning(
+                "%s trains on the CPU in bf16 (%s): most CPUs are slower in it than in float32", step, devices()
+            )
+        sharded = bool(self.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
+        check_step(step, vars(config) | vars(self), gpus=self.world_size, sharded=sharded)
+
+
+def recorded(args: TrainingArguments) -> dict[str, Any]:
+    """The training arguments that were set to something else than their default, for manifests: JSON values."""
+    values = args.to_dict()  # masks tokens
+    default = TrainingArguments(output_dir=args.output_dir).to_dict()
+    changed = {name: value for name, value in values.items() if value != default.get(name) and name not in REPORTING}
+    return {name: value for name, value in changed.items() if isinstance(value, str | int | float | bool | None)}
+
+
+class RecipeTrainer(SentenceTransformerTrainer):
+    """sentence-transformers' trainer over rows: `collate(rows)` makes a batch, `step_loss(model, batch)` its loss.
+
+    Args:
+        rows: number of training rows; a row's meaning is the recipe's.
+        collate: list of row numbers -> dict of tensors and of features (nested dicts).
+        step_loss: (model as wrapped for distribution, batch on the device) -> scalar.
+        keys, group: which rows go into a batch together, see GroupedBatches.
+        extra_state: tensors that must survive a kill beside weights and optimizer, updated in place by the recipe.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        args: TrainingArguments,
+        *,
+        rows: int,
+        collate: Callable[[list[int]], dict[str, Any]],
+        step_loss: Callable[[torch.nn.Module, dict[str, Any]], Tensor],
+        keys: np.ndarray | None = None,
+        group: int | None = None,
+        evaluator: BaseEvaluator | None = None,
+        extra_state: dict[str, Tensor] | None = None,
+        callbacks: list | None = None,
+    ) -> None:
+        self.keys, self.group, self.step_loss = keys, group, step_loss
+        self.extra_state = extra_state or {}
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=Dataset.from_dict({"row": np.arange(rows, dtype=np.int32)}),
+            data_collator=_Collator(collate),
+            evaluator=evaluator,
+            loss=_Trained(model),
+            callbacks=[_Epochs(self), *(callbacks or [])],
+        )
+        if self.is_fsdp_enabled:
+            if all(parameter.requires_grad for parameter in model.parameters()):
+                raise HlmError("FSDP shards a teacher under LoRA; a student fits every GPU: launch with DDP instead")
+            # accelerate would shard the last child called a norm as a layer of its own, and takes Normalize for it.
+            model.base_model_prefix = "no_such_child"
+
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        """No card from the trainer: it would describe a column of row numbers."""
+
+    def get_batch_sampler(self, dataset, batch_size, drop_last, valid_label_columns=None, generator=None, seed=0):
+        self.batches = GroupedBatches(
+            len(dataset), batch_size, seed, keys=self.keys, group=self.group, drop_last=drop_last
+        )
+        return self.batches
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = self.step_loss(model, inputs)
+        return (loss, {}) if return_outputs else loss
+
+    def trained_tensors(self) -> dict[str, Tensor]:
+        """Name -> whole tensor of every parameter that trains: under LoRA the adapter's alone. Every process must call
+        it: under FSDP each holds a part of every tensor."""
+        return {
+            name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+            for name, tensor in self._trained().items()
+        }
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        # Only what trains: a checkpoint of an 8B teacher under LoRA holds the adapter, not 16 GB of frozen weights.
+        tensors = {f"model.{name}": tensor.contiguous() for name, tensor in self.trained_tensors().items()}
+        tensors |= {f"extra.{name}": tensor.contiguous() for name, tensor in self.extra_state.items()}
+        if self.args.should_save:  # every process comes here, one writes
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, str(folder / STATE))
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        checkpoint = checkpoint_folder(self.args.output_dir, self.state.global_step)
+        if self.args.should_save and checkpoint.exists():
+            shutil.rmtree(checkpoint)  # one that was not resumed, as it was not whole
+        self.accelerator.wait_for_everyone()
+        kept, self.args.save_total_limit = self.args.save_total_limit, None  # older ones go once this one is whole
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = kept
+        self.accelerator.wait_for_everyone()
+        if not self.args.save_only_model:  # without the optimizer's state, a run would go on to other weights
+            mark_whole(checkpoint)
+        if self.args.should_save:
+            rotate_checkpoints(str(self.args.output_dir), kept, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _init_training_state(self, *rest: Any) -> tuple[int, int]:
+        # The state names the best checkpoint by its path, which is another once the run was moved: the parent would
+        # then take the last weights for the best. It is one of the folders beside the checkpoint that is resumed.
+        parent = logging.getLogger("transformers.trainer")
+        level = parent.level
+        parent.setLevel(logging.ERROR)  # it would warn of the path that is gone
+        try:
+            found = super()._init_training_state(*rest)
+        finally:
+            parent.setLevel(level)
+        best = checkpoint_folder(self.args.output_dir, self.state.best_global_step or 0)
+        if best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+        return found
+
+    def _load_from_checkpoint(self, checkpoint_path: str, model: torch.nn.Module | None = None) -> None:
+        tensors = load_file(str(Path(checkpoint_path) / STATE))
+        trained = self._trained()
+        found = {name[len("model.") :]: tensor for name, tensor in tensors.items() if name.startswith("model.")}
+        if found.keys() != trained.keys():
+            raise HlmError(f"{checkpoint_path} does not hold this model's weights; delete {self.args.output_dir}")
+        with torch.no_grad():
+            for name, tensor in found.items():
+                part = trained[name]
+                if isinstance(part, DTensor):
+                    tensor = distribute_tensor(tensor.to(part.device), part.device_mesh, part.placements)
+                part.copy_(tensor)
+            for name, tensor in self.extra_state.items():
+                tensor.copy_(tensors[f"extra.{name}"])
+
+    def _load_best_model(self) -> None:
+        # The parent's version logs an error and goes on with the last weights; a best model that is lost must stop.
+        best = Path(self.state.best_model_checkpoint)
+        reason = fault(best, {STATE}) if not self.args.save_only_model else None
+        if reason:
+            raise HlmError(f"{best}, the best checkpoint, cannot be taken: {reason}; run the same command again")
+        logger.info("best: %s (%.4f)", best.name, self.state.best_metric)
+        self._load_from_checkpoint(str(best))
+
+
+class _Trained(torch.nn.Module):
+    """What the optimizer is made for: sentence-transformers trains the parameters of the loss module, not the model's.
+    The loss itself is computed by `RecipeTrainer.compute_loss`."""
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+
+class _Epochs(TrainerCallback):
+    """Tells the batches which epoch begins: through the samplers that accelerate puts around them, on several
+    processes and on resuming within an epoch, they would not hear of it."""
+
+    def __init__(self, trainer: RecipeTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        self.trainer.batches.set_epoch(int(state.epoch or 0))
+
+
+class _Collator:
+    valid_label_columns: list[str] = []  # asked for by sentence-transformers' loader
+
+    def __init__(self, collate: Callable[[list[int]], dict[str, Any]]) -> None:
+        self.collate = collate
+
+    def __call__(self, items: list[dict[str, int]]) -> dict[str, Any]:
+        return self.collate([item["row"] for item in items])
+
+
+@contextlib.contextmanager
+def claimed_output(output: str, kind: str, args: TrainingArguments) -> Iterator[str]:
+    """Claims a recipe's output, and the training folder beside it, for as long as the recipe runs: before any work,
+    another writer or somebody's files there are told. The first process claims it for all.
+
+    Yields:
+        The output as every process must write it: absolute, links followed. `args.output_dir` is beside it.
+
+    Raises:
+        HlmError: as `hlm.artefacts.claimed`; or the training folder holds somebody's files.
+    """
+    target = str(resolved(output))
+    args.output_dir = f"{target}.training"
+    with contextlib.ExitStack() as stack:
+        if args.process_index == 0:
+            stack.enter_context(claimed(output, kind))
+            take_folder(args.output_dir)
+            stack.callback(leave_folder, args.output_dir)
+        yield target
+
+
+def up_to_date(
+    folder: str | Path, kind: str, identity: dict[str, Any], *, paths: Collection[str] = frozenset()
+) -> bool:
+    """Whether `folder` already holds this artefact, made from the same inputs with the same configuration.
+
+    Args:
+        paths: settings that do not count, as they say where inputs lie whose fingerprints are in `identity`.
+    """
+    if not (Path(folder) / MANIFEST).is_file():
+        return False
+    manifest = read_manifest(folder, kind)
+    if fingerprint_json(without(paths, manifest)) != fingerprint_json(without(paths, identity)):
+        return False
+    records = manifest.get("files") or {}
+    try:
+        check_files(folder, records, records)
+    except HlmError as error:
+        logger.warning("%s is made again: %s", folder, error)
+        return False
+    logger.info("%s: up to date", folder)
+    return True
+
+
+def train(
+    trainer: RecipeTrainer, identity: dict[str, Any], *, then: Callable[[], None] | None = None
+) -> dict[str, Any]:
+    """Trains, or goes on from the last whole checkpoint in `output_dir`, to the same weights as a run never stopped.
+
+    Args:
+        identity: {"inputs": fingerprints, "config": values}: what this run is. Kept beside the checkpoints.
+        then: changes the trained weights once more, before they are measured; every process calls it.
+
+    Returns:
+        {"dev": {"metric", "start", "end"}}, what the weights reached on dev before and after: for the manifest.
+        Empty without dev judgements.
+
+    Raises:
+        HlmError: the checkpoints there belong to another run; the message names what differs.
+    """
+    # Other processes draw other batches.
+    identity = identity | {"config": identity["config"] | {"processes": trainer.args.world_size}}
+    folder = Path(trainer.args.output_dir)
+    check_same_run(folder, identity)
+    checkpoint = None
+    if trainer.is_world_process_zero():  # the others need not hash what it has hashed
+        checkpoint = last_checkpoint(folder, best=trainer.args.load_best_model_at_end)
+        write_json(folder / IDENTITY, identity)
+    checkpoint, start = broadcast_object_list([checkpoint])[0], None
+    if checkpoint:
+        logger.info("resuming from %s", checkpoint)
+        with contextlib.suppress(OSError, ValueError):  # then the manifest does not tell it
+            start = json.loads((folder / START).read_text(encoding="utf-8"))
+    else:
+        start = on_dev(trainer)
+        if trainer.is_world_process_zero():
+            write_json(folder / START, start)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if then is not None:
+        then()
+    end = on_dev(trainer)
+    return {} if end is None else {"dev": {"metric": "ndcg@10", "start": start, "end": end}}
+
+
+def finish(trainer: RecipeTrainer, measured: dict[str, Any]) -> None:
+    """Removes the checkpoints once the artefact they led to is whole; no process goes on before that. Says so where
+    training did harm.
+
+    Args:
+        measured: what `train` returned.
+    """
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
+    dev = measured.get("dev") or {}
+    if dev.get("start") is not None and dev["end"] < dev["start"]:
+        logger.warning(
+            "training did harm: nDCG@10 on dev is %.4f at the end, below %.4f where it started; lower learning_rate, "
+            "set load_best_model_at_end, or use what it started from",
+            dev["end"],
+            dev["start"],
+        )
+
+
+def set_dropout(model: SentenceTransformer, probability: float) -> None:
+    """Sets every dropout of the model. A student aligned by L2 wants none: it would learn to answer noise."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = probability
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = probability
+
+
+def as_config(config: Any, args: TrainingArguments | None = None) -> dict[str, Any]:
+    """A recipe's dataclass (and training arguments) as the JSON values of a manifest's `config`."""
+    values = {item.name: getattr(config, item.name) for item in fields(config) if item.name != "output"}
+    return values | ({"training": recorded(args)} if args is not None else {})

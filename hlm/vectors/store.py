@@ -1,0 +1,348 @@
+"""Embedding store: a folder of fp16 vector shards keyed by row id, written resumably, read through memory maps.
+
+    vectors-00000.safetensors   key "vectors", fp16, (rows, dim)      ids-00000.parquet   column "_id", row order
+    hlm.json                    kind "vectors": the inputs' fingerprints, and size and SHA-256 of every shard
+
+Vectors are L2-normalised before they are rounded to fp16 and are not normalised again afterwards. Rounding moves a
+component by at most 2^-11 of itself, so a vector moves by less than 5e-4 and so does its inner product with any unit
+vector.
+
+Written by `write_store`, one shard in memory at a time, resumable after a kill (`hlm.vectors.store_writer`).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from hlm.artefacts import MANIFEST, HlmError, fingerprint_json, read_manifest
+from hlm.fields import field, optional
+from hlm.integrity import read_steadily
+from hlm.vectors.store_writer import (
+    KEY,
+    KIND,
+    REMEDY,
+    check_store_output,
+    files,
+    ids_name,
+    pending_shards,
+    vectors_name,
+    write_store,
+)
+
+__all__ = ["VectorStore", "check_store_output", "pending_shards", "write_store"]
+
+# What ids decompress to stays below this many times their file, and below this many bytes for a small file.
+IDS_INFLATION, IDS_LEAST_BYTES = 1000, 2**26
+HEADER_BYTES = 2**20
+
+
+class VectorStore:
+    """A whole store, opened for reading: vectors stay on disk and are read through memory maps.
+
+    Attributes:
+        folder: where it is.
+        manifest: the content of its `hlm.json`.
+        dim: width of the vectors.
+        encoder: fingerprint of the encoder that made the vectors.
+        source: fingerprint of the texts they were made from.
+        canaries: the encoder's vectors of fixed queries (`hlm.vectors.canaries`); None where the store was written without.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], states: dict[str, list[int]]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.dim: int = manifest["dim"]
+        self.encoder: str = manifest["inputs"]["encoder"]
+        self.source: str = manifest["inputs"]["source"]
+        self.canaries: dict[str, Any] | None = manifest.get("canaries")
+        self._starts = np.cumsum([0] + [shard["rows"] for shard in manifest["shards"]])
+        self._states = states  # file name -> what its file was when the store was opened
+        self._maps: dict[int, np.ndarray] = {}
+
+    @classmethod
+    def open(cls, folder: str | Path) -> VectorStore:
+        """Opens a store after comparing every shard's header and size with the manifest; reads no vector.
+
+        What is open stays what it was: a store that another one has replaced since is refused, not read.
+
+        Raises:
+            HlmError: not a store, unfinished, or a shard is missing, truncated or not what the manifest says.
+        """
+        return read_steadily(folder, lambda: cls._open(Path(folder)))
+
+    @classmethod
+    def _open(cls, folder: Path) -> VectorStore:
+        if not (folder / MANIFEST).is_file() and (whole := len(list(folder.glob("shard-*.json")))):
+            raise HlmError(
+                f"expected a whole vector store at {folder}, found an unfinished one ({whole} whole shards, no "
+                f"{MANIFEST}); run the command that writes it again, it goes on where it stopped"
+            )
+        manifest = _checked_manifest(folder)
+        states = {}
+        for number, record in enumerate(manifest["shards"]):
+            for name, entry in files(number, record).items():
+                with _open_file(folder / name) as file:
+                    states[name] = _state(file)
+                    if (found := os.fstat(file.fileno()).st_size) != entry["bytes"]:
+                        raise HlmError(
+                            f"{folder / name}: expected {entry['bytes']} bytes, found {found} bytes; {REMEDY}"
+                        )
+                    if name == vectors_name(number):
+                        _vectors_offset(file, folder / name, (record["rows"], manifest["dim"]))
+        return cls(folder, manifest, states)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickling a memory map would copy its content into every data loader worker.
+        return _open_again, (self.folder, self.fingerprint)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over the inputs and every shard's SHA-256: what an index built from this store records."""
+        return fingerprint_json([self.manifest["inputs"], self.manifest["shards"]])
+
+    @functools.cached_property
+    def ids(self) -> pa.ChunkedArray:
+        """The row ids as Arrow strings in row order, one chunk a shard; read on first use and kept."""
+        chunks = []
+        for number, record in enumerate(self.manifest["shards"]):
+            with self._file(number, ids_name(number)) as file:
+                ids = read_ids(file, self.folder / ids_name(number), record["rows"], REMEDY)
+                chunks.append(ids.cast(pa.string()))
+        return pa.chunked_array(chunks, type=pa.string())
+
+    def rows_of(self, ids: Sequence[str]) -> np.ndarray:
+        """Row numbers (int64, one for each id, in order) of `ids`, which may repeat.
+
+        Passes once over all ids of the store, however few are asked for (20 to 30 ms a million rows on one core): ask
+        once for all of them rather than once a batch.
+
+        Raises:
+            HlmError: an id that the store does not hold.
+        """
+        wanted = pa.array(ids, type=pa.string())
+        distinct = pc.unique(wanted)
+        found = np.full(len(distinct), -1, dtype=np.int64)
+        # The wanted ids are what is hashed, so no index over the whole store is ever built.
+        hits = pc.index_in(self.ids, value_set=distinct).fill_null(-1).to_numpy()
+        rows = np.flatnonzero(hits >= 0)
+        found[hits[rows]] = rows
+        if (found < 0).any():
+            unknown = distinct.filter(pa.array(found < 0))
+            shown = ", ".join(repr(value.as_py()) for value in unknown[:3])
+            raise HlmError(
+                f"expected ids of the {len(self)} rows at {self.folder}, found {len(unknown)} unknown ones ({shown}"
+                f"{', ...' if len(unknown) > 3 else ''}); embed the dataset that these ids come from"
+            )
+        return found[pc.index_in(wanted, value_set=distinct).to_numpy()] if len(wanted) else found
+
+    def ids_of(self, rows: Sequence[int] | np.ndarray) -> list[str]:
+        """The ids of `rows` (any order, may repeat)."""
+        return self.ids.take(pa.array(self._checked(rows))).to_pylist()
+
+    def gather(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The vectors of `rows` (integers, any order, may repeat) as float32 (n, dim).
+
+        They are the stored fp16 values, not normalised again: norms are within 5e-4 of 1.
+
+        Raises:
+            HlmError: a row number outside [0, len(store)), or not an integer.
+        """
+        rows = self._checked(rows)
+        order = np.argsort(rows, kind="stable")  # reading in disk order turns page faults into few, forward reads
+        ordered = rows[order]
+        out = np.empty((len(rows), self.dim), dtype=np.float32)
+        bounds = np.searchsorted(ordered, self._starts)
+        for shard in np.flatnonzero(np.diff(bounds)):
+            part = slice(bounds[shard], bounds[shard + 1])
+            out[order[part]] = self._map(int(shard))[ordered[part] - self._starts[shard]]
+        return out
+
+    def iter_blocks(self, rows_per_block: int = 65536) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields (first row, float32 (n, dim)) over all rows in order; n is `rows_per_block` but for the last."""
+        if rows_per_block < 1:
+            raise HlmError(f"expected at least 1 row a block, found {rows_per_block}")
+        for start in range(0, len(self), rows_per_block):
+            stop = min(start + rows_per_block, len(self))
+            block = np.empty((stop - start, self.dim), dtype=np.float32)
+            first = int(np.searchsorted(self._starts, start, side="right")) - 1
+            for shard in range(first, len(self._starts) - 1):
+                low, high = self._starts[shard : shard + 2]
+                if low >= stop:
+                    break
+                a, b = max(start, low), min(stop, high)
+                block[a - start : b - start] = self._map(shard)[a - low : b - low]
+            yield start, block
+
+    def check(self, *, encoder: str | None = None, source: str | None = None) -> None:
+        """Refuses the store where its encoder's or its texts' fingerprint is not the one given.
+
+        Raises:
+            HlmError: names both fingerprints and the remedy.
+        """
+        for what, expected, found in (("encoder", encoder, self.encoder), ("source", source, self.source)):
+            if expected is not None and expected != found:
+                made = "by the encoder" if what == "encoder" else "from the texts"
+                raise HlmError(
+                    f"expected vectors made {made} {expected}, found {self.folder} made {made} {found}; embed again "
+                    f"with that {what}, or use the {what} that the store was made with"
+                )
+
+    def verify(self) -> None:
+        """Reads every shard and compares its SHA-256 with the manifest's.
+
+        Raises:
+            HlmError: names the first file whose content is not what was written.
+        """
+        for number, record in enumerate(self.manifest["shards"]):
+            for name, entry in files(number, record).items():
+                with _open_file(self.folder / name) as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+                if found != entry["sha256"]:
+                    raise HlmError(
+                        f"{self.folder / name}: expected SHA-256 {entry['sha256'][:16]}..., found {found[:16]}...: the "
+                        "file was changed after it was written; delete that file and run the command that writes "
+                        "the store again, it writes the missing shard only"
+                    )
+
+    def _checked(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        rows = np.asarray(rows)
+        if rows.size == 0:
+            return np.zeros(0, dtype=np.int64)
+        if rows.ndim != 1 or rows.dtype.kind not in "iu":
+            raise HlmError(f"expected a list of row numbers, found {rows.dtype} of shape {rows.shape}")
+        if rows.min() < 0 or rows.max() >= len(self):
+            wrong = rows[(rows < 0) | (rows >= len(self))][0]
+            raise HlmError(f"expected rows in [0, {len(self)}) of {self.folder}, found {wrong}")
+        return rows.astype(np.int64, copy=False)
+
+    def _map(self, shard: int) -> np.ndarray:
+        if shard not in self._maps:
+            name, shape = vectors_name(shard), (self.manifest["shards"][shard]["rows"], self.dim)
+            with self._file(shard, name) as file:
+                offset = _vectors_offset(file, self.folder / name, shape)
+                self._maps[shard] = np.memmap(file, dtype="<f2", mode="r", offset=offset, shape=shape)
+        return self._maps[shard]
+
+    def _file(self, shard: int, name: str) -> BinaryIO:
+        """A file of a shard, which is the one that was there when the store was opened, or has the same content."""
+        file = _open_file(self.folder / name)
+        if _state(file) != self._states[name]:
+            expected = files(shard, self.manifest["shards"][shard])[name]["sha256"]
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                file.close()
+                raise HlmError(
+                    f"{self.folder / name}: the store was replaced or changed after it was opened; open it again"
+                )
+            file.seek(0)
+        return file
+
+
+def read_ids(file: BinaryIO, path: Path, rows: int, remedy: str) -> pa.Array:
+    """Column "_id" of a Parquet file, one Arrow string array (as it was written: of 32 or 64 bits).
+
+    Raises:
+        HlmError: not Parquet, another number of rows, ids that are no text or missing, or a file that would grow beyond
+            what ids grow by when it is decompressed.
+    """
+    try:
+        parquet = pq.ParquetFile(file)
+        names, kinds = parquet.schema_arrow.names, parquet.schema_arrow.types
+        if "_id" not in names or kinds[names.index("_id")] not in (pa.string(), pa.large_string()):
+            raise HlmError(f"{path}: expected a column '_id' of texts, found {names} of {kinds[:9]}; {remedy}")
+        if parquet.metadata.num_rows != rows:
+            raise HlmError(f"{path}: expected {rows} ids, found {parquet.metadata.num_rows}; {remedy}")
+        groups = [parquet.metadata.row_group(number) for number in range(parquet.metadata.num_row_groups)]
+        size = sum(group.total_byte_size for group in groups)
+        if size > max(IDS_LEAST_BYTES, IDS_INFLATION * os.fstat(file.fileno()).st_size):
+            raise HlmError(f"{path}: expected ids, found {size:,} bytes packed into a small file; {remedy}")
+        column = parquet.read(columns=["_id"]).column("_id").combine_chunks()
+        column.validate(full=True)
+    except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
+        raise HlmError(f"{path} is not readable ({error}); {remedy}") from error
+    if len(column) != rows or column.null_count:
+        raise HlmError(f"{path}: expected {rows} ids, found {len(column) - column.null_count}; {remedy}")
+    return column
+
+
+def _checked_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a store, with all that reading needs of the types that it needs."""
+    manifest, where = read_manifest(folder, KIND), folder / MANIFEST
+    for name in ("encoder", "source"):
+        field(manifest, str, "inputs", name, where=where)
+    field(manifest, int, "dim", where=where, least=1)
+    optional(manifest, dict, "canaries", where=where)
+    for number in range(len(field(manifest, list, "shards", where=where))):
+        field(manifest, int, "shards", number, "rows", where=where, least=1)
+        for part in ("vectors", "ids"):
+            field(manifest, int, "shards", number, part, "bytes", where=where, least=0)
+            field(manifest, str, "shards", number, part, "sha256", where=where)
+    found = sum(shard["rows"] for shard in manifest["shards"])
+    if found != field(manifest, int, "rows", where=where, least=1):
+        raise HlmError(
+            f"{where}: expected shards of {manifest['rows']} rows in all, found {found}; delete the folder and write "
+            "the store again"
+        )
+    return manifest
+
+
+def _open_again(folder: Path, fingerprint: str) -> VectorStore:
+    """Opens a store in another process, which must be the one that was open in the first."""
+    store = VectorStore.open(folder)
+    if store.fingerprint != fingerprint:
+        raise HlmError(
+            f"expected store {fingerprint} at {folder}, found {store.fingerprint}: it was replaced; run again"
+        )
+    return store
+
+
+def _open_file(path: Path) -> BinaryIO:
+    if not path.is_file():  # a pipe of that name would be waited for
+        raise HlmError(f"{path}: expected a file as {MANIFEST} says, found no such file; {REMEDY}")
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise HlmError(f"expected to read {path}, found {error.strerror}; make it readable for this user") from error
+
+
+def _state(file: BinaryIO) -> list[int]:
+    status = os.fstat(file.fileno())
+    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns]
+
+
+def _vectors_offset(file: BinaryIO, path: Path, shape: tuple[int, int]) -> int:
+    """Where the fp16 vectors of `shape` begin in a safetensors file, in bytes; reads the header only.
+
+    Raises:
+        HlmError: the header is broken or tells of another shape or type, or the file does not hold what it tells of.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    try:
+        header = json.loads(file.read(min(length, HEADER_BYTES)))
+    except (ValueError, RecursionError) as error:
+        raise HlmError(f"{path}: expected a safetensors header with '{KEY}', found none ({error}); {REMEDY}") from error
+    kind, begin, end = (
+        field(header, kind, KEY, *place, where=path)
+        for kind, *place in ((str, "dtype"), (int, "data_offsets", 0), (int, "data_offsets", 1))
+    )
+    found = field(header, list, KEY, "shape", where=path)
+    if (kind, found) != ("F16", list(shape)) or end - begin != 2 * shape[0] * shape[1]:
+        raise HlmError(
+            f"{path}: expected fp16 vectors of shape {shape}, found {kind} of shape {tuple(found)}; {REMEDY}"
+        )
+    if begin < 0 or 8 + length + end > os.fstat(file.fileno()).st_size:
+        raise HlmError(f"{path}: expected vectors within the file, found bytes {begin} to {end}; {REMEDY}")
+    return 8 + length + begin

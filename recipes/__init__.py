@@ -1,0 +1,1 @@
+"""The recipe, one script a step; `hlm.recipes` of an installed HLM."""

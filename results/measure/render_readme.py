@@ -1,0 +1,245 @@
+"""Writes the tables of README.md (between its markers) and of results/README.md from results/*.json.
+
+    python results/measure/render_readme.py runs/quickstart runs/latency/alternatives
+
+Folders given are kept first: report.json and timings.json of runs/<name> become results/<name>.json, latency.json
+becomes results/latency-<name>.json, compare.json results/compare.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from hlm.artefacts import write_json
+from hlm.benchmark import report as latency_report
+from hlm.evaluation.report import undefined
+
+ROOT = Path(__file__).resolve().parents[2]
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+RECOVERED = ("precision@10", "ndcg@10", "condensed_ndcg@10")
+TITLES = {"quickstart": "Sample catalogue", "electronics": "Electronics, judged by people"}
+# results/latency-<name>.json -> what it is
+LATENCY = {
+    "quickstart": "The quickstart's student online, beside its teacher",
+    "alternatives": "The same student under everything that would serve it",
+    "cascade": "Every student of the quickstart's cascade",
+    "true-shapes": "The published shapes with random weights",
+    "true-shapes-bf16": "The published shapes with random weights in bf16",
+}
+
+
+def table(report: dict[str, Any]) -> str:
+    """One report as Markdown: a row a system, recovery of the refined student below."""
+    columns = ["ndcg@10", "condensed_ndcg@10", "judged@10", "precision@10", "recall@100", "mrr@10", "overlap@10"]
+    columns = [name for name in columns if any(name in row for row in report["systems"].values())]
+    lines = ["| system | " + " | ".join(columns) + " | recovery of ndcg@10 | parameters (without embeddings) |"]
+    lines.append("|---|" + "---:|" * (len(columns) + 2))
+    for name, row in report["systems"].items():
+        cells = [f"{row[column]:.3f}" if row.get(column) is not None else "-" for column in columns]
+        size = "-"
+        if row["params_total"]:
+            size = f"{row['params_total'] / 1e6:.1f}M ({row['params_non_embedding'] / 1e6:.1f}M)"
+        kept = report.get("recovery_by_system", {}).get(name, {}).get("ndcg@10")
+        lines.append(f"| {name} | " + " | ".join([*cells, percent(kept) if kept else "-", size]) + " |")
+    found = [f"{metric} {percent(report['recovery'][metric])}" for metric in RECOVERED if metric in report["recovery"]]
+    if found:
+        lines.append("\nRecovery of the student: " + ", ".join(found) + ".")
+    lines += [f"\n{line}." for line in undefined(report)]
+    if report.get("overlap@10") is not None:
+        lines.append(f"\nOf the student's ten best ads, {report['overlap@10']:.1%} are among the teacher's ten.")
+    return "\n".join(lines)
+
+
+def percent(recovery: dict[str, Any]) -> str:
+    if recovery["value"] is None:
+        return "-"
+    interval = f"{recovery['ci95'][0]:.1%} to {recovery['ci95'][1]:.1%}" if recovery["ci95"] else "no interval"
+    return f"{recovery['value']:.1%} ({interval})"
+
+
+def block() -> str:
+    parts = []
+    for name, title in TITLES.items():
+        path = ROOT / "results" / f"{name}.json"
+        if path.is_file():
+            results = json.loads(path.read_text())
+            parts.append(f"### {title}\n\n{table(results['report'])}\n\n{timing(results)}".rstrip())
+        path = ROOT / "results" / f"latency-{name}.json"
+        if path.is_file():
+            parts.append(latency_table(json.loads(path.read_text())))
+    return "\n\n".join(parts) or "Not measured yet."
+
+
+def details() -> str:
+    """results/README.md: every measurement with its notes and the command that takes it."""
+    about = "Rendered by `results/measure/render_readme.py` from the JSON beside it; machine, versions and load are in that."
+    parts = ["# Measured", about]
+    for name, title in LATENCY.items():
+        if (found := read(f"latency-{name}")) is not None:
+            notes = [f"- {note}" for note in latency_report.notes(found)]
+            parts += [f"## {title}", command(found), latency_table(found), "\n".join(notes)]
+    for name, title, rows in (
+        ("compare", "Training and embedding beside the sentence-transformers scripts they replace", compared),
+        ("memory", "Memory of alignment as the query log grows", remembered),
+        ("reliability", "Two writers on one output, and kills at random moments", reliable),
+        ("demo", "The demo as a visitor meets it", visited),
+        ("hub-lfs", "Publishing and pulling with a fault at every request, over LFS", published),
+        ("hub-xet", "Publishing and pulling with a fault at every request, over Xet", published),
+    ):
+        if (found := read(name)) is not None:
+            parts += [f"## {title}", command(found), rows(found)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def read(name: str) -> dict[str, Any] | None:
+    path = ROOT / "results" / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def command(found: dict[str, Any]) -> str:
+    line = found.get("command") or found.get("environment", {}).get("command")
+    return f"`python {line}`" if line else ""
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    ruler = "|---|" + "---:|" * (len(header) - 1)
+    return "\n".join(["| " + " | ".join(header) + " |", ruler, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def compared(found: dict[str, Any]) -> str:
+    rows, where = [], []
+    for name, one in found["comparisons"].items():
+        low, high = one["ratio_range"]
+        speeds = [f"{one[side]['rows_per_s']:,.0f}" for side in ("ours", "theirs")]
+        rows.append([name, *speeds, f"{one['ratio']:.2f}x", f"{low:.2f} to {high:.2f}"])
+        for side in ("ours", "theirs") if "parts_ms" in one["ours"] else ():
+            parts = ", ".join(f"{part} {ms:.0f}" for part, ms in one[side]["parts_ms"].items())
+            where.append(f"- {name}, {side}: {parts}")
+    memory = found["memory_a_row"]
+    text = markdown(["comparison", "ours rows/s", "theirs rows/s", "ratio, median", "of repeats"], rows)
+    text += f"\n\nAnonymous memory a row of alignment: {memory['ours']:,.0f} B here, {memory['theirs']:,.0f} B there. "
+    return text + "Where a step's milliseconds go:\n\n" + "\n".join(where)
+
+
+def remembered(found: dict[str, Any]) -> str:
+    columns = ("rows", "disk_mib", "anonymous_peak_mib", "file_backed_peak_mib", "seconds")
+    rows = [
+        [
+            *(f"{run[name]:,.0f}" for name in columns),
+            f"{run['limit_mib']:,} MiB, {'kept' if run['passed'] else 'broken'}",
+        ]
+        for run in found["runs"]
+    ]
+    header = [
+        "queries",
+        "on disk MiB",
+        "anonymous peak MiB",
+        "file-backed peak MiB",
+        "seconds",
+        found["runs"][0]["limit"],
+    ]
+    return markdown(header, rows) + f"\n\nA query more costs {found['bytes_a_row']:.0f} B of anonymous memory."
+
+
+def reliable(found: dict[str, Any]) -> str:
+    counts = ["rounds", "written_in_turn", "told", "mixed", "unloadable", "other"]
+    header = ["two writers of", "rounds", "one after the other", "one told", "mixed", "do not load", "other errors"]
+    races = [[kind, *(f"{row[name]:,}" for name in counts)] for kind, row in found["writers"].items()]
+    counts = ["kills", "ended_before", "other_bits", "failed", "leftovers"]
+    steps = [[step, *(f"{row[name]:,}" for name in counts)] for step, row in found["kills"].items()]
+    header_of_kills = ["step", "kills", "had ended", "rerun ends in other bits", "rerun fails", "leaves something"]
+    return f"{markdown(header, races)}\n\n{markdown(header_of_kills, steps)}"
+
+
+def visited(found: dict[str, Any]) -> str:
+    starts = found["starts"]
+    rows = [
+        [what.replace("_s", "").replace("_", " ") + ", s", ", ".join(f"{start[what]:.1f}" for start in starts)]
+        for what in starts[0]
+    ]
+    for what, times in (("a search in the browser, ms", found["search_in_browser_ms"]), ("", found["clients"])):
+        what = what or f"a search of {times['clients']} clients at once, ms ({times['errors']} errors)"
+        rows.append([what, f"p50 {times['p50']:.0f}, p95 {times['p95']:.0f}, p99 {times['p99']:.0f}"])
+    return markdown(["what", "measured"], rows)
+
+
+def timing(results: dict[str, Any]) -> str:
+    if not results.get("timings", {}).get("in_one_run"):
+        return ""  # steps were run again since: their times do not add up to a run
+    times, environment = results["timings"], results["report"]["environment"]
+    return (
+        f"All steps took {times['total_seconds'] / 60:.1f} minutes on {times['cores']} cores of "
+        f"{environment['cpu']} and {times['peak_memory_gib']:.1f} GiB at the most."
+    )
+
+
+def latency_table(latency: dict[str, Any]) -> str:
+    """latency.json as Markdown: the rows that recipes/benchmark.py prints."""
+    header, *rows = latency_report.rows(latency)
+    lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
+    lines.insert(1, "|---|---|" + "---:|" * (len(header) - 2))
+    environment = latency["environment"]
+    where = (
+        f"Tokenisation included, ratios to {latency['reference']}, over {latency['queries']} queries in one run on "
+        f"{environment['cores']} cores of {environment['cpu']}."
+    )
+    known = [f"{sentence}." for sentence in latency_report.known_before(latency)]
+    return "\n".join([*lines, "", " ".join([where, *known])])
+
+
+def published(found: dict[str, Any]) -> str:
+    header = ["upload mode, scenario", "requests", "faults tried", "client completed", "clear error", "other error",
+              "half-published or wrong content", "reruns completed"]  # fmt: skip
+    rows, modes = [], found["settings"]["modes"]
+    for mode in modes:
+        for scenario in found["settings"]["scenarios"]:
+            one = found[mode][scenario]
+            total = {}
+            for count in one["faults"].values():
+                total = {name: total.get(name, 0) + value for name, value in count.items()}
+            half = total.get("half_published", 0) + total.get("wrong_content", 0)
+            names = ("tried", "completed", "clear_error", "other_error")
+            cells = [one["requests"], *(total[name] for name in names), half, total["reruns_completed"]]
+            rows.append([f"{mode}, {scenario}", *(f"{cell:,}" for cell in cells)])
+    largest = max(
+        value for mode in modes for value in found[mode].get("round_trip", {}).get("max_difference", {"": 0.0}).values()
+    )
+    limits = "\n".join(f"- {line}" for line in found["not_proven"])
+    text = (
+        f"Kinds of fault: {', '.join(found['settings']['faults'])}. Vectors pulled after a round trip of the release "
+    )
+    text += f"differ from those published by {largest} at most.\n\nWhat this does not prove:\n\n{limits}"
+    return f"{markdown(header, rows)}\n\n{text}"
+
+
+def rendered(readme: str) -> str:
+    before, rest = readme.split(BEGIN)
+    return f"{before}{BEGIN}\n{block()}\n{END}{rest.split(END)[1]}"
+
+
+def keep(run: Path) -> None:
+    """results/<name>.json of a run: its report, and the times of its steps where they were taken."""
+    name = run.name.replace("_", "-")
+    for source, target in (("latency", f"latency-{name}"), ("compare", "compare")):
+        if (run / f"{source}.json").is_file():
+            write_json(ROOT / "results" / f"{target}.json", json.loads((run / f"{source}.json").read_text()))
+    if name in LATENCY and name not in TITLES:
+        return
+    if run.name not in TITLES:
+        sys.exit(f"error: expected a run named {' or '.join(TITLES)}, found {run.name!r}; name it in TITLES")
+    if not (run / "report.json").is_file():
+        sys.exit(f"error: expected {run}/report.json, found none; run recipes/quickstart.py first")
+    files = {"report": run / "report.json", "timings": run / "timings.json"}
+    results = {what: json.loads(path.read_text()) for what, path in files.items() if path.is_file()}
+    write_json(ROOT / "results" / f"{run.name}.json", results)
+
+
+if __name__ == "__main__":
+    for given in sys.argv[1:]:
+        keep(Path(given))
+    path = ROOT / "README.md"
+    path.write_text(rendered(path.read_text()))
+    (ROOT / "results/README.md").write_text(details())

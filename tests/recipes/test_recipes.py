@@ -1,0 +1,261 @@
+"""Every recipe's main, end to end on the 200-ad catalogue with tiny models; kills, resumption, refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from hlm.artefacts import HlmError, read_manifest
+from hlm.data.contract import load
+from hlm.encoders.families import layers_of
+from hlm.encoders.loading import encode, fingerprint, load_encoder
+from hlm.training.losses import qwen3_contrastive
+from hlm.vectors.store import VectorStore
+from recipes import align, embed, evaluate, make_catalogue, prune, quickstart, refine, teacher
+
+TRAIN = ["--per_device_train_batch_size", "32", "--seed", "3", "--disable_tqdm", "true", "--learning_rate", "3e-3"]
+BEST = ["--eval_strategy", "epoch", "--save_strategy", "epoch", "--load_best_model_at_end", "true"]
+BEST += ["--metric_for_best_model", "dev_ndcg@10", "--greater_is_better", "true"]
+
+
+def teacher_arguments(data, backbone, output):
+    return ["--backbone", backbone, "--data", data, "--output", str(output), "--min_score", "3", "--lora_rank", "4",
+            "--pairs_per_query", "2", "--queries_per_document", "2", "--max_steps", "6", "--save_strategy", "steps",
+            "--save_steps", "2", *TRAIN]  # fmt: skip
+
+
+def align_arguments(house, output, *more):
+    return ["--student", str(house / "teacher"), "--data", house.data, "--vectors", str(house / "vectors"),
+            "--output", str(output), "--num_train_epochs", "2", *TRAIN, *BEST, *more]  # fmt: skip
+
+
+def refine_arguments(house, student, output, *more):
+    return ["--student", str(student), "--data", house.data, "--vectors", str(house / "vectors"), "--output",
+            str(output), "--min_score", "3", "--num_train_epochs", "2", *TRAIN, *BEST, *more]  # fmt: skip
+
+
+class House(type(Path())):
+    data: str
+
+
+@pytest.fixture(scope="module", params=["tiny_bert", "tiny_qwen3"])
+def house(request, tmp_path_factory, catalogue_200):
+    """teacher -> embed -> prune -> align -> refine, once for each kind of backbone."""
+    folder = House(tmp_path_factory.mktemp("house"))
+    folder.data = catalogue_200
+    backbone = request.getfixturevalue(request.param)
+    teacher.main(teacher_arguments(catalogue_200, backbone, folder / "teacher"))
+    embed.main(["--model", str(folder / "teacher"), "--data", catalogue_200, "--output", str(folder / "vectors")])
+    prune.main(["--model", str(folder / "teacher"), "--data", catalogue_200, "--vectors", str(folder / "vectors"),
+                "--output", str(folder / "pruned"), "--keep", "2"])  # fmt: skip
+    cascade = json.dumps([{"layers": 4, "epochs": 1}, {"layers": 2, "ffn": 32}])
+    align.main(align_arguments(folder, folder / "aligned", "--cascade", cascade))
+    refine.main(refine_arguments(folder, folder / "aligned", folder / "student", "--alignment_weight", "0.5"))
+    folder.backbone = backbone
+    return folder
+
+
+def test_the_teacher_is_merged_and_its_adapter_beside_it(house):
+    from peft import PeftModel
+
+    merged, plain = load_encoder(str(house / "teacher")), load_encoder(house.backbone)
+    assert fingerprint(merged) != fingerprint(plain)
+    adapted = load_encoder(house.backbone)
+    adapted[0].model = PeftModel.from_pretrained(adapted[0].model, str(house / "teacher/adapter"))
+    texts = ["red shoe", "steel kettle 1 l"]
+    want = encode(merged, texts, prompt_name="query")
+    np.testing.assert_allclose(encode(adapted, texts, prompt_name="query"), want, atol=1e-5)
+    assert np.abs(want - encode(plain, texts, prompt_name="query")).max() > 1e-3
+
+
+def test_the_cascade_ends_in_the_shape_asked_for(house):
+    model = load_encoder(str(house / "student"))
+    assert len(layers_of(model[0].model)) == 2 and model[0].model.config.intermediate_size == 32
+    assert len(layers_of(load_encoder(str(house / "aligned.stages/1"))[0].model)) == 4
+    assert model.prompts["query"] == ""  # alignment teaches the prompt
+
+
+def test_alignment_brings_queries_to_the_teachers(house):
+    data = load(house.data)
+    queries = dict(data.split_queries("test"))
+    store = VectorStore.open(house / "vectors/queries")
+    target = store.gather(store.rows_of(list(queries)))
+    # The pruned student keeps its prompt: it must lose against the aligned one that has none.
+    cosines = {
+        name: float((encode(load_encoder(str(house / name)), list(queries.values()), prompt_name="query") * target)
+                    .sum(axis=1).mean())
+        for name in ("pruned", "aligned")
+    }  # fmt: skip
+    assert cosines["aligned"] > cosines["pruned"]
+
+
+def test_manifests_tell_the_lineage(house):
+    store = VectorStore.open(house / "vectors/corpus")
+    for name in ("pruned", "aligned", "student"):
+        assert read_manifest(house / name, "student")["inputs"]["teacher"] == store.encoder
+    assert read_manifest(house / "teacher", "teacher")["encoder"] == store.encoder
+    assert not list(house.glob("*.training"))  # checkpoints are gone once the artefact is whole
+
+
+def test_a_second_run_changes_nothing(house, caplog):
+    before = (house / "aligned/model.safetensors").stat().st_mtime_ns
+    caplog.set_level("INFO")
+    cascade = json.dumps([{"layers": 4, "epochs": 1}, {"layers": 2, "ffn": 32}])
+    align.main(align_arguments(house, house / "aligned", "--cascade", cascade))
+    assert (house / "aligned/model.safetensors").stat().st_mtime_ns == before
+    assert caplog.text.count("up to date") == 2
+
+
+def test_evaluation_reports_every_system(house, tmp_path, capsys):
+    systems = {"bm25": None, "backbone": house.backbone}
+    systems["teacher"] = {"model": str(house / "teacher"), "corpus": str(house / "vectors/corpus")}
+    systems |= {name: str(house / name) for name in ("pruned", "aligned", "student")}
+    # So small a teacher finds few ads of a higher grade.
+    arguments = ["--data", house.data, "--output", str(tmp_path), "--relevance_level", "1"]
+    evaluate.main([*arguments, "--systems", json.dumps(systems)])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert list(report["systems"]) == list(systems)
+    assert report["recovery"]["ndcg@10"]["value"] == pytest.approx(
+        report["systems"]["student"]["ndcg@10"] / report["systems"]["teacher"]["ndcg@10"]
+    )
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+    assert "student" in capsys.readouterr().out
+
+
+def test_students_of_another_teacher_are_refused(house, tmp_path):
+    embed.main(["--model", house.backbone, "--data", house.data, "--output", str(tmp_path / "vectors")])
+    other = House(tmp_path)
+    other.data = house.data
+    with pytest.raises(HlmError, match="expected a student of teacher"):
+        refine.main(refine_arguments(other, house / "aligned", tmp_path / "student"))
+
+
+@pytest.mark.parametrize("objective", ["cosine", "kernel", "kl"])
+def test_other_objectives_train(house, tmp_path, objective):
+    arguments = align_arguments(house, tmp_path / "aligned", "--objective", objective, "--max_steps", "2")
+    align.main([*arguments, "--cascade", '[{"layers": 2}]', "--eval_strategy", "no", "--save_strategy", "no",
+                "--load_best_model_at_end", "false"])  # fmt: skip
+    assert len(layers_of(load_encoder(str(tmp_path / "aligned"))[0].model)) == 2
+
+
+def test_a_head_makes_a_student_as_wide_as_the_teacher(house, tmp_path):
+    align.main([*align_arguments(house, tmp_path / "aligned", "--head", "true"), "--eval_strategy", "no",
+                "--save_strategy", "no", "--load_best_model_at_end", "false", "--max_steps", "2"])  # fmt: skip
+    model = load_encoder(str(tmp_path / "aligned"))
+    assert [type(module).__name__ for module in model] == ["Transformer", "Pooling", "Dense", "Normalize"]
+
+
+@pytest.mark.parametrize(
+    "flags", [["--cache_chunk", "8"], ["--gradient_checkpointing", "true"]], ids=lambda f: f[0][2:]
+)
+def test_what_saves_memory_trains_to_the_same_teacher(house, tmp_path, flags):
+    if "tiny_bert" in house.backbone:
+        pytest.skip("dropout falls differently on other chunks")
+    arguments = teacher_arguments(house.data, house.backbone, tmp_path / "saving")
+    teacher.main([*arguments, *flags])
+    one, other = (load_file(folder / "model.safetensors") for folder in (house / "teacher", tmp_path / "saving"))
+    for name in one:
+        np.testing.assert_allclose(one[name], other[name], atol=2e-3, err_msg=name)
+
+
+def test_each_document_of_a_batch_is_encoded_once_and_the_loss_stays(house, tmp_path):
+    config = teacher.TeacherConfig(house.backbone, house.data, str(tmp_path), min_score=3, hard_negatives=2)
+    model = load_encoder(house.backbone).eval()
+    pairs = teacher.Pairs(load(house.data, splits=("train", "dev")), config)
+    negatives = np.random.default_rng(0).integers(-1, 200, size=(len(pairs.queries), 2))
+    batches = teacher.Batches.of(model, pairs, negatives, config)
+    rows = np.argsort(pairs.rows[:, 1], kind="stable")[:48].tolist()  # several queries a document
+    batch = batches.collate(rows)
+    encoded = sum(len(chunk["input_ids"]) for chunk in batch["document"])
+    assert encoded == len(set(pairs.rows[rows, 1]) | set(np.maximum(negatives[pairs.rows[rows, 0]], 0).ravel()))
+    query, positive = pairs.rows[rows].T
+    vectors = {name: torch.from_numpy(encode(model, texts, prompt_name=name)) for name, texts in
+               [("query", pairs.queries), ("document", pairs.documents)]}  # fmt: skip
+    plain = qwen3_contrastive(
+        vectors["query"][query],
+        vectors["document"][positive],
+        vectors["document"][negatives[query]],
+        query_ids=torch.from_numpy(query),
+        positive_ids=torch.from_numpy(positive),
+        negative_ids=torch.from_numpy(negatives[query]),
+        excluded_ids=pairs.excluded[query],
+        temperature=config.temperature,
+        margin=config.margin,
+    )
+    with torch.no_grad():
+        assert batches.loss(model, batch).item() == pytest.approx(plain.item(), rel=1e-4)
+
+
+KILLED = {
+    "teacher": lambda house, output: teacher_arguments(house.data, house.backbone, output),
+    "align": lambda house, output: align_arguments(house, output, "--cascade", '[{"layers": 2}]'),
+    "refine": lambda house, output: refine_arguments(house, house / "aligned", output),
+}
+
+
+@pytest.mark.parametrize("name", list(KILLED))
+def test_a_killed_step_ends_in_the_same_weights(house, tmp_path, name):
+    """Killed at a step after the first checkpoint, or with its second checkpoint half written."""
+    arguments = [str(value) for value in KILLED[name](house, tmp_path / "killed")]
+    moment = ["step", "2"] if "qwen3" in house.backbone else ["checkpoint", "2"]
+    environment = os.environ | {"PYTHONPATH": str(Path.cwd()), "HF_HUB_OFFLINE": "1"}
+    killed = subprocess.run(
+        [sys.executable, "tests/kill_at.py", name, *moment, *arguments], env=environment, capture_output=True, text=True
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    assert not (tmp_path / "killed").exists()
+    assert len(list((tmp_path / "killed.training").glob("checkpoint-*/whole"))) == 1
+    {"teacher": teacher, "align": align, "refine": refine}[name].main(arguments)
+    whole = [str(value) for value in KILLED[name](house, tmp_path / "whole")]
+    {"teacher": teacher, "align": align, "refine": refine}[name].main(whole)
+    resumed, never = (load_file(tmp_path / kind / "model.safetensors") for kind in ("killed", "whole"))
+    for tensor in never:
+        np.testing.assert_array_equal(resumed[tensor], never[tensor], err_msg=tensor)
+
+
+def test_resuming_with_another_configuration_is_refused_by_name(house, tmp_path):
+    arguments = align_arguments(house, tmp_path / "aligned", "--cascade", '[{"layers": 2}]')
+    work = tmp_path / "aligned.training"
+    (work / "checkpoint-5").mkdir(parents=True)
+    (work / "checkpoint-5/whole").write_text("{}")
+    manifest = read_manifest(house / "aligned", "student")
+    (work / "identity.json").write_text(json.dumps({name: manifest[name] for name in ("inputs", "config")}))
+    with pytest.raises(HlmError, match="checkpoints of another run: .*delete"):
+        align.main(arguments)
+
+
+def test_a_growing_cascade_stops_before_anything_loads(tmp_path):
+    with pytest.raises(HlmError, match="grows from 2 to 4"):
+        align.main(["--student", "nowhere", "--data", "nowhere", "--vectors", "nowhere", "--output", str(tmp_path),
+                    "--cascade", '[{"layers": 2}, {"layers": 4}]'])  # fmt: skip
+
+
+def test_make_catalogue_is_up_to_date_the_second_time(tmp_path, caplog):
+    caplog.set_level("INFO")
+    arguments = ["--output", str(tmp_path / "data"), "--ads", "200", "--unlabelled", "50", "--train_queries", "50"]
+    arguments += ["--dev_queries", "5", "--test_queries", "5"]
+    make_catalogue.main(arguments)
+    before = (tmp_path / "data/corpus.jsonl").stat().st_mtime_ns
+    make_catalogue.main(arguments)
+    assert (tmp_path / "data/corpus.jsonl").stat().st_mtime_ns == before and "up to date" in caplog.text
+
+
+def test_quickstart_skips_what_has_not_changed(tmp_path, capfd):
+    configs, output = tmp_path / "configs", tmp_path / "run/data"
+    configs.mkdir()
+    text = f"output: {output}\nads: 200\nunlabelled: 50\ntrain_queries: 50\ndev_queries: 5\ntest_queries: 5\n"
+    (configs / "make_catalogue.yaml").write_text(text)
+    assert quickstart.main(["--configs", str(configs)]) == 0
+    assert "make_catalogue: up to date" not in capfd.readouterr().out
+    assert quickstart.main(["--configs", str(configs)]) == 0
+    assert "make_catalogue: up to date" in capfd.readouterr().out
+    (configs / "make_catalogue.yaml").write_text(text.replace("ads: 200", "ads: 0"))
+    assert quickstart.main(["--configs", str(configs)]) == 2
+    assert "step make_catalogue ended with status 2" in capfd.readouterr().err
