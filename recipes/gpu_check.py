@@ -240,9 +240,9 @@ def run_stages(
 ) -> None:
     """Runs stages until the time is over; `result` is written after each figure."""
     over = perf_counter() + 60 * minutes
-    share = 60 * minutes / sum(seconds for _, seconds in STAGES.values())
+    share = 60 * minutes / sum(STAGES[name][1] for name in names)
     for name in names:
-        limit = min(STAGES[name][1] * share if len(names) == len(STAGES) else 60 * minutes, over - perf_counter())
+        limit = min(STAGES[name][1] * share, over - perf_counter())
         entry: dict[str, Any] = {"status": "not reached" if limit < 1 else "running"}
         result["stages"][name] = entry
         write()

@@ -2,75 +2,110 @@
 
 import ast
 import re
+import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# Lowest first; a module imports from its own line and from those above it.
-LAYERS = [
-    {"errors"},
-    {"locks"},
-    {"outputs"},
-    {"integrity"},
-    {"artefacts"},
-    {"texts", "forks", "families"},
-    {"fields"},
-    {"endings", "processes", "report_files"},
-    {"config", "data", "gradcache", "hub_changes", "keywords", "losses", "readers", "redaction",
-     "sample_catalogue", "sample_vocabulary", "sources", "spelling", "store", "store_writer", "tables", "words"},
-    {"layout"},
-    {"encoder_fingerprint"},
-    {"encoders", "pruning", "footprint", "hardware", "plan_settings", "plan_phases", "planner", "plan_report"},
-    {"hub_repository", "hub_cache"},
-    {"online_graph", "export", "backends", "fused", "cuda_graphs",
-     "word_cache", "student_files", "long_texts", "bulk", "runtime",
-     "micro_batches", "mining",
-     "faiss_parts", "index",
-     "evaluation", "metric", "latency", "report", "latency_report", "budgets", "machine", "latency_floor",
-     "latency_quality", "systems", "random_weights", "qwen_tokenizer", "canaries", "batches", "checkpoints",
-     "dev_retrieval", "training_inputs", "frozen"},
+# Lowest first. A file imports from its own folder, from folders on lines above its own, and from files in hlm/ itself.
+FLOORS = [
+    {"data", "encoders", "hub"},
+    {"vectors", "serving"},
+    {"evaluation", "planning", "demo"},
     {"training"},
-    {"gpu_stages", "gpu_work", "gpu_inputs", "gpu_timing"},
-    {"lineage", "card_facts", "cards", "hub", "hub_files"},
-    {"demo", "demo_examples", "demo_limits", "demo_page", "demo_plots"},
-    {"cli"},
-]  # fmt: skip
-MODULES = sorted((ROOT / "hlm").rglob("*.py"))
+    {"benchmark"},  # it times training too
+    {"publishing"},
+]
+DOORS = {"hlm", "hlm.cli"}  # they reach every folder, and no folder reaches them; hlm/__init__.py is lazy
+FILES = sorted((ROOT / "hlm").rglob("*.py"))
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
+MEASURING = sorted((ROOT / "results/measure").glob("*.py"))
 
 
-def imported(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
-        if isinstance(node, ast.Import):
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {dotted(path): path for path in FILES}
+
+
+@cache
+def imported(path: Path, everywhere: bool = True) -> frozenset[str]:
+    """Modules by their whole names: `from hlm.data import words` names `hlm.data.words`. With `everywhere`, inside
+    functions too; else what an import of the file runs at once."""
+    found, nodes = set(), list(ast.parse(path.read_text()).body)
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative imports are not read here"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in names}
+        elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-    return found
+        elif everywhere or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            if everywhere or not (isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")):
+                nodes += ast.iter_child_nodes(node)
+    return frozenset(found)
 
 
-def level(name: str) -> int:
-    return next(number for number, names in enumerate(LAYERS) if name in names)
+def ours(path: Path, everywhere: bool = True) -> set[str]:
+    return {name for name in imported(path, everywhere) if name.split(".")[0] == "hlm"}
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if p.stem != "__init__"], ids=lambda path: path.stem)
-def test_the_library_imports_downwards_only(path):
-    names = imported(path)
-    assert not {name.split(".")[0] for name in names} & {"recipes", "spaces", "tests"}
-    for name in names:
-        if name.startswith("hlm."):
-            assert level(name.split(".")[1]) <= level(path.stem), f"{path.stem} imports {name}"
+def package(name: str) -> str:
+    """The folder of a module inside hlm/; "" of a file in hlm/ itself."""
+    return name.split(".")[1] if name.count(".") == 2 or MODULES[name].name == "__init__.py" and name != "hlm" else ""
+
+
+def floor(folder: str) -> int:
+    return next(number for number, names in enumerate(FLOORS) if folder in names)
+
+
+def test_every_folder_has_its_floor():
+    assert {package(name) for name in MODULES} - {""} == set().union(*FLOORS)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_library_imports_downwards_only(name):
+    path, here = MODULES[name], package(name)
+    assert not {other.split(".")[0] for other in imported(path)} & {"recipes", "results", "spaces", "tests"}
+    for other in ours(path) - {"hlm"} if name not in DOORS else ():
+        there = package(other)
+        assert other in MODULES and other not in DOORS, f"{name} imports {other}"
+        assert not there or (here and (here == there or floor(there) < floor(here))), f"{name} imports {other}"
+
+
+def test_no_circle_of_imports():
+    """Not even one that imports inside functions break."""
+    left = {name: ours(path) - {name, "hlm"} for name, path in MODULES.items() if name != "hlm"}
+    while free := {name for name, needs in left.items() if not needs & left.keys()}:
+        left = {name: needs for name, needs in left.items() if name not in free}
+    assert not left, f"these import one another: {sorted(left)}"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if MODULES[name].name == "__init__.py"])
+def test_importing_a_folder_imports_nothing(name):
+    assert not ours(MODULES[name], everywhere=False)
+
+
+def test_the_wheel_has_every_folder():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    elsewhere = {"hlm.model_cards", "hlm.recipes"}
+    assert set(settings["packages"]) == {n for n in MODULES if MODULES[n].name == "__init__.py"} | elsewhere
+    assert all((ROOT / settings["package-dir"][name]).is_dir() for name in elsewhere)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_do_not_import_one_another(path):
-    assert not any(name.split(".")[0] == "recipes" for name in imported(path))
+    assert not {name.split(".")[0] for name in imported(path)} & {"recipes", "results"}
+    assert not any(name.startswith("hlm.recipes") for name in imported(path))
     # Recipes run with their own folder first on the path: `import evaluate` there is our recipe, not the library.
     assert not imported(path) & {"evaluate", "hlm.evaluation.hf_metric"}
 
 
-@pytest.mark.parametrize("path", MODULES + RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES + RECIPES + MEASURING, ids=dotted)
 def test_nothing_is_unpickled_and_no_remote_code_runs(path):
     text = path.read_text()
     assert not imported(path) & {"pickle", "dill", "joblib", "shelve"}

@@ -54,7 +54,7 @@ class Work:
 
 
 def work_of(config: PretrainedConfig, tokens: Sequence[int], precision: str, *, lookup: bool = False) -> Work | None:
-    """The work of a backbone, see `hlm.planning.footprint.forward_flops`; None for a precision of weights of unknown size.
+    """The work of a backbone, see `footprint.forward_flops`; None for a precision of weights of unknown size.
 
     Args:
         lookup: the encoder has tables for its first layer's queries, keys and values (`hlm.serving.online_graph`).

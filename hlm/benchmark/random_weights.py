@@ -44,7 +44,7 @@ def shape_config(shape: str, *, layers: int | None = None, ffn: int | None = Non
     """The config of a Qwen3-style backbone, cut to `layers` and an FFN of `ffn` units; None keeps its own.
 
     Args:
-        shape: as in `hlm.planning.footprint.backbone_config`: "Qwen/Qwen3-Embedding-8B" needs neither a Hub nor weights.
+        shape: as in `footprint.backbone_config`: "Qwen/Qwen3-Embedding-8B" needs neither a Hub nor weights.
 
     Raises:
         HlmError: no such shape (names those that are shipped), another architecture, or a cut that grows.
@@ -208,7 +208,7 @@ def shape_systems(
         depths: derive it from these two depths; None does so where `depths_that_fit` says.
         tokenizer: None feeds random token ids.
         prompt: before every query.
-        backend, engine, precision: as in `hlm.benchmark.systems.load_system`; "hlm" needs a tokenizer and the whole depth, and
+        backend, engine, precision: as in `systems.load_system`; "hlm" needs a tokenizer and the whole depth, and
             under "torch" `dtype` in place of `precision`.
 
     Raises:

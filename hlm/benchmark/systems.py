@@ -1,6 +1,6 @@
 """Systems under measurement: a query encoder as a callable, loaded by path or from an object, and its cold start.
 
-    python -m hlm.benchmark.systems '{"settings": {"model": "runs/quickstart/student"}, "query": "red shoe", "started": 0}'
+    python -m hlm.benchmark.systems '{"settings": {"model": "runs/student"}, "query": "red shoe", "started": 0}'
 
 is the fresh process that `cold_start` starts. Only what a backend needs is imported: an import is part of a cold start.
 """
@@ -60,11 +60,11 @@ def load_system(
     """Loads a query encoder by path.
 
     Args:
-        model: folder, Hub id or `package:...`, as in `hlm.encoders.loading.load_encoder`; a folder with onnx/model.onnx for
-            "onnxruntime" and "openvino".
+        model: folder, Hub id or `package:...`, as in `load_encoder`; a folder with onnx/model.onnx for "onnxruntime"
+            and "openvino".
         backend: "sentence-transformers", measured through `SentenceTransformer.encode`; "torch.compile", the same with
-            its backbone compiled; "hlm", through `hlm.serving.query_encoder.QueryEncoder`; "onnxruntime" or "openvino": what one
-            writes around a session of these, see `onnx_system`.
+            its backbone compiled; "hlm", through `hlm.QueryEncoder`; "onnxruntime" or "openvino": what one writes
+            around a session of these, see `onnx_system`.
         prompt_name, dtype, device: of sentence-transformers; a model without that prompt gets none. Of the two
             sessions `prompt_name` alone.
         engine, precision: what QueryEncoder calls `backend` and `precision`.
@@ -102,8 +102,8 @@ def query_encoder_class() -> Any:
         from hlm.serving.query_encoder import QueryEncoder
     except ImportError as error:
         raise HlmError(
-            f"backend 'hlm' needs hlm.serving.query_encoder, which does not import here ({error}); install what it names, or measure "
-            f"under backend '{SENTENCE_TRANSFORMERS}'"
+            f"backend 'hlm' needs hlm.serving.query_encoder, which does not import here ({error}); install what it "
+            f"names, or measure under backend '{SENTENCE_TRANSFORMERS}'"
         ) from error
     return QueryEncoder
 

@@ -1,7 +1,7 @@
 """The data contract: `corpus`, `queries`, `qrels/{train,dev,test}` and `unlabelled`, from a folder or the Hub.
 
-This is the BEIR/MTEB layout. What a row must look like is in `hlm/data/tables.py`; here is which tables there are, and how
-the judgements tie them together.
+This is the BEIR/MTEB layout. What a row must look like is in `hlm/data/tables.py`; here is which tables there are, and
+how the judgements tie them together.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ these: a category and/or a brand, and values. Grades follow from the intent alon
     1  the right category (and brand, if wanted), exactly one of the values wanted is another
     0  anything else
 
-Ads and queries name the same thing in different words (`hlm.data.sample_vocabulary`), so most of a query must be learned.
+Ads and queries name the same thing in different words (`sample_vocabulary`), so most of a query must be learned.
 Train, dev and test are disjoint by intent. Ad i depends on the seed and i alone, so any size streams.
 """
 

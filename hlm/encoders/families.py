@@ -150,7 +150,7 @@ def _at(module: nn.Module, path: str) -> Any:
     except AttributeError as error:
         raise HlmError(
             f"expected '{path}' in a {type(module).__name__}, found none; the installed transformers lays it out in "
-            "another way than hlm/encoders/families.py knows: correct it there, or take a version that the constraints name"
+            "another way than hlm/encoders/families.py says: correct it, or install the version in constraints.txt"
         ) from error
 
 

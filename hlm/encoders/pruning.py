@@ -1,7 +1,7 @@
 """Pruning: which layers and FFN units stay, and the surgery that leaves a smaller model of the same architecture.
 
-Backbones of the families in `hlm.encoders.families` can be cut. The cut model is a stock one: it is saved and loaded like any
-other.
+Backbones of the families in `hlm.encoders.families` can be cut. The cut model is a stock one: it is saved and loaded
+like any other.
 """
 
 from __future__ import annotations

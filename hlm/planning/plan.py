@@ -1,7 +1,7 @@
 """What a run of the recipe will cost, step by step, before anything is paid for: `hlm plan`.
 
 Takes the settings of the steps (`hlm.planning.settings`) and the backbones' shapes from their config.json, and adds up
-parameters, GPU memory, disk, FLOPs and hours (`hlm.planning.footprint`, `hlm.planning.hardware`). Loads no weights and no data.
+parameters, GPU memory, disk, FLOPs and hours (`footprint`, `hardware`). Loads no weights and no data.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from itertools import chain
 import numpy as np
 
 from hlm.forks import tell_after_fork
-from hlm.serving.engines import Run
 
+Run = Callable[[np.ndarray, np.ndarray | None], np.ndarray]  # int64 ids and mask, as in `Batch` -> float32 (n, dim)
 ENOUGH = 8  # a batch of an eighth of the tokens that it may hold takes no longer a token than a full one
 
 

@@ -1,4 +1,4 @@
-"""What computes vectors from token ids: ONNX Runtime, OpenVINO, or torch with CUDA graphs; used by `hlm.serving.query_encoder`.
+"""What computes vectors from token ids: ONNX Runtime, OpenVINO, or torch with CUDA graphs; used by `query_encoder`.
 
 Each loader gives a function (input_ids, attention_mask), both int64 (rows, tokens), right padding, or None in place of
 a mask of ones -> float32 (rows, dim), L2-normalised, and dim. The functions may be called from several threads. In a
@@ -17,13 +17,13 @@ import numpy as np
 
 from hlm.artefacts import HlmError
 from hlm.forks import keep_for_ever, tell_after_fork
+from hlm.serving.bulk import Run
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger(__name__)
 
-Run = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # QueryEncoder's names of torch's dtypes
 
 

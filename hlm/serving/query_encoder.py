@@ -20,8 +20,8 @@ from hlm.artefacts import MANIFEST, HlmError
 from hlm.integrity import read_steadily
 from hlm.machine import cores, instructions
 from hlm.serving import engines as backends
-from hlm.serving.bulk import Batch, SideBySide, cut_by_length
-from hlm.serving.engines import Run, file_state
+from hlm.serving.bulk import Batch, Run, SideBySide, cut_by_length
+from hlm.serving.engines import file_state
 from hlm.serving.long_texts import first_ids, whole_characters
 from hlm.serving.student_files import GRAPHS, StudentFiles, cutting
 from hlm.serving.word_cache import WordCache

@@ -22,7 +22,7 @@ BYTES = 2  # of a component: fp16, as stored
 
 
 class FrozenVectors:
-    """Rows of `store` as float32 (n, width), L2-normalised, on `device`: `hlm.training.losses.matryoshka` of the stored values.
+    """Rows of `store` as float32 (n, width), L2-normalised, on `device`: `matryoshka` of the stored values.
 
     On a GPU with room for all rows in fp16 they are copied there once; else each call reads the memory map.
     """

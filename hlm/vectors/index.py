@@ -42,7 +42,7 @@ class AdIndex:
         source: fingerprint of the texts behind them.
         dim: width of the vectors.
         factory: the FAISS factory string.
-        canaries: the teacher's vectors of fixed queries (`hlm.vectors.canaries`), from the store; None where it had none.
+        canaries: the teacher's vectors of fixed queries (`canaries.py`), from the store; None where it had none.
     """
 
     def __init__(

@@ -56,7 +56,7 @@ class VectorStore:
         dim: width of the vectors.
         encoder: fingerprint of the encoder that made the vectors.
         source: fingerprint of the texts they were made from.
-        canaries: the encoder's vectors of fixed queries (`hlm.vectors.canaries`); None where the store was written without.
+        canaries: the encoder's vectors of fixed queries (`canaries.py`); None where the store was written without.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], states: dict[str, list[int]]) -> None:

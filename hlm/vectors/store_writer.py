@@ -1,4 +1,4 @@
-"""Writing a vector store (see `hlm.vectors.store`): shard by shard, aside and renamed, resumable after a kill at any moment.
+"""Writing a vector store (see `store.py`): shard by shard, aside and renamed, resumable after a kill at any moment.
 
 While a store is being written it has no `hlm.json`. `plan.json`, which the first process puts there, says what is being
 written, so that a run of anything else is refused; a record `shard-00000.json` beside each whole shard holds its sizes

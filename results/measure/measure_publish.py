@@ -1,6 +1,6 @@
 """Publishing over HTTP, measured: every request of a publish fails once in every way, and a round trip in both modes.
 
-    python results/measure/measure_publish.py --release recipes/configs/quickstart/publish.yaml --output results/hub.json
+    python results/measure/measure_publish.py --release recipes/configs/quickstart/publish.yaml --output hub.json
 
 The Hub is the one of the tests, on loopback; the clients are the real ones. The round trip is of the release that
 is named; faults are tried on two tiny runs made for it, where a publish takes a second.

@@ -75,7 +75,7 @@ def block() -> str:
 
 def details() -> str:
     """results/README.md: every measurement with its notes and the command that takes it."""
-    about = "Rendered by `results/measure/render_readme.py` from the JSON beside it; machine, versions and load are in that."
+    about = "Rendered by `measure/render_readme.py` from the JSON beside it; machine, versions and load are in that."
     parts = ["# Measured", about]
     for name, title in LATENCY.items():
         if (found := read(f"latency-{name}")) is not None:
@@ -100,8 +100,13 @@ def read(name: str) -> dict[str, Any] | None:
 
 
 def command(found: dict[str, Any]) -> str:
+    """The command that takes the measurement again: the script is named where it lies now, whatever the JSON says."""
     line = found.get("command") or found.get("environment", {}).get("command")
-    return f"`python {line}`" if line else ""
+    if not line:
+        return ""
+    script, _, arguments = line.partition(" ")
+    here = Path("results/measure") / Path(script).name
+    return f"`python {here if (ROOT / here).is_file() else script} {arguments}`"
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:

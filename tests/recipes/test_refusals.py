@@ -37,9 +37,8 @@ def garbage(request, tmp_path_factory) -> str:
 def small_gpu(monkeypatch):
     """As `check_step` sees a GPU of 0.2 GiB beside the context of CUDA."""
     real = planner.check_step
-    monkeypatch.setattr(
-        "hlm.training.trainer.check_step", lambda *args, **more: real(*args, **more, gpu=Gpu("Tiny-GPU", int(1.2 * 2**30), 0.0))
-    )
+    gpu = Gpu("Tiny-GPU", int(1.2 * 2**30), 0.0)
+    monkeypatch.setattr("hlm.training.trainer.check_step", lambda *args, **more: real(*args, **more, gpu=gpu))
 
 
 @pytest.mark.parametrize(
