@@ -107,8 +107,12 @@ FAMILIES: dict[str, Family] = {
 
 def known(config: PretrainedConfig | Mapping[str, Any]) -> Family | None:
     """The family of a configuration or of a config.json; None: not a known one."""
-    kind = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
+    kind = _value(config, "model_type")
     return FAMILIES.get(kind) if isinstance(kind, str) else None
+
+
+def _value(config: PretrainedConfig | Mapping[str, Any], name: str) -> Any:
+    return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
 
 
 def family_of(config: PretrainedConfig) -> Family:
@@ -156,6 +160,11 @@ def _at(module: nn.Module, path: str) -> Any:
 
 def depth_of(config: PretrainedConfig) -> int:
     return getattr(config, family_of(config).depth)
+
+
+def depth_field(config: Mapping[str, Any]) -> str:
+    """The field of a config.json that says how many layers there are."""
+    return (known(config) or Family()).depth
 
 
 def ffn_width_of(config: PretrainedConfig) -> int:
@@ -212,13 +221,17 @@ def _set_pattern(config: PretrainedConfig, pattern: Pattern) -> None:
             )  # fmt: skip
 
 
-def longest_text(config: Mapping[str, Any]) -> int | None:
-    """Tokens of the longest text that a config.json has positions for; None: it names no limit."""
-    limit = config.get("max_position_embeddings")
-    family = known(config)
-    if isinstance(limit, int) and family is not None and family.shifted_positions:
-        limit -= (config.get("pad_token_id") or 0) + 1
+def longest_text(config: PretrainedConfig | Mapping[str, Any]) -> int | None:
+    """Tokens of the longest text that a configuration or a config.json has positions for; None: it names no limit."""
+    limit = _value(config, "max_position_embeddings")
+    if isinstance(limit, int) and has_shifted_positions(config):
+        limit -= (_value(config, "pad_token_id") or 0) + 1
     return limit
+
+
+def has_shifted_positions(config: PretrainedConfig | Mapping[str, Any]) -> bool:
+    """`Family.shifted_positions`; of an unknown family false."""
+    return (known(config) or Family()).shifted_positions
 
 
 def is_causal(backbone: nn.Module) -> bool:

@@ -17,6 +17,7 @@ import numpy as np
 
 from hlm.artefacts import HlmError
 from hlm.forks import keep_for_ever, tell_after_fork
+from hlm.integrity import file_state
 from hlm.serving.bulk import Run
 
 if TYPE_CHECKING:
@@ -61,15 +62,6 @@ class _Graph:
                     )
                 self._run, _ = self._load(self._path)
             return self._run
-
-
-def file_state(path: Path) -> tuple[int, int, int] | None:
-    """What tells a file from one that takes its place; None where there is none."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def onnxruntime(path: Path, threads: int) -> tuple[Run, int]:

@@ -29,6 +29,7 @@ from sentence_transformers import SentenceTransformer
 
 from hlm.artefacts import MANIFEST, HlmError, amend_manifest, fingerprint_file
 from hlm.encoders.families import FAMILIES
+from hlm.encoders.folder import GRAPHS
 from hlm.encoders.loading import load_encoder, pad, prompt_of, tokenise
 from hlm.serving.online_graph import LookupGraph, OnlineGraph, lookup_pays
 
@@ -38,7 +39,6 @@ CHATTY = (
     "onnxruntime.quantization.matmul_nbits_quantizer",
 )  # fmt: skip
 
-FP32_FILE, LOOKUP_FILE, INT8_FILE = "onnx/model.onnx", "onnx/model_lookup.onnx", "onnx/model_quantized.onnx"
 # fp32 sums in another order: components of unit vectors differ by some 1e-7 to 1e-6.
 FP32_TOLERANCE = 1e-4
 # Of weights. More lie in a file of their own, which sessions map and share instead of holding each a copy; and
@@ -112,7 +112,7 @@ def _exported(model: SentenceTransformer, folder: Path, *, int8: bool, lookup: b
     model[0].model.set_attn_implementation("eager")  # sdpa becomes the same arithmetic in 24 nodes more
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".onnx.") as aside:
-        paths = {"fp32": Path(aside) / Path(FP32_FILE).name}
+        paths = {"fp32": Path(aside) / Path(GRAPHS["fp32"]).name}
         try:
             traced = _traced(model)
         except Exception as error:  # torch.export, torch.onnx and the model's own code raise whatever they raise
@@ -124,7 +124,7 @@ def _exported(model: SentenceTransformer, folder: Path, *, int8: bool, lookup: b
             ) from error
         _save(traced, paths["fp32"])
         if lookup and lookup_pays(model):
-            paths["lookup"] = Path(aside) / Path(LOOKUP_FILE).name
+            paths["lookup"] = Path(aside) / Path(GRAPHS["lookup"]).name
             _save(_traced(model, lookup=True), paths["lookup"], external=True)
         facts = {name: _differences(model, path) | {"tolerance": FP32_TOLERANCE} for name, path in paths.items()}
         found = max(fact["max_abs_difference"] for fact in facts.values())
@@ -134,10 +134,10 @@ def _exported(model: SentenceTransformer, folder: Path, *, int8: bool, lookup: b
                 f"of {found:.2g}; this architecture does not export truly with this torch ({torch.__version__})"
             )
         if int8:
-            paths["int8"] = Path(aside) / Path(INT8_FILE).name
+            paths["int8"] = Path(aside) / Path(GRAPHS["int8"]).name
             quantise(paths["fp32"], paths["int8"])
             facts["int8"] = _differences(model, paths["int8"])
-        for file in {LOOKUP_FILE, INT8_FILE} - {f"onnx/{path.name}" for path in paths.values()}:
+        for file in {GRAPHS[name] for name in GRAPHS.keys() - paths.keys()}:
             for leftover in (folder / file, folder / f"{file}_data"):  # of an earlier student
                 leftover.unlink(missing_ok=True)
         for name in reversed(facts):  # fp32 last: where it is, all are
