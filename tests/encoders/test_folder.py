@@ -165,6 +165,7 @@ def test_a_file_is_told_from_its_successor(tmp_path):
 def test_it_is_read_without_torch(exported):
     code = (
         "import sys; from hlm.encoders.folder import EncoderFolder; files = EncoderFolder(sys.argv[1]); "
-        "files.check_all(); files.tokenizer(); files.pooling(); assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+        "files.check_all(); files.tokenizer(); files.pooling(); "
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(exported[0])], check=True)
