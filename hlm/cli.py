@@ -1,5 +1,5 @@
 """The command `hlm`: says what a run will cost, searches a catalogue with a student, says whether a student fits a
-catalogue's vectors, and writes a card."""
+catalogue's vectors, writes a card, and runs the steps of the recipe."""
 
 from __future__ import annotations
 
@@ -14,18 +14,26 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import NoReturn
 
 from hlm import __version__
 from hlm.artefacts import MANIFEST, HlmError
 from hlm.endings import INTERRUPTED, NO_READER
+from hlm.extras import check_extra, extras_named
 from hlm.fields import optional, read_json
 from hlm.hub.cache import local_folder
-from hlm.planning.settings import Assumptions, read_steps
+from hlm.planning.settings import Assumptions, check_folder, read_steps
+from hlm.recipe_files import recipes
+from hlm.steps import STEPS
 from hlm.vectors.lineage import open_fitting, read_student
 
 # torch, faiss and datasets are imported where they are used: `hlm --help` and a refusal come at once.
 UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 JOINERS = "\u200c\u200d"  # Persian and Hindi are misspelt without them
+# What recipes/<name>.py does, as a command.
+SCRIPTS = {"quickstart": "run all steps of a folder of configs, skip what is up to date"}
+SCRIPTS |= {step.script: step.help for name, step in STEPS.items() if name != "contrastive_only"}  # refine's second use
+PLOTTING = {"quickstart", "evaluate", "benchmark"}
 REVISION = "or a Hub id, owner/name or owner/name@revision"
 
 
@@ -41,8 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # what the terminal cannot show must not end the command
     try:
         try:
-            options = parser().parse_args(argv)
-            options.run(options)
+            words = sys.argv[1:] if argv is None else argv
+            if words and words[0] in SCRIPTS:
+                run_script(*words)
+            options = parser().parse_args(words)
+            with extras_named("this command"):
+                options.run(options)
         finally:
             # Here rather than when Python ends: there a closed pipe or a full disk would be a traceback.
             if sys.stdout is not None:
@@ -136,18 +148,47 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--command", metavar="TEXT", help="what makes it again (default: the report's own command)")
     command.add_argument("--commit", metavar="SHA", help="of the code (default: the report's)")
     command.set_defaults(run=card)
+
+    command = commands.add_parser("init", help="puts a set of configs into a folder of your own", allow_abbrev=False)
+    command.add_argument("folder", help="made where it is missing; nothing in it is overwritten")
+    command.add_argument("--like", default="quickstart", metavar="NAME", help="which set (default: %(default)s)")
+    command.set_defaults(run=init)
+    for name, text in SCRIPTS.items():
+        commands.add_parser(name, help=text, add_help=False)  # `run_script` runs it
     return top
+
+
+def run_script(name: str, *words: str) -> NoReturn:
+    """Becomes `python recipes/<name>.py`, of a checkout or of the installed package.
+
+    Raises:
+        HlmError: a package that the step imports is not installed.
+    """
+    script = recipes() / f"{name}.py"
+    check_extra("eval" if name in PLOTTING else "train", f"hlm {name}")
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, str(script), *words])
+
+
+def init(options: argparse.Namespace) -> None:
+    from hlm import recipe_files
+
+    written = recipe_files.init(options.folder, options.like)
+    folder = options.folder.rstrip("/")
+    show(f"{len(written)} files in {folder}; all steps: hlm quickstart --configs {folder}")
 
 
 def plan(options: argparse.Namespace) -> None:
     """Prints the plan; then refuses it where a phase needs more than the GPUs given hold."""
-    steps = read_steps(options.config)
+    check_folder(options.config)
 
     from hlm.config import parse
     from hlm.planning.hardware import parse_gpus
     from hlm.planning.plan import check_fit, make_plan
     from hlm.planning.report import as_dict, text
+    from hlm.training.trainer import TrainingArguments
 
+    steps = read_steps(options.config, TrainingArguments)
     assumed = Path(options.config) / "plan.yaml"
     given = {item.name: getattr(options, item.name) for item in fields(Assumptions)}
     flags = [word for name, value in given.items() if value is not None for word in (f"--{name}", value)]
@@ -166,19 +207,23 @@ def search(options: argparse.Namespace) -> None:
         raise HlmError("query: expected text in UTF-8, found other bytes; check the terminal's encoding")
     if options.k < 1:
         raise HlmError(f"-k: expected 1 or more, found {options.k}")
-    folder = located(options.student)
-    student = read_student(folder)
+    from hlm.serving.student_files import StudentFiles
+
+    source, revision = named(options.student)
+    student = read_student(StudentFiles.folder_of(source, revision))
     kind = "index" if options.index else "vectors"
     catalogue = open_fitting(located_catalogue(options.index or options.vectors, kind), student, kind)
 
-    from hlm.encoders.loading import encode, load_encoder
-    from hlm.vectors.index import AdIndex
+    from hlm.data.contract import titles
+    from hlm.serving.query_encoder import QueryEncoder
+    from hlm.vectors.faiss_index import AdIndex
+    from hlm.vectors.index import Index
 
-    index = catalogue if isinstance(catalogue, AdIndex) else AdIndex.build(catalogue, dim=student["dim"])
-    (vector,) = encode(load_encoder(str(folder)), [options.query], prompt_name="query")
-    scores, ids = index.search(vector, options.k)
-    titles = read_titles(options.corpus, ids) if options.corpus else [""] * len(ids)
-    for rank, (score, ad, title) in enumerate(zip(scores, ids, titles, strict=False), 1):
+    index = catalogue if isinstance(catalogue, Index) else AdIndex.build(catalogue, dim=student["dim"])
+    encoder = QueryEncoder.from_pretrained(source, revision=revision)
+    scores, ids = index.search(encoder.encode(options.query), options.k)
+    names = titles(options.corpus, ids) if options.corpus else [""] * len(ids)
+    for rank, (score, ad, title) in enumerate(zip(scores, ids, names, strict=False), 1):
         print(printable(f"{rank:>3}  {score:.4f}  {ad}  {title}").rstrip())
 
 
@@ -211,13 +256,14 @@ def card(options: argparse.Namespace) -> None:
     kind = optional(read_json(found), str, "kind", where=found) if found.is_file() else None
 
     from hlm.publishing.cards import dataset_card, student_card, teacher_card
+    from hlm.report_files import read_latency, read_report
 
     write = {"student": student_card, "teacher": teacher_card}.get(kind, dataset_card)
     name = re.sub(r"[^A-Za-z0-9]+", "-", folder.resolve().name).strip("-") or "artefact"
     about = {
         "repo_id": options.repo_id or f"local/{name}",
-        "report": read_json(Path(options.report)) if options.report else None,
-        "latency": read_json(Path(options.latency)) if options.latency else None,
+        "report": read_report(options.report) if options.report else None,
+        "latency": read_latency(options.latency) if options.latency else None,
     }
     names = ("teacher_repo", "student_repo", "dataset_repo", "base_model", "licence", "language", "command", "commit")
     show(write(folder, **about, **{name: getattr(options, name) for name in names}))
@@ -225,10 +271,16 @@ def card(options: argparse.Namespace) -> None:
 
 def located(name: str, repo_type: str = "model", subfolder: str | None = None) -> Path:
     """The folder that `name` stands for; a Hub id, owner/name or owner/name@revision, is downloaded."""
-    where, _, revision = name.partition("@")
+    where, revision = named(name)
+    return local_folder(where, revision=revision, repo_type=repo_type, subfolder=subfolder)
+
+
+def named(name: str) -> tuple[str, str | None]:
+    """A folder or Hub id, and the revision that is named with it."""
     if Path(name).is_dir():
-        where, revision = name, ""
-    return local_folder(where, revision=revision or None, repo_type=repo_type, subfolder=subfolder)
+        return name, None
+    where, _, revision = name.partition("@")
+    return where, revision or None
 
 
 def located_catalogue(name: str, kind: str = "index") -> Path:
@@ -237,31 +289,6 @@ def located_catalogue(name: str, kind: str = "index") -> Path:
     if Path(name).is_dir():
         return Path(name) / inside if (Path(name) / inside / MANIFEST).is_file() else Path(name)
     return located(name, "dataset", inside)
-
-
-def read_titles(source: str, ids: list[str]) -> list[str]:
-    """The title of each ad, or its text where it has no title; passes once over the corpus, a block at a time.
-
-    Raises:
-        HlmError: an ad of the index that the dataset does not have.
-    """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    from hlm.data.contract import load
-
-    corpus = load(source, splits=(), skip_bad_rows=True).corpus
-    columns = [name for name in ("_id", "title", "text") if name in corpus.column_names]
-    wanted, found = pa.array(ids, pa.string()), {}
-    for block in corpus.select_columns(columns).with_format("arrow").iter(batch_size=65_536):
-        for row in block.filter(pc.is_in(block["_id"].cast(pa.string()), value_set=wanted)).to_pylist():
-            found[row["_id"]] = row.get("title") or row.get("text")
-    missing = [ad for ad in ids if ad not in found]
-    if missing:
-        raise HlmError(
-            f"expected the ads of the index in {source}, found no {missing[0]!r}; name the dataset that was embedded"
-        )
-    return [found[ad] for ad in ids]
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from hlm.integrity import read_steadily
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    from hlm.vectors.index import AdIndex
+    from hlm.vectors.index import Index
     from hlm.vectors.store import VectorStore
 
 
@@ -33,7 +33,21 @@ def read_student(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def open_fitting(folder: str | Path, student: dict[str, Any], kind: str | None = None) -> VectorStore | AdIndex:
+def check_student(folder: str | Path, teacher: str) -> None:
+    """Refuses a student that was pruned or aligned for another teacher's space.
+
+    Raises:
+        HlmError: the student's manifest is missing or names another teacher.
+    """
+    found = read_manifest(folder, "student")["inputs"].get("teacher")
+    if found != teacher:
+        raise HlmError(
+            f"expected a student of teacher {teacher} (the vectors'), found {folder}, a student of teacher {found}; "
+            "make one from this teacher (recipes/align.py or prune.py), or name the other teacher's vectors"
+        )
+
+
+def open_fitting(folder: str | Path, student: dict[str, Any], kind: str | None = None) -> VectorStore | Index:
     """Opens the vectors or the index at `folder` where its teacher is the student's and its width fits.
 
     Raises:
@@ -42,9 +56,9 @@ def open_fitting(folder: str | Path, student: dict[str, Any], kind: str | None =
     teacher, dim = student["inputs"]["teacher"], student["dim"]
     kind = kind or kind_of(folder)
     if kind == "index":
-        from hlm.vectors.index import AdIndex
+        from hlm.vectors.index import open_index
 
-        index = AdIndex.load(folder, expect_encoder=teacher)
+        index = open_index(folder, expect_encoder=teacher)
         if index.dim != dim:
             raise HlmError(
                 f"expected an index of width {dim} (the student's), found {index.dim} at {folder}; build it from the "
