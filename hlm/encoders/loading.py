@@ -263,7 +263,7 @@ def encode(
     before: tuple[np.ndarray, Callable[[], np.ndarray]] | None = None
     for rows in token_batches(np.array([len(tokens) for tokens in ids]), batch_tokens):
         features = pad(model, [ids[row] for row in rows])
-        vectors = model({name: _sent(value, model.device) for name, value in features.items()})["sentence_embedding"]
+        vectors = model({name: sent(value, model.device) for name, value in features.items()})["sentence_embedding"]
         vectors = torch.nn.functional.normalize(vectors.float()[:, : dim or width], dim=-1)
         started = rows, _fetched(vectors)
         if before:  # a GPU computes this batch while the one before is dealt with
@@ -274,9 +274,9 @@ def encode(
     return out
 
 
-def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """On the device; to a GPU without waiting for what it still computes."""
-    if device.type != "cuda":
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on `device`; to a GPU without waiting for what it still computes."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
