@@ -64,7 +64,8 @@ def read_steps(folder: str | Path, training: type) -> dict[str, dict[str, Any]]:
     """What a plan needs of every step's YAML in `folder`; steps without a file are left out.
 
     Args:
-        training: the dataclass of the training arguments (`hlm.training.trainer.TrainingArguments`): their names and defaults.
+        training: the dataclass of the training arguments, `hlm.training.trainer.TrainingArguments`: their names and
+            defaults.
 
     Returns:
         Step -> setting -> value, from the file or the dataclasses' defaults.

@@ -140,7 +140,8 @@ def test_report_end_to_end(inputs, tmp_path, capsys):
 def test_rerun_encodes_nothing_and_a_changed_input_does(inputs, tmp_path, monkeypatch):
     first = run(inputs, tmp_path, all_systems(inputs))
     encoded = []
-    monkeypatch.setattr("hlm.evaluation.evaluate.encode", lambda *args, **kwargs: encoded.append(1) or encode(*args, **kwargs))
+    noted = lambda *args, **kwargs: encoded.append(1) or encode(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr("hlm.evaluation.evaluate.encode", noted)
     second = run(inputs, tmp_path, all_systems(inputs))
     assert encoded == []
     assert second["systems"] == first["systems"] and second["recovery"] == first["recovery"]

@@ -40,7 +40,7 @@ name, facts = {
 }.get(pathlib.Path(sys.argv[0]).stem, ("hlm.json", {"kind": "student"}))
 (output / name).write_text(json.dumps(facts | values))
 """
-IMPORTS = "if False:\n    from hlm.training.losses import x\n"
+IMPORTS = "if False:\n    from hlm.losses import x\n"
 # Starts a process of its own, says who both are, and works until it is told to end, or until a file is there.
 LONG = """
 import os, pathlib, subprocess, sys, time
@@ -72,7 +72,7 @@ def house(tmp_path, monkeypatch):
     monkeypatch.setattr(quickstart, "print_reports", lambda home, names: print(f"tables of {home}: {names}"))
     for folder in ("recipes", "hlm", "configs"):
         (tmp_path / folder).mkdir()
-    for name, text in {"losses": "from hlm.training.batches import y\n", "batches": "y = 1\n", "cards": "z = 1\n"}.items():
+    for name, text in {"losses": "from hlm.batches import y\n", "batches": "y = 1\n", "cards": "z = 1\n"}.items():
         (tmp_path / f"hlm/{name}.py").write_text(text)
     (tmp_path / "base.txt").write_text("weights")
     for name, text in SETTINGS.items():
