@@ -269,8 +269,7 @@ def encode(
     with own:
         for rows in batches:
             features = pad(model, [ids[row] for row in rows])
-            sent = {name: _sent(value, model.device) for name, value in features.items()}
-            vectors = model(sent)["sentence_embedding"]
+            vectors = model({name: sent(value, model.device) for name, value in features.items()})["sentence_embedding"]
             vectors = torch.nn.functional.normalize(vectors.float()[:, : dim or width], dim=-1)
             started = rows, _fetched(vectors)
             if before:  # a GPU computes this batch while the one before is dealt with
@@ -282,9 +281,9 @@ def encode(
     return out
 
 
-def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """On the device; to a GPU without waiting for what it still computes."""
-    if device.type != "cuda":
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on `device`; to a GPU without waiting for what it still computes."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
