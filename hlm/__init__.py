@@ -1,9 +1,72 @@
-"""HLM: turn a billion-parameter retriever into a query encoder small enough to serve online."""
+"""HLM: turn a billion-parameter retriever into a query encoder small enough to serve online.
 
+Every step of the recipe is a function with plain arguments: it writes an artefact, a folder with a manifest, goes on
+where a killed run stopped, and leaves alone what is up to date.
+"""
+
+import importlib
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hlm.data.contract import load as load_data
+    from hlm.encoders.loading import load_encoder
+    from hlm.errors import HlmError
+    from hlm.evaluation.evaluate import evaluate
+    from hlm.publishing.online_folder import export
+    from hlm.publishing.release import publish
+    from hlm.serving.micro_batches import AsyncQueryEncoder
+    from hlm.serving.query_encoder import QueryEncoder
+    from hlm.training.align import align
+    from hlm.training.prune import prune
+    from hlm.training.refine import refine
+    from hlm.training.teacher import train_teacher
+    from hlm.vectors.embed import embed
+    from hlm.vectors.faiss_index import AdIndex
+    from hlm.vectors.index import open_index
+    from hlm.vectors.lineage import verify
+    from hlm.vectors.store import VectorStore
 
 __version__ = "0.1.0"
+__all__ = [
+    "AdIndex",
+    "AsyncQueryEncoder",
+    "HlmError",
+    "QueryEncoder",
+    "VectorStore",
+    "align",
+    "embed",
+    "evaluate",
+    "export",
+    "load_data",
+    "load_encoder",
+    "open_index",
+    "prune",
+    "publish",
+    "refine",
+    "train_teacher",
+    "verify",
+]
+# Public name -> its module, and its name there where that is another. Loaded when asked for: `import hlm` stays light.
+_PLACES = {
+    "AdIndex": "vectors.faiss_index",
+    "AsyncQueryEncoder": "serving.micro_batches",
+    "HlmError": "errors",
+    "QueryEncoder": "serving.query_encoder",
+    "VectorStore": "vectors.store",
+    "align": "training.align",
+    "embed": "vectors.embed",
+    "evaluate": "evaluation.evaluate",
+    "export": "publishing.online_folder",
+    "load_data": "data.contract:load",
+    "load_encoder": "encoders.loading",
+    "open_index": "vectors.index",
+    "prune": "training.prune",
+    "publish": "publishing.release",
+    "refine": "training.refine",
+    "train_teacher": "training.teacher",
+    "verify": "vectors.lineage",
+}
 
 # ONNX Runtime sends usage data to its maker unless told otherwise before it is imported, by a thread for whose end a
 # forked process waits for ever when it ends.
@@ -11,13 +74,13 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded when asked for: `import hlm` stays light.
-    if name == "QueryEncoder":
-        from hlm.serving.query_encoder import QueryEncoder
+    if name not in _PLACES:
+        raise AttributeError(f"module 'hlm' has no attribute '{name}'")
+    module, _, there = _PLACES[name].partition(":")
+    value = getattr(importlib.import_module(f"hlm.{module}"), there or name)
+    globals()[name] = value
+    return value
 
-        return QueryEncoder
-    if name == "AsyncQueryEncoder":
-        from hlm.serving.micro_batches import AsyncQueryEncoder
 
-        return AsyncQueryEncoder
-    raise AttributeError(f"module 'hlm' has no attribute '{name}'")
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,5 +1,5 @@
 """The command `hlm`: says what a run will cost, searches a catalogue with a student, says whether a student fits a
-catalogue's vectors, and writes a card."""
+catalogue's vectors, writes a card, and runs the steps of the recipe."""
 
 from __future__ import annotations
 
@@ -14,18 +14,24 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import NoReturn
 
 from hlm import __version__
 from hlm.artefacts import MANIFEST, HlmError
 from hlm.endings import INTERRUPTED, NO_READER
 from hlm.fields import optional, read_json
 from hlm.hub.cache import local_folder
-from hlm.planning.settings import Assumptions, read_steps
+from hlm.planning.settings import Assumptions, check_folder, read_steps
+from hlm.recipe_files import recipes
+from hlm.steps import STEPS
 from hlm.vectors.lineage import open_fitting, read_student
 
 # torch, faiss and datasets are imported where they are used: `hlm --help` and a refusal come at once.
 UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 JOINERS = "\u200c\u200d"  # Persian and Hindi are misspelt without them
+# What recipes/<name>.py does, as a command.
+SCRIPTS = {"quickstart": "run all steps of a folder of configs, skip what is up to date"}
+SCRIPTS |= {step.script: step.help for name, step in STEPS.items() if name != "contrastive_only"}  # refine's second use
 REVISION = "or a Hub id, owner/name or owner/name@revision"
 
 
@@ -41,7 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # what the terminal cannot show must not end the command
     try:
         try:
-            options = parser().parse_args(argv)
+            words = sys.argv[1:] if argv is None else argv
+            if words and words[0] in SCRIPTS:
+                run_script(*words)
+            options = parser().parse_args(words)
             options.run(options)
         finally:
             # Here rather than when Python ends: there a closed pipe or a full disk would be a traceback.
@@ -136,18 +145,42 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--command", metavar="TEXT", help="what makes it again (default: the report's own command)")
     command.add_argument("--commit", metavar="SHA", help="of the code (default: the report's)")
     command.set_defaults(run=card)
+
+    command = commands.add_parser("init", help="puts a set of configs into a folder of your own", allow_abbrev=False)
+    command.add_argument("folder", help="made where it is missing; nothing in it is overwritten")
+    command.add_argument("--like", default="quickstart", metavar="NAME", help="which set (default: %(default)s)")
+    command.set_defaults(run=init)
+    for name, text in SCRIPTS.items():
+        commands.add_parser(name, help=text, add_help=False)  # `run_script` runs it
     return top
+
+
+def run_script(name: str, *words: str) -> NoReturn:
+    """Becomes `python recipes/<name>.py`, of a checkout or of the installed package."""
+    script = recipes() / f"{name}.py"
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, str(script), *words])
+
+
+def init(options: argparse.Namespace) -> None:
+    from hlm import recipe_files
+
+    written = recipe_files.init(options.folder, options.like)
+    folder = options.folder.rstrip("/")
+    show(f"{len(written)} files in {folder}; all steps: hlm quickstart --configs {folder}")
 
 
 def plan(options: argparse.Namespace) -> None:
     """Prints the plan; then refuses it where a phase needs more than the GPUs given hold."""
-    steps = read_steps(options.config)
+    check_folder(options.config)
 
     from hlm.config import parse
     from hlm.planning.hardware import parse_gpus
     from hlm.planning.plan import check_fit, make_plan
     from hlm.planning.report import as_dict, text
+    from hlm.training.trainer import TrainingArguments
 
+    steps = read_steps(options.config, TrainingArguments)
     assumed = Path(options.config) / "plan.yaml"
     given = {item.name: getattr(options, item.name) for item in fields(Assumptions)}
     flags = [word for name, value in given.items() if value is not None for word in (f"--{name}", value)]

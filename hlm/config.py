@@ -1,28 +1,21 @@
 """Strict YAML and command line -> dataclasses, and the frame every recipe runs in.
 
-A recipe declares a small dataclass and calls `parse`; the library itself takes plain arguments and never sees a
-config. Whatever a user mistypes (a key, a flag, a type) ends in one `HlmError` that names it.
+A recipe has a small dataclass (`hlm.steps`) and calls `given` or `parse`. Whatever a user mistypes (a key, a flag, a
+type) ends in one `HlmError` that names it.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
-import difflib
-import enum
 import io
 import json
 import logging
 import os
 import sys
-import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Sequence
+from typing import Any, get_args, get_origin
 
-import yaml
 from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
 from huggingface_hub.utils import enable_progress_bars
 from transformers.hf_argparser import HfArgumentParser
@@ -30,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from hlm.artefacts import HlmError
 from hlm.endings import tell_launcher, told_ending
+from hlm.settings import arms, build, check_required, closest, coerce, hints_of, read_yaml
 
 
 def parse(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
@@ -51,12 +45,15 @@ def parse(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[An
         HlmError: unknown key or flag (with the closest match), duplicate key, wrong type, missing required field,
             unreadable file, or a value that a dataclass' own check refuses.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    hints: dict[str, Any] = {}
-    for dataclass_type in dataclass_types:
-        resolved = get_type_hints(dataclass_type)
-        hints |= {field.name: resolved[field.name] for field in dataclasses.fields(dataclass_type) if field.init}
+    values = given(*dataclass_types, argv=argv)
+    return tuple(build(dataclass_type, values) for dataclass_type in dataclass_types)
 
+
+def given(*dataclass_types: type, argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """What `parse` fills the dataclasses from: the checked values of the file and of the command line, no defaults. For
+    a step that takes these settings as plain arguments (`hlm.settings.keywords`)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    hints = hints_of(*dataclass_types)
     parser = _Parser(dataclass_types, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file with defaults for the fields below; flags win")
     pairs = {action.dest for action in parser._actions if isinstance(action, Pairs)}
@@ -81,24 +78,13 @@ def parse(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[An
 
     typed = vars(namespace)
     config_path = typed.pop("config", None)
-    given = _read_yaml(config_path, hints) if config_path else {}
+    values = read_yaml(config_path, hints) if config_path else {}
     for name, value in typed.items():
-        value = _coerce(value, hints[name], f"command line: --{name}")
-        given[name] = {**(given.get(name) or {}), **value} if name in pairs else value
-    return tuple(_build(dataclass_type, given) for dataclass_type in dataclass_types)
-
-
-def read_section(dataclass_type: type, given: dict[str, Any], where: str) -> Any:
-    """An instance of `dataclass_type` from a mapping within a field, e.g. one of a recipe's systems.
-
-    Raises:
-        HlmError: unknown key (with the closest match), wrong type or missing key, each after `where`.
-    """
-    hints = get_type_hints(dataclass_type)
-    for key in given:
-        if key not in hints:
-            raise HlmError(f"{where}: unknown key '{key}'{closest(str(key), hints)}; it takes {', '.join(hints)}")
-    return _build(dataclass_type, {key: _coerce(value, hints[key], f"{where}: {key}") for key, value in given.items()})
+        value = coerce(value, hints[name], f"command line: --{name}")
+        values[name] = {**(values.get(name) or {}), **value} if name in pairs else value
+    for dataclass_type in dataclass_types:
+        check_required(dataclass_type, values)
+    return values
 
 
 def run_recipe(main: Callable[[], object]) -> None:
@@ -193,79 +179,6 @@ class _Parser(HfArgumentParser):
         raise HlmError(f"command line: {message}; --help lists all arguments")
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML loader that refuses a key given twice (plain YAML silently keeps the last)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[str, int] = {}
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                raise HlmError(
-                    f"{self.name}, line {line}: key '{key.value}' was given before on line {seen[key.value]}; keep one"
-                )
-            seen[str(key.value)] = line
-        return super().construct_mapping(node, deep=deep)
-
-
-def _read_yaml(path: str, hints: dict[str, Any]) -> dict[str, Any]:
-    """Reads a flat mapping of fields, every value checked against its field's type."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise HlmError(f"--config: cannot read '{path}' ({error}); give the path of a YAML file") from error
-    loader = _UniqueKeyLoader(text)
-    loader.name = path
-    try:
-        node = loader.get_single_node()
-        if node is None:
-            return {}
-        if not isinstance(node, yaml.MappingNode):
-            raise HlmError(f"{path}: expected `key: value` lines, found a {node.id}; write one key for each field")
-        lines = {str(key.value): key.start_mark.line + 1 for key, _ in node.value}
-        values = loader.construct_document(node)
-    except yaml.YAMLError as error:
-        raise HlmError(f"{path} is not valid YAML: {error}") from error
-    finally:
-        loader.dispose()
-    checked = {}
-    for key, value in values.items():
-        where = f"{path}, line {lines.get(str(key), '?')}"
-        if key not in hints:
-            raise HlmError(f"{where}: unknown key '{key}'{closest(str(key), hints)}; --help lists all")
-        checked[key] = _coerce(value, hints[key], f"{where}: {key}")
-    return checked
-
-
-def _build(dataclass_type: type, given: dict[str, Any]) -> Any:
-    fields = [field for field in dataclasses.fields(dataclass_type) if field.init]
-    missing = [
-        field.name
-        for field in fields
-        if field.name not in given
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise HlmError(
-            f"missing required setting{'s' if len(missing) > 1 else ''}: {', '.join(missing)}; set "
-            f"`{missing[0]}: ...` in the --config file or --{missing[0]} on the command line"
-        )
-    values = {field.name: given[field.name] for field in fields if field.name in given}
-    try:
-        return dataclass_type(**values)
-    except HlmError:
-        raise
-    except ValueError as error:  # the trainer's arguments check themselves and each other
-        raise HlmError(f"{dataclass_type.__name__}: {error}") from error
-
-
-def closest(word: str, known: Iterable[str], *, prefix: str = "", cutoff: float = 0.5) -> str:
-    """The end of an error message, `; did you mean '...'?`, or "" where nothing known is near."""
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
-    return f"; did you mean '{prefix}{matches[0]}'?" if matches else ""
-
-
 def _json_value(text: str) -> Any:
     try:
         return json.loads(text)
@@ -273,87 +186,14 @@ def _json_value(text: str) -> Any:
         raise argparse.ArgumentTypeError(f"expected JSON, found {text!r} ({error})") from error
 
 
-def _arms(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-
-
 def _needs_json(hint: Any) -> bool:
     """True for dicts and lists of more than scalars, unless the field takes a plain string as well."""
-    arms = [arm for arm in _arms(hint) if arm is not type(None)]
-    if str in arms:
+    choices = [arm for arm in arms(hint) if arm is not type(None)]
+    if str in choices:
         return False
     return any(
         arm is dict
         or get_origin(arm) is dict
         or (get_origin(arm) is list and get_args(arm)[0] not in (str, int, float, bool))
-        for arm in arms
+        for arm in choices
     )
-
-
-class _WrongType(Exception):
-    pass
-
-
-def _coerce(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the field's type; only loss-free readings are made (int -> float, "1e-5" -> float)."""
-    try:
-        return _fit(value, hint)
-    except _WrongType:
-        note = ""
-        if isinstance(value, bool) and any(arm is str or get_origin(arm) is Literal for arm in _arms(hint)):
-            note = " (YAML reads a bare yes, no, on or off as a boolean: put it in quotes)"
-        elif isinstance(value, (int, float)) and str in _arms(hint):
-            note = " (put it in quotes)"
-        raise HlmError(f"{where}: expected {_describe(hint)}, found {value!r} ({type(value).__name__}){note}") from None
-
-
-def _fit(value: Any, hint: Any) -> Any:
-    arms = _arms(hint)
-    if len(arms) > 1:
-        if type(value) in arms:  # an exact fit goes before any reading: "1" stays text for `float | str`
-            return value
-        for arm in arms:
-            with contextlib.suppress(_WrongType):
-                return _fit(value, arm)
-        raise _WrongType
-    origin, args = get_origin(hint), get_args(hint)
-    if hint is Any or (hint is type(None) and value is None):
-        return value
-    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML reads 1e-5, without a dot, as a string
-        except ValueError as error:
-            raise _WrongType from error
-    if hint in (int, bool, str) and type(value) is hint:
-        return value
-    if origin is Literal and any(value == choice and type(value) is type(choice) for choice in args):
-        return value
-    if isinstance(hint, type) and issubclass(hint, Path) and isinstance(value, (str, Path)):
-        return hint(value)
-    if isinstance(hint, type) and issubclass(hint, enum.Enum):
-        if isinstance(value, hint):
-            return value
-        if value in [member.value for member in hint]:
-            return hint(value)
-    if (hint is list or origin is list) and isinstance(value, list):
-        return [_fit(item, args[0]) for item in value] if args else value
-    if (hint is dict or origin is dict) and isinstance(value, dict):
-        return {_fit(k, args[0]): _fit(v, args[1]) for k, v in value.items()} if args else value
-    raise _WrongType
-
-
-def _describe(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
-    words = []
-    for arm in _arms(hint):
-        if get_origin(arm) is Literal:
-            words.append("one of " + ", ".join(repr(choice) for choice in get_args(arm)))
-        elif get_origin(arm) is list:
-            words.append(f"a list, each {_describe(get_args(arm)[0])}")
-        elif isinstance(arm, type) and issubclass(arm, enum.Enum):
-            words.append("one of " + ", ".join(repr(member.value) for member in arm))
-        elif arm is dict or get_origin(arm) is dict:
-            words.append("a mapping")
-        else:
-            words.append(names.get(arm, str(arm)))
-    return " or ".join(words)

@@ -33,7 +33,7 @@ from hlm.benchmark.quality import agreements, measured_quality, quality, same_en
 from hlm.benchmark.random_weights import RANDOM_IDS, Derivation, shape_config, shape_systems
 from hlm.benchmark.report import format_table, plot
 from hlm.benchmark.systems import HLM, SENTENCE_TRANSFORMERS, TORCH_BACKENDS, System, cold_starts, load_system
-from hlm.config import Pairs, closest, parse, read_section, run_recipe
+from hlm.config import Pairs, parse, run_recipe
 from hlm.data.contract import RetrievalData, load
 from hlm.data.sample_catalogue import write_catalogue
 from hlm.encoders.loading import check_device, find_encoder
@@ -43,7 +43,8 @@ from hlm.evaluation.report import command_line, environment
 from hlm.machine import facts
 from hlm.planning.footprint import backbone_config
 from hlm.report_files import claimed_report, read_report, write_latency
-from hlm.report_types import Environment, LatencyReport, MeasuredSystem, Quality, Report
+from hlm.report_types import SCHEMA_VERSION, Environment, LatencyReport, MeasuredSystem, Quality, Report
+from hlm.settings import closest, read_section
 from hlm.vectors.store import VectorStore
 
 logger = logging.getLogger(__name__)
@@ -384,6 +385,7 @@ def build_report(
     slices = [length_slice(query) for query in queries]
     settings = ("repeats", "block_s", "batch_sizes", "cold_starts", "max_other_load", "seed")
     return {
+        "schema_version": SCHEMA_VERSION,
         "data": config.data or "the sample catalogue",
         "split": config.split,
         "queries": len(queries),

@@ -4,8 +4,8 @@ skipped.
     python recipes/quickstart.py --configs recipes/configs/quickstart
 
 Each step is a recipe with a YAML in the folder given; a step without one is left out. What a step depends on is its
-YAML, its script, the library's sources, the files its YAML names that no step makes, and the steps before with the
-manifests they left. A step that is started for nothing sees that by itself and ends at once.
+YAML, its script and the library's files that this imports, the files its YAML names that no step makes, and the steps
+before with the manifests they left. A step that is started for nothing sees that by itself and ends at once.
 
 A signal that ends this script ends its step first; the same command goes on from there.
 """
@@ -27,38 +27,31 @@ from typing import Any, NamedTuple
 
 import yaml
 
+import hlm
 from hlm.artefacts import MANIFEST, HlmError, check_output, write_json
 from hlm.endings import told_ending
+from hlm.imports import sources
 from hlm.locks import locked
 from hlm.machine import cores
 from hlm.processes import Supervisor
 from hlm.report_files import check_report
+from hlm.steps import PARTS, STEPS, Step
 
-# (step, script); the step's YAML has its name
-STEPS = [
-    ("make_catalogue", "make_catalogue"),
-    ("prepare", "prepare_catalogue_queries"),
-    ("teacher", "teacher"),
-    ("embed", "embed"),
-    ("prune", "prune"),
-    ("align", "align"),
-    ("refine", "refine"),
-    ("contrastive_only", "refine"),
-    ("evaluate", "evaluate"),
-    ("export", "export"),
-    ("benchmark", "benchmark"),
-]
-REPORTS = {"evaluate": "report.json", "benchmark": "latency.json"}  # these steps write files, not artefacts
-KINDS = {"make_catalogue": "catalogue", "prepare_catalogue_queries": "dataset", "teacher": "teacher"}  # else a student
-PARTS = ("corpus", "unlabelled", "queries")  # embed's stores, beside its index
 RECIPES = Path(__file__).resolve().parent
+LIBRARY = Path(hlm.__file__).resolve().parent
 
 
-class Step(NamedTuple):
+class Job(NamedTuple):
+    """A step with the YAML it is run from."""
+
     name: str
-    script: str
+    step: Step
     config: Path
     output: Path
+
+    @property
+    def looked_for(self) -> str:
+        return self.step.writes if self.step.is_report else MANIFEST
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,67 +59,70 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--configs", default="recipes/configs/quickstart", help="folder with one YAML a step")
     parser.add_argument("--processes", type=int, default=1, help="processes to launch each training step on")
     options = parser.parse_args(argv)
-    steps = read_steps(Path(options.configs))
-    home = steps[-1].output if steps[-1].name in REPORTS else steps[-1].output.parent  # beside what the steps make
-    skipped: list[str] = []
+    jobs = read_jobs(Path(options.configs))
+    home = jobs[-1].output if jobs[-1].step.is_report else jobs[-1].output.parent  # beside what the steps make
+    skipped: list[Job] = []
     records: dict[str, dict[str, Any]] = {}
     with alone(home), Supervisor() as supervisor:
-        for step in steps:  # before the first one has worked for an hour
-            check_step(step)
+        for job in jobs:  # before the first one has worked for an hour
+            check_output_of(job)
         before = ""
-        for step in steps:
-            path = home / ".steps" / f"{step.name}.json"
+        for job in jobs:
+            path = home / ".steps" / f"{job.name}.json"
             record = read_record(path)
-            stamp = fingerprint(step, [one.output for one in steps], before)
-            if record.get("stamp") == stamp and record.get("result") == result(step):
-                print(f"{step.name}: up to date", flush=True)
-                skipped.append(step.name)
+            stamp = fingerprint(job, [one.output for one in jobs], before)
+            if record.get("stamp") == stamp and record.get("result") == result(job):
+                print(f"{job.name}: up to date", flush=True)
+                skipped.append(job)
             else:
-                status, used = run_step(supervisor, step, options.processes)
+                status, used = run_step(supervisor, job, options.processes)
                 if status:
                     return status
-                record = {"stamp": stamp, "result": result(step), **used}
+                record = {"stamp": stamp, "result": result(job), **used}
                 if record["result"] is None:
-                    looked = REPORTS.get(step.name, MANIFEST)
-                    raise HlmError(f"step {step.name}: expected {looked} under {step.output}, found none")
+                    raise HlmError(f"step {job.name}: expected {job.looked_for} under {job.output}, found none")
                 write_json(path, record)
-                print(f"{step.name}: {used['seconds']:.1f} s, at most {used['peak_memory_gib']:.2f} GiB", flush=True)
+                print(f"{job.name}: {used['seconds']:.1f} s, at most {used['peak_memory_gib']:.2f} GiB", flush=True)
             if supervisor.signals:
                 return 128 + supervisor.signals[0]
-            before, records[step.name] = f"{stamp} {record['result']}", record
-    print_reports(home, [name for name in REPORTS if name in skipped])  # the others have just printed their tables
-    if len(skipped) < len(steps):
+            before, records[job.name] = f"{stamp} {record['result']}", record
+    print_reports(home, [job.name for job in skipped if job.step.is_report])  # the others have just printed theirs
+    if len(skipped) < len(jobs):
         write_timings(home, records, whole=not skipped)
     else:
         print("\nnothing had changed")
     return 0
 
 
-def read_steps(configs: Path) -> list[Step]:
-    paths = [(name, script, configs / f"{name}.yaml") for name, script in STEPS]
-    steps = [
-        Step(*found, Path(os.path.expanduser(settings(found[2])["output"]))) for found in paths if found[2].is_file()
+def read_jobs(configs: Path) -> list[Job]:
+    paths = [(name, step, configs / f"{name}.yaml") for name, step in STEPS.items() if not step.by_name]
+    jobs = [
+        Job(name, step, config, Path(os.path.expanduser(settings(config)["output"])))
+        for name, step, config in paths
+        if config.is_file()
     ]
-    if not steps:
-        raise HlmError(f"expected YAML files of steps in {configs}, found none; name a folder under recipes/configs")
-    return steps
+    if not jobs:
+        raise HlmError(
+            f"expected YAML files of steps in {configs}, found none; name a folder of them, or make one with hlm init"
+        )
+    return jobs
 
 
-def check_step(step: Step) -> None:
+def check_output_of(job: Job) -> None:
     """Refuses what the step would refuse of its output, once it is its turn."""
     try:
-        if step.name in REPORTS:
-            check_report(step.output, REPORTS[step.name])
-        elif step.script == "embed":
+        if job.step.is_report:
+            check_report(job.output, job.step.writes)
+        elif job.step.writes == "vectors":
             from hlm.vectors.store import check_store_output  # numpy and pyarrow come with it
 
             for part in PARTS:
-                check_store_output(step.output / part)
-            check_output(step.output / "index", "index")
+                check_store_output(job.output / part)
+            check_output(job.output / "index", "index")
         else:
-            check_output(step.output, KINDS.get(step.script, "student"))
+            check_output(job.output, job.step.writes)
     except HlmError as error:
-        raise HlmError(f"step {step.name} ({step.config}): {error}") from error
+        raise HlmError(f"step {job.name} ({job.config}): {error}") from error
 
 
 @contextlib.contextmanager
@@ -159,9 +155,9 @@ def settings(config: Path) -> dict[str, Any]:
     return values
 
 
-def command(script: str, config: Path, processes: int) -> list[str]:
-    path = os.path.relpath(RECIPES / f"{script}.py")
-    if processes > 1 and script in ("teacher", "embed", "align", "refine"):
+def command(step: Step, config: Path, processes: int) -> list[str]:
+    path = os.path.relpath(RECIPES / f"{step.script}.py")
+    if processes > 1 and step.parallel:
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         return [sys.executable, *launch, path, "--config", str(config)]
     return [sys.executable, path, "--config", str(config)]
@@ -178,10 +174,10 @@ def read_record(path: Path) -> dict[str, Any]:
     )
 
 
-def run_step(supervisor: Supervisor, step: Step, processes: int) -> tuple[int, dict[str, float]]:
+def run_step(supervisor: Supervisor, job: Job, processes: int) -> tuple[int, dict[str, float]]:
     """Exit status as a shell counts it, wall seconds and the peak memory of the largest process that was started."""
-    print(f"{step.name}: {step.config}", flush=True)
-    words = command(step.script, step.config, processes)
+    print(f"{job.name}: {job.config}", flush=True)
+    words = command(job.step, job.config, processes)
     started = time.monotonic()
     status, usage = supervisor.run(words)
     kib = 2**10 if sys.platform == "darwin" else 1  # macOS counts bytes
@@ -189,11 +185,11 @@ def run_step(supervisor: Supervisor, step: Step, processes: int) -> tuple[int, d
     if status and supervisor.signals:
         status = 128 + supervisor.signals[0]
         ended_by = signal.Signals(supervisor.signals[0]).name
-        tell(f"{ended_by}: step {step.name} has ended as well; the same command goes on from there")
+        tell(f"{ended_by}: step {job.name} has ended as well; the same command goes on from there")
     elif status:
         status = status if status > 0 else 128 - status
         tell(
-            f"error: step {step.name} ended with status {status}; mend its cause and run this command again\n"
+            f"error: step {job.name} ended with status {status}; mend its cause and run this command again\n"
             f"the step alone: {shlex.join(words)}"
         )
     return status, {what: round(value, 2) for what, value in used.items()}
@@ -204,15 +200,15 @@ def tell(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def fingerprint(step: Step, outputs: list[Path], before: str) -> str:
+def fingerprint(job: Job, outputs: list[Path], before: str) -> str:
     """What the step's result follows from; sizes and times stand for the content of files that no step makes."""
     digest = hashlib.sha256(before.encode())
-    sources = sorted((RECIPES.parent / "hlm").rglob("*.py"))
-    for path in (RECIPES / f"{step.script}.py", step.config, *sources):
+    for path in (job.config, *sources(RECIPES / f"{job.step.script}.py", LIBRARY)):
         digest.update(path.read_bytes())
-    for value in settings(step.config).values():
-        named = Path(os.path.expanduser(value)) if isinstance(value, str) else None
-        if named is None or not os.path.exists(named):  # any text may stand there, Path.exists refuses a long one
+    values = settings(job.config)
+    for name in named_in([values.get(setting) for setting in job.step.reads]):
+        named = Path(os.path.expanduser(name))
+        if not os.path.exists(named):  # a Hub id, or any text: Path.exists refuses a long one
             continue
         if any(named == output or output in named.parents for output in outputs):
             continue  # an earlier step's: `before` stands for it
@@ -222,13 +218,22 @@ def fingerprint(step: Step, outputs: list[Path], before: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def result(step: Step) -> str | None:
+def named_in(value: Any) -> Iterator[str]:
+    """Every text in a setting, be it a list or a mapping of others."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from named_in(one)
+
+
+def result(job: Job) -> str | None:
     """16 hex digits over the manifests that the step left: other ones where a step was run by hand with other
     settings. None where there is nothing."""
-    if step.name in REPORTS:
-        paths = [step.output / REPORTS[step.name]]
+    if job.step.is_report:
+        paths = [job.output / job.step.writes]
     else:  # less what is half written: in folders whose names begin with a dot
-        places = {path: path.relative_to(step.output).parts for path in sorted(step.output.rglob(MANIFEST))}
+        places = {path: path.relative_to(job.output).parts for path in sorted(job.output.rglob(MANIFEST))}
         paths = [path for path, parts in places.items() if not any(part.startswith(".") for part in parts)]
     paths = [path for path in paths if path.is_file()]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in paths))
@@ -251,7 +256,7 @@ def print_reports(home: Path, names: list[str]) -> None:
         from hlm.evaluation import report
 
         table = report.format_table if name == "evaluate" else latency_report.format_table
-        print("\n" + table(json.loads((home / REPORTS[name]).read_text())))
+        print("\n" + table(json.loads((home / STEPS[name].writes).read_text())))
 
 
 if __name__ == "__main__":

@@ -114,10 +114,10 @@ def serve() -> None:
 
 
 def check_once() -> None:
-    from recipes import publish as recipe
+    from hlm.publishing import release
 
     known: dict[str, Any] = {}
-    lay_out = recipe.publish
+    lay_out = release.lay_out
 
     def planned(config: Any, repositories: Any, home: Path, done: dict, *, dry_run: bool) -> dict:
         if not dry_run:
@@ -126,7 +126,7 @@ def check_once() -> None:
             known[str(config)] = lay_out(config, repositories, home, done, dry_run=True)
         return known[str(config)]
 
-    recipe.publish = planned
+    release.lay_out = planned
 
 
 def forget() -> None:

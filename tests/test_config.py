@@ -8,7 +8,8 @@ from typing import Any, Literal, Optional
 import pytest
 
 from hlm.artefacts import HlmError
-from hlm.config import Pairs, parse, read_section, run_recipe
+from hlm.config import Pairs, parse, run_recipe
+from hlm.settings import read_section
 
 
 @dataclass

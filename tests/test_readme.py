@@ -14,13 +14,13 @@ from hlm import cli
 from hlm.artefacts import HlmError
 from hlm.benchmark.budgets import INCONCLUSIVE
 from hlm.config import parse
+from hlm.steps import STEPS
 from hlm.training.trainer import TrainingArguments
-from recipes.quickstart import STEPS
 from results.measure import render_readme
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-SCRIPTS = dict(STEPS)  # step -> the recipe it runs
+SCRIPTS = {name: step.script for name, step in STEPS.items()}  # step -> the recipe it runs
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines() if line]
 
 
@@ -59,8 +59,9 @@ def config_types(script: str) -> list[type]:
     """What a recipe parses its configuration into."""
     home = "recipes" if (ROOT / f"recipes/{script}.py").is_file() else "results.measure"
     module = importlib.import_module(f"{home}.{script}")
-    own = next(v for n, v in vars(module).items() if n.endswith("Config") and hasattr(v, "__dataclass_fields__")
-               and v.__module__ == module.__name__)  # fmt: skip
+    own = next((step.settings for step in STEPS.values() if step.script == script), None) or next(
+        v for n, v in vars(module).items() if n.endswith("Config") and v.__module__ == module.__name__
+    )
     return [own] + ([TrainingArguments] if hasattr(module, "TrainingArguments") else [])
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 from hlm.artefacts import HlmError
-from hlm.config import closest
 from hlm.report_types import CheckedBudget, LatencyReport, MeasuredSystem
+from hlm.settings import closest
 
 INCONCLUSIVE = 3  # exit status; 2 is bad input's
 # Budget -> where its figure stands in a system's entry, whether the budget is the most or the least allowed, and which

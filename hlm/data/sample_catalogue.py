@@ -17,17 +17,23 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import random
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from hlm.artefacts import HlmError, atomic_folder, write_manifest
+from hlm.artefacts import MANIFEST, HlmError, atomic_folder, check_output, read_manifest, write_manifest
 from hlm.data.sample_vocabulary import AXES, DEPARTMENTS, PITCHES
+from hlm.settings import keywords
+from hlm.steps import CatalogueConfig
+
+logger = logging.getLogger(__name__)
 
 VERSION = 2  # of the catalogue's making; a change of words or rules raises it
 NEAR, DISTRACTOR = 3, 4  # of every five ads the fourth repeats the first, the fifth alters one value of the second
@@ -244,14 +250,32 @@ def draw_queries(
     return queries, unlabelled
 
 
+@keywords(CatalogueConfig)
+def make_catalogue(config: CatalogueConfig) -> Path:
+    """`write_catalogue`, unless the catalogue of these settings is there already. Every setting of `CatalogueConfig` is
+    a keyword.
+
+    Returns:
+        `output`.
+    """
+    options = asdict(config)
+    output = check_output(options.pop("output"), "catalogue")
+    if (output / MANIFEST).is_file() and read_manifest(output, "catalogue")["config"] == options | {"version": VERSION}:
+        logger.info("%s: up to date", output)
+        return output
+    write_catalogue(output, **options)
+    logger.info("%s: %d ads", output, config.ads)
+    return output
+
+
 def write_catalogue(
     folder: str | Path,
     *,
-    ads: int = 10_000,
-    unlabelled: int = 30_000,
-    train_queries: int = 8_000,
-    dev_queries: int = 300,
-    test_queries: int = 600,
+    ads: int,
+    unlabelled: int,
+    train_queries: int,
+    dev_queries: int,
+    test_queries: int,
     seed: int = 0,
 ) -> None:
     """Writes the catalogue in the data contract: corpus, queries (with `kind` and `intent`), qrels, unlabelled.

@@ -187,7 +187,7 @@ def check_step(
 
     Args:
         step: "teacher", "align" or "refine".
-        settings: the recipe's settings and training arguments by name, as in `hlm.planning.settings.STEPS`.
+        settings: the recipe's settings and training arguments by name, as `read_steps` gives them.
         gpu: None takes the one that torch sees; without one, memory is not checked, nor for a backbone whose layers
             this project does not know (such a one can be trained, but not cut).
         gpus: data-parallel processes.

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
+from hlm.errors import HlmError
+from hlm.settings import defaults_of, hints_of, read_yaml
+from hlm.steps import STEPS
 
-from hlm.artefacts import HlmError
-
-REQUIRED = object()
-# What a plan reads of each step, with the recipe's own defaults (a test compares them with the recipes).
-STEPS: dict[str, dict[str, Any]] = {
-    "teacher": {"backbone": REQUIRED, "output": REQUIRED, "pairs_per_query": None, "hard_negatives": 1,
-                "lora_rank": 256, "cache_chunk": None, "dev_documents": 2000, "max_seq_length": None,
-                "dtype": "float32"},
-    "embed": {"parts": ["corpus", "unlabelled", "queries"], "index": None, "index_dim": None, "dim": None,
-              "max_seq_length": None, "dtype": "float32", "batch_tokens": 4096},
-    "prune": {"model": REQUIRED, "output": REQUIRED, "layers": [], "keep": None, "ffn": None},
-    "align": {"student": REQUIRED, "output": REQUIRED, "cascade": [], "head": False,
-              "parts": ["unlabelled", "train"], "prompt": False, "max_seq_length": None},
-    "refine": {"student": REQUIRED, "pool": 16384, "hard_negatives": 8, "refresh_epochs": 1, "mask_top": 3,
-               "query_query": False},
-}  # fmt: skip
+PLANNED = ("teacher", "embed", "prune", "align", "refine")
+# What a plan reads of the training arguments, beside the steps' own settings.
 TRAINING = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "bf16",
             "fp16", "gradient_checkpointing", "eval_strategy", "eval_steps", "logging_steps",
             "save_total_limit")  # fmt: skip
-OURS = {"logging_steps": 50, "save_total_limit": 2}  # defaults of hlm.training.trainer that are not transformers' own
-TRAINED = ("teacher", "align", "refine")
+UNREAD = {"data", "vectors"}  # a plan takes their sizes from `Assumptions`
 
 
 @dataclass
@@ -63,40 +51,45 @@ class Assumptions:
                 raise HlmError(f"{name}: expected above 0 and up to 1, found {getattr(self, name)}")
 
 
-def read_steps(folder: str | Path) -> dict[str, dict[str, Any]]:
-    """What a plan needs of every step's YAML in `folder`; steps without a file are left out.
-
-    Raises:
-        HlmError: no folder, no teacher.yaml, broken YAML, a missing or a mistyped setting.
-    """
+def check_folder(folder: str | Path) -> Path:
+    """Refuses a folder without the steps' YAML files, before anything heavy is imported."""
     folder = Path(folder)
     if not (folder / "teacher.yaml").is_file():
         found = ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else "no such folder"
         raise HlmError(f"--config: expected a folder with teacher.yaml and the other steps, found {found} at {folder}")
-    return {step: _read_step(path, step) for step in STEPS if (path := folder / f"{step}.yaml").is_file()}
+    return folder
 
 
-def _read_step(path: Path, step: str) -> dict[str, Any]:
-    defaults = dict(STEPS[step])
-    if step in TRAINED:
-        from transformers import TrainingArguments  # takes seconds: `hlm --help` must not wait for it
+def read_steps(folder: str | Path, training: type) -> dict[str, dict[str, Any]]:
+    """What a plan needs of every step's YAML in `folder`; steps without a file are left out.
 
-        own = TrainingArguments.__dataclass_fields__
-        defaults |= {name: OURS.get(name, own[name].default) for name in TRAINING}
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise HlmError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise HlmError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
-    step_settings = {name: values.get(name, default) for name, default in defaults.items()}
-    for name, value in step_settings.items():
-        default = defaults[name]
-        if value is REQUIRED:
+    Args:
+        training: the dataclass of the training arguments, `hlm.training.trainer.TrainingArguments`: their names and
+            defaults.
+
+    Returns:
+        Step -> setting -> value, from the file or the dataclasses' defaults.
+
+    Raises:
+        HlmError: no folder, no teacher.yaml, broken YAML, a setting that is unknown (with the closest match), missing,
+            or of another type.
+    """
+    folder = check_folder(folder)
+    paths = {step: folder / f"{step}.yaml" for step in PLANNED}
+    return {step: _read_step(path, step, training) for step, path in paths.items() if path.is_file()}
+
+
+def _read_step(path: Path, step: str, training: type) -> dict[str, Any]:
+    own = STEPS[step].settings
+    trained = STEPS[step].trains
+    given = read_yaml(str(path), hints_of(own, training) if trained else hints_of(own))
+    values = defaults_of(own) | ({name: defaults_of(training)[name] for name in TRAINING} if trained else {})
+    values |= {name: value for name, value in given.items() if name in values}
+    for name, value in values.items():
+        if value is dataclasses.MISSING and name not in UNREAD:
             raise HlmError(f"{path}: expected '{name}', found none; set it")
-        numeric = type(default) in (int, float) and name != "logging_steps"
-        if value is not None and numeric and (type(value) not in (int, float) or (value < 0 and name != "max_steps")):
+        if type(value) in (int, float) and value < 0 and name != "max_steps":
             raise HlmError(f"{path}: {name}: expected a number from 0 up, found {value!r}")
-    if step in TRAINED and step_settings["per_device_train_batch_size"] < 1:
+    if trained and values["per_device_train_batch_size"] < 1:
         raise HlmError(f"{path}: per_device_train_batch_size: expected at least 1, found 0")
-    return step_settings
+    return values

@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hlm.artefacts import HlmError, write_json
+from hlm.identity import PATHS, without
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +29,6 @@ TRAINER_STATE = "trainer_state.json"
 WHOLE = "whole"
 IDENTITY = "identity.json"
 TAKEN = ".hlm.training"  # says that the folder is a recipe's, which removes it in the end
-# Settings that say where an input lies. Its fingerprint says what it is.
-PATHS = frozenset({"backbone", "student", "data", "vectors"})
 # Written by each process for itself: states of random generators, and under FSDP its share of weights and optimizer.
 _OF_PROCESS = re.compile(r"(?:rng_state_|__)(\d+)[._]")
 
@@ -153,12 +151,6 @@ def check_same_run(folder: str | Path, identity: dict[str, Any]) -> None:
                 f"{folder} holds checkpoints of another run: {part} '{name}' was {old.get(name)!r}, now "
                 f"{new.get(name)!r}; set it back to resume, or delete {folder} to start anew"
             )
-
-
-def without(paths: Collection[str], identity: dict[str, Any]) -> dict[str, Any]:
-    """What two runs, or a run and an artefact, are compared by: all but where their inputs lie."""
-    config = {name: value for name, value in (identity.get("config") or {}).items() if name not in paths}
-    return {"inputs": dict(identity.get("inputs") or {}), "config": config}
 
 
 def _writer(path: Path) -> int:

@@ -40,20 +40,6 @@ def kept_pairs(data: RetrievalData, min_score: int) -> list[tuple[str, str, int]
     return pairs
 
 
-def check_student(folder: str | Path, teacher: str) -> None:
-    """Refuses a student that was pruned or aligned for another teacher's space.
-
-    Raises:
-        HlmError: the student's manifest is missing or names another teacher.
-    """
-    found = read_manifest(folder, "student")["inputs"].get("teacher")
-    if found != teacher:
-        raise HlmError(
-            f"expected a student of teacher {teacher} (the vectors'), found {folder}, a student of teacher {found}; "
-            "make one from this teacher (recipes/align.py or prune.py), or name the other teacher's vectors"
-        )
-
-
 def check_start(name: str, store: VectorStore, model: SentenceTransformer) -> None:
     """Refuses to align what its manifest calls another teacher, or a student of one. A backbone that HLM has not
     trained is fine, and so is the teacher itself in another dtype or with another limit of tokens.

@@ -10,8 +10,8 @@ import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from hlm.artefacts import MANIFEST, HlmError, claimed, fingerprint_json, read_manifest, write_json
+from hlm.artefacts import HlmError, claimed, write_json
 from hlm.config import check_processes
 from hlm.encoders.loading import check_device, devices
-from hlm.integrity import check_files
 from hlm.outputs import resolved
 from hlm.planning.plan import check_step
 from hlm.redaction import is_secret
@@ -45,7 +44,6 @@ from hlm.training.checkpoints import (
     leave_folder,
     mark_whole,
     take_folder,
-    without,
 )
 from hlm.training.dev_retrieval import on_dev
 
@@ -296,29 +294,6 @@ def claimed_output(output: str, kind: str, args: TrainingArguments) -> Iterator[
         yield target
 
 
-def up_to_date(
-    folder: str | Path, kind: str, identity: dict[str, Any], *, paths: Collection[str] = frozenset()
-) -> bool:
-    """Whether `folder` already holds this artefact, made from the same inputs with the same configuration.
-
-    Args:
-        paths: settings that do not count, as they say where inputs lie whose fingerprints are in `identity`.
-    """
-    if not (Path(folder) / MANIFEST).is_file():
-        return False
-    manifest = read_manifest(folder, kind)
-    if fingerprint_json(without(paths, manifest)) != fingerprint_json(without(paths, identity)):
-        return False
-    records = manifest.get("files") or {}
-    try:
-        check_files(folder, records, records)
-    except HlmError as error:
-        logger.warning("%s is made again: %s", folder, error)
-        return False
-    logger.info("%s: up to date", folder)
-    return True
-
-
 def train(
     trainer: RecipeTrainer, identity: dict[str, Any], *, then: Callable[[], None] | None = None
 ) -> dict[str, Any]:
@@ -386,9 +361,3 @@ def set_dropout(model: SentenceTransformer, probability: float) -> None:
             module.p = probability
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = probability
-
-
-def as_config(config: Any, args: TrainingArguments | None = None) -> dict[str, Any]:
-    """A recipe's dataclass (and training arguments) as the JSON values of a manifest's `config`."""
-    values = {item.name: getattr(config, item.name) for item in fields(config) if item.name != "output"}
-    return values | ({"training": recorded(args)} if args is not None else {})

@@ -32,6 +32,20 @@ def read_student(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
+def check_student(folder: str | Path, teacher: str) -> None:
+    """Refuses a student that was pruned or aligned for another teacher's space.
+
+    Raises:
+        HlmError: the student's manifest is missing or names another teacher.
+    """
+    found = read_manifest(folder, "student")["inputs"].get("teacher")
+    if found != teacher:
+        raise HlmError(
+            f"expected a student of teacher {teacher} (the vectors'), found {folder}, a student of teacher {found}; "
+            "make one from this teacher (recipes/align.py or prune.py), or name the other teacher's vectors"
+        )
+
+
 def open_fitting(folder: str | Path, student: dict[str, Any], kind: str | None = None) -> VectorStore | Index:
     """Opens the vectors or the index at `folder` where its teacher is the student's and its width fits.
 

@@ -1,6 +1,5 @@
 """`hlm plan`: what it adds up, what it refuses with which numbers, and that its settings are the recipes' own."""
 
-import importlib
 import json
 import re
 import subprocess
@@ -21,7 +20,9 @@ from hlm.planning.footprint import Precision, Shape, backbone_config, forward_fl
 from hlm.planning.hardware import GIB, GPUS, Gpu, Training, machines_of, parse_gpus, refuse, remedy, smallest
 from hlm.planning.phases import CONTRASTIVE_MATRICES, REFINEMENT_MATRICES, steps_of, store_bytes
 from hlm.planning.plan import cascade, check_dim, check_step, index_bytes, make_plan
-from hlm.planning.settings import OURS, REQUIRED, STEPS, TRAINED, TRAINING, Assumptions, read_steps
+from hlm.planning.settings import PLANNED, TRAINING, Assumptions, read_steps
+from hlm.settings import defaults_of
+from hlm.steps import STEPS
 from hlm.training.losses import id_mask, qwen3_contrastive, refinement_contrastive
 from hlm.training.trainer import TrainingArguments
 from hlm.vectors.store import write_store
@@ -73,8 +74,8 @@ def refusal(capsys, *argv):
 
 
 def test_the_plan_of_a_folder(folder, tiny_bert):
-    plan = make_plan(str(folder), read_steps(folder), Assumptions(documents=1000, queries=200, train_queries=150,
-                                                                  train_pairs=400, unlabelled=650), 2)  # fmt: skip
+    sizes = Assumptions(documents=1000, queries=200, train_queries=150, train_pairs=400, unlabelled=650)
+    plan = make_plan(str(folder), read_steps(folder, TrainingArguments), sizes, 2)
     config = backbone_config(tiny_bert)
     whole, cut = Shape.of(config), Shape.of(config, 2, 16)
     assert plan.models["teacher"] == (whole.parameters, whole.parameters - whole.embeddings, whole.lora_parameters(4))
@@ -241,8 +242,8 @@ def test_a_dimension_above_the_teachers():
 
 
 def settings(step, **own):
-    arguments = {name: OURS.get(name, TrainingArguments.__dataclass_fields__[name].default) for name in TRAINING}
-    return {name: value for name, value in STEPS[step].items() if value is not REQUIRED} | arguments | own
+    defaults = defaults_of(TrainingArguments)
+    return defaults_of(STEPS[step].settings) | {name: defaults[name] for name in TRAINING} | own
 
 
 def test_a_recipe_asks_before_it_loads(monkeypatch):
@@ -275,7 +276,10 @@ def test_a_recipe_asks_before_it_loads(monkeypatch):
         ("embed", "model: runs/t\noutput: x\nindex: Flat\nindex_dim: 33\n", "found 33.*works is 32"),
         ("teacher", "backbone: nowhere/at-all\noutput: runs/t\n", "backbone at 'nowhere/at-all'"),
         ("teacher", "backbone: [", "not valid YAML"),
-        ("refine", "student: runs/a\noutput: x\npool: many\n", "pool: expected a number from 0 up, found 'many'"),
+        ("refine", "student: runs/a\noutput: x\npool: many\n", "line 3: pool: expected a whole number, found 'many'"),
+        ("refine", "student: runs/a\noutput: x\npool: -1\n", "pool: expected a number from 0 up, found -1"),
+        ("embed", "model: runs/t\noutput: x\nindexs: Flat\n", "line 3: unknown key 'indexs'; did you mean 'index'"),
+        ("align", "student: runs/t\noutput: x\nlerning_rate: 1\n", "did you mean 'learning_rate'"),
         ("plan", "documents: 0\nqueries: 5\n", "documents: expected above 0, found 0"),
         ("plan", "documents: 10\nquerys: 5\n", "'querys'; did you mean 'queries'"),
         ("plan", "documents: 10\n", "queries"),
@@ -364,27 +368,25 @@ def test_the_command_imports_nothing_heavy_until_it_plans():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
-# ---- the settings are the recipes' own
+# ---- the settings are the steps' own
 
 
-@pytest.mark.parametrize("step", STEPS)
-def test_settings_and_defaults_are_the_recipes(step):
-    module = importlib.import_module(f"recipes.{step}")
-    (config,) = [value for name, value in vars(module).items() if name == f"{step.capitalize()}Config"]
-    found = {}
-    for item in fields(config):
-        default = item.default_factory() if item.default_factory is not MISSING else item.default
-        found[item.name] = REQUIRED if default is MISSING else default
-    for name, default in STEPS[step].items():
-        assert found[name] == default, name
-
-
-def test_training_defaults_are_ours():
+def test_defaults_are_the_steps_own(folder):
+    for name in ("align", "teacher"):
+        text = (folder / f"{name}.yaml").read_text()
+        (folder / f"{name}.yaml").write_text(re.sub("per_device_train_batch_size.*\n", "", text))
+    steps = read_steps(folder, TrainingArguments)
     own = TrainingArguments(output_dir="x", use_cpu=True)
-    from transformers import TrainingArguments as Theirs
-
-    assert set(TRAINED) == {"teacher", "align", "refine"}
+    for name in PLANNED:
+        for item in fields(STEPS[name].settings):
+            if item.default is not MISSING and f"\n{item.name}:" not in (folder / f"{name}.yaml").read_text():
+                assert steps[name][item.name] == item.default, (name, item.name)
     for name in TRAINING:
-        default = OURS.get(name, Theirs.__dataclass_fields__[name].default)
-        found = getattr(own, name)
-        assert (getattr(found, "value", found) or None) == (default or None), name
+        if f"\n{name}:" not in (folder / "align.yaml").read_text():
+            assert (steps["align"][name] or None) == (getattr(own, name) or None), name
+
+
+def test_a_training_argument_that_a_plan_does_not_read_is_none_the_less_known(folder):
+    with open(folder / "align.yaml", "a") as file:
+        file.write("learning_rate: 1e-4\n")
+    assert "learning_rate" not in read_steps(folder, TrainingArguments)["align"]

@@ -218,7 +218,7 @@ def test_the_teachers_code_runs_and_gives_the_merged_teachers_vectors(tiny_qwen3
     import torch
     from peft import get_peft_model_state_dict
 
-    from recipes.teacher import save_adapter
+    from hlm.training.teacher import save_adapter
 
     model = add_lora(load_encoder(tiny_qwen3, device="cpu", max_seq_length=20), rank=4, alpha=8)
     with torch.no_grad():

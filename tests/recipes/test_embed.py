@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 
 from hlm.artefacts import HlmError
+from hlm.config import parse
 from hlm.data.contract import document_text, load, query_text
 from hlm.encoders.loading import encode, fingerprint, load_encoder
+from hlm.steps import EmbedConfig
+from hlm.vectors.embed import check, processes
 from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.store import VectorStore
 from recipes import embed
@@ -76,7 +79,7 @@ def test_every_part_of_the_catalogue(tiny_bert, catalogue_200, tmp_path, caplog)
 
     before = content(tmp_path / "out")
     caplog.clear()
-    with caplog.at_level("INFO", logger="recipes.embed"):
+    with caplog.at_level("INFO", logger="hlm.vectors.embed"):
         run(tiny_bert, catalogue_200, tmp_path / "out", "--shard_rows", "64")
     assert [record.message.split(": ")[1] for record in caplog.records] == ["up to date"] * 3
     assert content(tmp_path / "out") == before
@@ -92,7 +95,7 @@ def test_goes_on_after_a_kill_with_the_same_bytes(tiny_bert, shop, tmp_path, mon
             raise KeyboardInterrupt
         return encode(model, texts, **options)
 
-    monkeypatch.setattr(embed, "encode", failing)
+    monkeypatch.setattr("hlm.vectors.embed.encode", failing)
     with pytest.raises(KeyboardInterrupt):
         run(tiny_bert, shop, tmp_path / "killed", "--shard_rows", "2")
     run(tiny_bert, shop, tmp_path / "killed", "--shard_rows", "2")
@@ -113,7 +116,7 @@ def test_ids_of_unlabelled_queries(tiny_bert, shop, tmp_path):
 
 def test_long_shards_are_encoded_in_steps(tiny_bert, shop, tmp_path, monkeypatch):
     run(tiny_bert, shop, tmp_path / "one", "--parts", "corpus")
-    monkeypatch.setattr(embed, "TEXTS_PER_STEP", 2)
+    monkeypatch.setattr("hlm.vectors.embed.TEXTS_PER_STEP", 2)
     run(tiny_bert, shop, tmp_path / "steps", "--parts", "corpus")
     one, steps = (VectorStore.open(tmp_path / name / "corpus") for name in ("one", "steps"))
     close(steps.gather(range(5)), one.gather(range(5)))
@@ -206,12 +209,12 @@ def test_a_part_that_the_dataset_lacks(tiny_bert, shop, tmp_path):
 
 def test_quickstart_config_is_valid():
     config = "recipes/configs/quickstart/embed.yaml"
-    (parsed,) = embed.parse(embed.EmbedConfig, argv=["--config", str(Path(embed.__file__).parents[1] / config)])
-    embed.check(parsed)
+    (parsed,) = parse(EmbedConfig, argv=["--config", str(Path(embed.__file__).parents[1] / config)])
+    check(parsed)
 
 
 def test_processes_that_do_not_work_together_are_refused(tiny_bert, shop, tmp_path, monkeypatch):
-    embed.processes()  # makes accelerate's state of one process, which stays for the life of this one
+    processes()  # makes accelerate's state of one process, which stays for the life of this one
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(HlmError, match="expected 2 processes .WORLD_SIZE., found 1 working together"):
         run(tiny_bert, shop, tmp_path / "out")

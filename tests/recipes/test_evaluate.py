@@ -20,6 +20,9 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from hlm.artefacts import HlmError, write_manifest
 from hlm.data.contract import document_text, load
 from hlm.encoders.loading import encode, fingerprint, load_encoder
+from hlm.evaluation.inputs import find_inputs
+from hlm.evaluation.metrics import dense_run
+from hlm.steps import System
 from hlm.vectors.store import write_store
 from recipes import evaluate
 
@@ -137,7 +140,8 @@ def test_report_end_to_end(inputs, tmp_path, capsys):
 def test_rerun_encodes_nothing_and_a_changed_input_does(inputs, tmp_path, monkeypatch):
     first = run(inputs, tmp_path, all_systems(inputs))
     encoded = []
-    monkeypatch.setattr(evaluate, "encode", lambda *args, **kwargs: encoded.append(1) or encode(*args, **kwargs))
+    noted = lambda *args, **kwargs: encoded.append(1) or encode(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr("hlm.evaluation.evaluate.encode", noted)
     second = run(inputs, tmp_path, all_systems(inputs))
     assert encoded == []
     assert second["systems"] == first["systems"] and second["recovery"] == first["recovery"]
@@ -154,10 +158,10 @@ def test_a_kill_loses_one_system_at_most(inputs, tmp_path, monkeypatch):
     def die(*args, **kwargs):
         raise Killed
 
-    real = evaluate.dense_run
+    real = dense_run
     calls = []
     monkeypatch.setattr(
-        evaluate, "dense_run", lambda *args: real(*args) if calls.append(1) or len(calls) < 3 else die()
+        "hlm.evaluation.evaluate.dense_run", lambda *args: real(*args) if calls.append(1) or len(calls) < 3 else die()
     )
     with pytest.raises(Killed):
         run(inputs, tmp_path, all_systems(inputs))
@@ -228,18 +232,18 @@ def test_only_the_first_process_works(inputs, tmp_path, monkeypatch):
     ],
 )
 def test_refuses_before_anything_is_searched(inputs, tmp_path, monkeypatch, change, settings, message):
-    monkeypatch.setattr(evaluate, "bm25", lambda *_: pytest.fail("searched"))
+    monkeypatch.setattr("hlm.evaluation.evaluate.bm25", lambda *_: pytest.fail("searched"))
     if "encoder" != message:  # known of a model without a manifest once it is loaded
-        monkeypatch.setattr(evaluate, "load_encoder", lambda *_, **__: pytest.fail("loaded"))
+        monkeypatch.setattr("hlm.evaluation.evaluate.load_encoder", lambda *_, **__: pytest.fail("loaded"))
     else:
-        monkeypatch.setattr(evaluate, "bm25", lambda *_: {})
+        monkeypatch.setattr("hlm.evaluation.evaluate.bm25", lambda *_: {})
     with pytest.raises(HlmError, match=message):
         run(inputs, tmp_path, all_systems(inputs) | change(inputs), **settings)
     assert not (tmp_path / "report.json").exists()
 
 
 def test_what_is_on_record_is_compared_before_anything_is_searched(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "bm25", lambda *_: pytest.fail("searched"))
+    monkeypatch.setattr("hlm.evaluation.evaluate.bm25", lambda *_: pytest.fail("searched"))
     recorded = shutil.copytree(inputs / "backbone", tmp_path / "recorded")
     write_manifest(recorded, "teacher", inputs={}, config={}, encoder="0123456789abcdef")
     other = {"model": str(recorded), "corpus": str(inputs / "store")}
@@ -247,7 +251,7 @@ def test_what_is_on_record_is_compared_before_anything_is_searched(inputs, tmp_p
         run(inputs, tmp_path / "a", all_systems(inputs) | {"teacher": other})
     # Read in another dtype it is another encoder than the one on record.
     halved = {"model": str(recorded), "dtype": "bfloat16", "corpus": str(inputs / "store")}
-    assert evaluate.find_inputs({"teacher": evaluate.System(**halved)})["teacher"].dim == 32
+    assert find_inputs({"teacher": System(**halved)})["teacher"].dim == 32
     # Without vectors of its own the teacher's record says whose the students are to be.
     with pytest.raises(HlmError, match="'student': .*0123456789abcdef"):
         run(inputs, tmp_path / "b", all_systems(inputs) | {"teacher": str(recorded)})
@@ -282,7 +286,7 @@ def test_a_home_of_other_files_and_an_older_report_are_fine(inputs, tmp_path, mo
 def test_a_second_evaluation_of_one_output_is_told_who_runs(inputs, tmp_path):
     hold = "import sys; from hlm.report_files import claimed_report\n"
     hold += "with claimed_report(sys.argv[1], 'report.json'): print('held', flush=True); sys.stdin.read()"
-    variables = os.environ | {"PYTHONPATH": str(Path(evaluate.__file__).parent.parent)}
+    variables = os.environ | {"PYTHONPATH": str(Path(evaluate.__file__).parents[2])}
     command = [sys.executable, "-c", hold, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=variables) as other:
         assert other.stdout.readline() == b"held\n"
@@ -295,7 +299,7 @@ def test_a_second_evaluation_of_one_output_is_told_who_runs(inputs, tmp_path):
 @pytest.mark.parametrize("output", ["file", "file/below"])
 def test_an_output_that_cannot_be_is_refused_first(inputs, tmp_path, monkeypatch, output):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(evaluate, "load", lambda *_, **__: pytest.fail("read"))
+    monkeypatch.setattr("hlm.evaluation.evaluate.load", lambda *_, **__: pytest.fail("read"))
     with pytest.raises(HlmError, match="found a file at .*/file"):
         run(inputs, tmp_path / "x", {"bm25": None}, output=str(tmp_path / output))
 

@@ -14,6 +14,7 @@ from hlm.planning.hardware import parse_gpus
 from hlm.planning.plan import check_fit, make_plan
 from hlm.planning.report import step_line
 from hlm.planning.settings import Assumptions, read_steps
+from hlm.steps import STEPS
 from hlm.training.trainer import TrainingArguments
 
 CONFIGS = Path(__file__).resolve().parents[2] / "recipes/configs"
@@ -39,12 +40,14 @@ def dataclasses_of(recipe: str) -> list[type]:
     """The recipe's config, and the training arguments of one that trains."""
     if recipe == "plan":
         return [Assumptions]
-    module = importlib.import_module(f"recipes.{recipe}")
-    own = [
-        value
-        for name, value in vars(module).items()
-        if name.endswith("Config") and is_dataclass(value) and value.__module__ == module.__name__
-    ]
+    own = [step.settings for step in STEPS.values() if step.script == recipe and step.settings][:1]
+    if not own:
+        module = importlib.import_module(f"recipes.{recipe}")
+        own = [
+            value
+            for name, value in vars(module).items()
+            if name.endswith("Config") and is_dataclass(value) and value.__module__ == module.__name__
+        ]
     assert len(own) == 1, (recipe, own)
     return [*own, *([TrainingArguments] if recipe in TRAINED else [])]
 
@@ -90,7 +93,7 @@ def plan_of(folder: str):
     root = CONFIGS / folder
     (sizes,) = parse(Assumptions, argv=["--config", str(root / "plan.yaml")])
     count, gpu = parse_gpus(sizes.gpus)
-    return make_plan(str(root), read_steps(root), sizes, count), count, gpu
+    return make_plan(str(root), read_steps(root, TrainingArguments), sizes, count), count, gpu
 
 
 @pytest.mark.parametrize("folder", PAPER)
@@ -110,7 +113,7 @@ def test_the_configs_fit_their_hardware(folder):
 
 def test_the_papers_teacher_and_cascade():
     plan, *_ = plan_of("qwen3-8b-190m")
-    steps = read_steps(CONFIGS / "qwen3-8b-190m")
+    steps = read_steps(CONFIGS / "qwen3-8b-190m", TrainingArguments)
     assert steps["teacher"]["backbone"] == "Qwen/Qwen3-Embedding-8B" and steps["teacher"]["lora_rank"] == 256
     assert [stage["layers"] for stage in steps["align"]["cascade"]] == [14, 7, 4]
     sizes = {name: round(total / 1e6, 1) for name, (total, _, _) in plan.models.items() if name != "teacher"}

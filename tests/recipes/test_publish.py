@@ -13,7 +13,12 @@ from hub_server import HubServer
 from huggingface_hub import RepoCard
 
 from hlm.artefacts import HlmError, read_manifest
+from hlm.config import parse
 from hlm.encoders.loading import load_encoder, save_encoder
+from hlm.publishing.publish import Published
+from hlm.publishing.release import repositories_of
+from hlm.publishing.staging import stage_space
+from hlm.steps import PublishConfig
 from recipes import embed, evaluate, export, publish, teacher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,14 +88,14 @@ def test_a_dry_run_prints_every_file_and_card_and_sends_nothing(home, capsys, mo
 
 
 def test_the_demos_settings_and_front_matter_name_what_was_published(home, tmp_path):
-    (config,) = publish.parse(publish.PublishConfig, argv=arguments(home))
-    repositories = publish.repositories_of(config)
-    kind = publish.Published
+    (config,) = parse(PublishConfig, argv=arguments(home))
+    repositories = repositories_of(config)
+    kind = Published
     done = {
         "student": kind("acme/tiny-student", "model", {"model.safetensors": 9, "config.json": 2}, "", "5" * 40, True),
         "dataset": kind("acme/tiny-dataset", "dataset", {}, "", "d" * 40, True),
     }
-    card = publish.stage_space(config, repositories, done, tmp_path / "space")
+    card = stage_space(config, repositories, done, tmp_path / "space")
     settings = json.loads((tmp_path / "space/config.json").read_text())
     assert settings["student"] == "acme/tiny-student" and settings["teacher"] is None and settings["latency"] is None
     assert {settings[name] for name in ("data", "vectors", "index", "report")} == {"acme/tiny-dataset"}

@@ -3,6 +3,7 @@
 The steps here are real processes of a few lines; the recipes themselves run in test_recipes.py.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import pytest
 
 from hlm.artefacts import HlmError
 from hlm.machine import peak_memory_mib
+from hlm.steps import STEPS
 from recipes import quickstart
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,6 +40,7 @@ name, facts = {
 }.get(pathlib.Path(sys.argv[0]).stem, ("hlm.json", {"kind": "student"}))
 (output / name).write_text(json.dumps(facts | values))
 """
+IMPORTS = "if False:\n    from hlm.losses import x\n"
 # Starts a process of its own, says who both are, and works until it is told to end, or until a file is there.
 LONG = """
 import os, pathlib, subprocess, sys, time
@@ -65,13 +68,15 @@ LAST = ALL[-3:]
 def house(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quickstart, "RECIPES", tmp_path / "recipes")
+    monkeypatch.setattr(quickstart, "LIBRARY", tmp_path / "hlm")
     monkeypatch.setattr(quickstart, "print_reports", lambda home, names: print(f"tables of {home}: {names}"))
     for folder in ("recipes", "hlm", "configs"):
         (tmp_path / folder).mkdir()
-    (tmp_path / "hlm/losses.py").write_text("x = 1\n")
+    for name, text in {"losses": "from hlm.batches import y\n", "batches": "y = 1\n", "cards": "z = 1\n"}.items():
+        (tmp_path / f"hlm/{name}.py").write_text(text)
     (tmp_path / "base.txt").write_text("weights")
     for name, text in SETTINGS.items():
-        (tmp_path / f"recipes/{name}.py").write_text(RECIPE)
+        (tmp_path / f"recipes/{name}.py").write_text(RECIPE + (IMPORTS if name == "align" else ""))
         (tmp_path / f"configs/{name}.yaml").write_text(text)
     return tmp_path
 
@@ -99,7 +104,8 @@ def test_steps_run_in_order_and_once(house, capfd, monkeypatch):
         (lambda: Path("configs/align.yaml").write_text(SETTINGS["align"] + "seed: 1\n"), LAST),
         (lambda: Path("configs/evaluate.yaml").write_text(SETTINGS["evaluate"] + "k: 5\n"), ["evaluate", "benchmark"]),
         (lambda: Path("recipes/align.py").write_text(RECIPE + "\n"), LAST),
-        (lambda: Path("hlm/losses.py").write_text("x = 2\n"), ALL),
+        (lambda: Path("hlm/batches.py").write_text("y = 2\n"), LAST),
+        (lambda: Path("hlm/cards.py").write_text("z = 2\n"), []),
         (lambda: Path("base.txt").write_text("other weights"), ["teacher", *LAST]),
         # As it was before: no more to do.
         (lambda: Path("runs/x/aligned/hlm.json").write_text('{"kind": "student", "by": "hand"}'), ["align"]),
@@ -107,7 +113,18 @@ def test_steps_run_in_order_and_once(house, capfd, monkeypatch):
         (lambda: Path("runs/x/report.json").unlink(), ["evaluate"]),
         (lambda: Path("runs/x/.steps/align.json").write_text("{"), ["align"]),
     ],
-    ids=["yaml", "last", "script", "library", "outside", "by hand", "artefact gone", "report gone", "record broken"],
+    ids=[
+        "yaml",
+        "last",
+        "script",
+        "library",
+        "another room",
+        "outside",
+        "by hand",
+        "artefact gone",
+        "report gone",
+        "record broken",
+    ],
 )
 def test_what_changed_runs_again(house, change, again):
     run()
@@ -146,8 +163,8 @@ def test_peak_memory_is_the_steps_own():
         "import sys; from pathlib import Path; from recipes import quickstart\n"
         "for size in (300, 0):\n"
         "    quickstart.command = lambda *_: [sys.executable, '-c', f'x = bytearray({size} * 2**20)']\n"
-        "    step = quickstart.Step('align', 'align', Path('align.yaml'), Path('out'))\n"
-        "    print(*quickstart.run_step(quickstart.Supervisor(), step, 1)[1].values())"
+        "    job = quickstart.Job('align', quickstart.STEPS['align'], Path('align.yaml'), Path('out'))\n"
+        "    print(*quickstart.run_step(quickstart.Supervisor(), job, 1)[1].values())"
     )
     root = Path(quickstart.__file__).parent.parent
     shown = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
@@ -169,10 +186,10 @@ def test_bad_configs_are_refused_by_name(house):
 
 
 def test_several_processes_launch_the_training_steps_only():
-    words = quickstart.command("align", Path("a.yaml"), 2)
+    words = quickstart.command(STEPS["align"], Path("a.yaml"), 2)
     assert words[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for script, processes in (("align", 1), ("evaluate", 2), ("prune", 2)):
-        words = quickstart.command(script, Path("a.yaml"), processes)
+        words = quickstart.command(STEPS[script], Path("a.yaml"), processes)
         assert words == [sys.executable, os.path.relpath(quickstart.RECIPES / f"{script}.py"), "--config", "a.yaml"]
 
 
@@ -183,8 +200,12 @@ def test_skipping_loads_nothing_heavy():
 
 
 def test_every_step_has_its_script():
-    assert all((quickstart.RECIPES / f"{script}.py").is_file() for _, script in quickstart.STEPS)
-    assert len(dict(quickstart.STEPS)) == len(quickstart.STEPS)
+    for name, step in STEPS.items():
+        text = (quickstart.RECIPES / f"{step.script}.py").read_text()
+        assert step.trains == ("TrainingArguments" in text), name
+        if step.settings:
+            known = {item.name for item in dataclasses.fields(step.settings)}
+            assert set(step.reads) <= known and ("output" in known or step.by_name), name
 
 
 # Ends

@@ -16,7 +16,9 @@ from hlm.artefacts import HlmError, read_manifest
 from hlm.data.contract import load
 from hlm.encoders.loading import encode, fingerprint, load_encoder
 from hlm.encoders.pruning import layers_of
+from hlm.steps import TeacherConfig
 from hlm.training.losses import qwen3_contrastive
+from hlm.training.teacher import Batches, Pairs
 from hlm.vectors.store import VectorStore
 from recipes import align, embed, evaluate, make_catalogue, prune, quickstart, refine, teacher
 
@@ -166,11 +168,11 @@ def test_what_saves_memory_trains_to_the_same_teacher(house, tmp_path, flags):
 
 
 def test_each_document_of_a_batch_is_encoded_once_and_the_loss_stays(house, tmp_path):
-    config = teacher.TeacherConfig(house.backbone, house.data, str(tmp_path), min_score=3, hard_negatives=2)
+    config = TeacherConfig(house.backbone, house.data, str(tmp_path), min_score=3, hard_negatives=2)
     model = load_encoder(house.backbone).eval()
-    pairs = teacher.Pairs(load(house.data, splits=("train", "dev")), config)
+    pairs = Pairs(load(house.data, splits=("train", "dev")), config)
     negatives = np.random.default_rng(0).integers(-1, 200, size=(len(pairs.queries), 2))
-    batches = teacher.Batches.of(model, pairs, negatives, config)
+    batches = Batches.of(model, pairs, negatives, config)
     rows = np.argsort(pairs.rows[:, 1], kind="stable")[:48].tolist()  # several queries a document
     batch = batches.collate(rows)
     encoded = sum(len(chunk["input_ids"]) for chunk in batch["document"])

@@ -15,9 +15,11 @@ from transformers import AutoModel
 from hlm.artefacts import HlmError
 from hlm.data.contract import load
 from hlm.encoders.loading import add_head, add_lora, encode, fingerprint, load_encoder, merge_lora, save_encoder
+from hlm.steps import TeacherConfig
+from hlm.training.teacher import Pairs, mine
 from hlm.training.trainer import RecipeTrainer
 from hlm.vectors.store import VectorStore
-from recipes import align, embed, teacher
+from recipes import align, embed
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = ["red shoe", "a used black laptop with charger", "kettle"]
@@ -61,7 +63,7 @@ def test_dtype_the_student_trains_in_fp32_weights_under_autocast(
             hook.remove()
             return loss
 
-    monkeypatch.setattr(align, "RecipeTrainer", Watched)
+    monkeypatch.setattr("hlm.training.align.RecipeTrainer", Watched)
     align.main(align_arguments(str(tmp_path / "half"), catalogue_200, vectors, tmp_path / "aligned", "--bf16", "true"))
     assert seen == {"weight": torch.float32, "out": torch.bfloat16}  # although the checkpoint is in bf16
     saved = AutoModel.from_pretrained(tmp_path / "aligned")
@@ -91,11 +93,11 @@ def test_lora_vectors_of_an_unmerged_teacher_are_not_the_merged_ones(tiny_qwen3)
 def test_mined_negatives_of_another_backbone_of_the_same_name_are_refused(
     tiny_qwen3, tiny_bert, catalogue_200, tmp_path
 ):
-    config = teacher.TeacherConfig(backbone="model", data=catalogue_200, output="none", min_score=3, hard_negatives=1)
-    pairs = teacher.Pairs(load(catalogue_200, splits=("train",)), config)
-    teacher.mine(load_encoder(tiny_qwen3), pairs, config, str(tmp_path / "backbone"), "source")
+    config = TeacherConfig(backbone="model", data=catalogue_200, output="none", min_score=3, hard_negatives=1)
+    pairs = Pairs(load(catalogue_200, splits=("train",)), config)
+    mine(load_encoder(tiny_qwen3), pairs, config, str(tmp_path / "backbone"), "source")
     with pytest.raises(HlmError, match="encoder"):
-        teacher.mine(load_encoder(tiny_bert), pairs, config, str(tmp_path / "backbone"), "source")
+        mine(load_encoder(tiny_bert), pairs, config, str(tmp_path / "backbone"), "source")
 
 
 def test_label_columns_the_trainer_sees_row_numbers_and_the_store_gives_half_precision(
@@ -108,7 +110,7 @@ def test_label_columns_the_trainer_sees_row_numbers_and_the_store_gives_half_pre
             seen.append((self.train_dataset.column_names, inputs["teacher"].dtype, tuple(inputs["teacher"].shape)))
             return super().training_step(model, inputs, *rest)
 
-    monkeypatch.setattr(align, "RecipeTrainer", Watched)
+    monkeypatch.setattr("hlm.training.align.RecipeTrainer", Watched)
     align.main(align_arguments(tiny_qwen3, catalogue_200, vectors, tmp_path / "aligned"))
     assert seen == [(["row"], torch.float32, (16, 32))]
     shard = next(Path(vectors, "queries").glob("*.safetensors"))

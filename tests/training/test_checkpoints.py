@@ -30,7 +30,7 @@ class Stop(Exception):
     pass
 
 
-def stop_at(monkeypatch, module, step: int) -> None:
+def stop_at(monkeypatch, module: str, step: int) -> None:
     """The recipe ends as if killed when it begins this step."""
 
     class Stopped(RecipeTrainer):
@@ -39,7 +39,7 @@ def stop_at(monkeypatch, module, step: int) -> None:
                 raise Stop
             return super().training_step(*rest)
 
-    monkeypatch.setattr(module, "RecipeTrainer", Stopped)
+    monkeypatch.setattr(f"{module}.RecipeTrainer", Stopped)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_an_older_whole_one_is_taken_and_the_reason_told(tmp_path, caplog):
 def test_a_damaged_checkpoint_ends_in_the_weights_of_a_run_never_stopped(run, tmp_path, monkeypatch, caplog, lost):
     teacher.main(words("teacher", run, tmp_path / "never"))
     with monkeypatch.context() as patch:
-        stop_at(patch, teacher, 7)
+        stop_at(patch, "hlm.training.teacher", 7)
         with pytest.raises(Stop):
             teacher.main(words("teacher", run, tmp_path / "killed"))
     newest = tmp_path / "killed.training/checkpoint-6"
@@ -138,7 +138,7 @@ def killed(run, tmp_path_factory):
     shutil.copytree(run, folder, dirs_exist_ok=True)
     align.main(words("align", folder, folder / "never"))
     with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, align, 7)
+        stop_at(patch, "hlm.training.align", 7)
         with pytest.raises(Stop):
             align.main(words("align", folder, folder / "aligned"))
     state = json.loads((folder / "aligned.training/checkpoint-6/trainer_state.json").read_text())
@@ -216,7 +216,7 @@ def test_another_runs_whole_checkpoints_are_not(killed, tmp_path):
 def test_checkpoints_without_the_optimizer_are_never_resumed(run, tmp_path, monkeypatch, caplog):
     arguments = [*words("align", run, tmp_path / "killed"), "--save_only_model", "true"]
     with monkeypatch.context() as patch:
-        stop_at(patch, align, 7)
+        stop_at(patch, "hlm.training.align", 7)
         with pytest.raises(Stop):
             align.main(arguments)
     caplog.set_level("INFO")

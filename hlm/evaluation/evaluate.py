@@ -1,0 +1,193 @@
+"""The last step: every system searches the catalogue; metrics, recovery with intervals, plot and report.json."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hlm.artefacts import fingerprint_texts
+from hlm.data.contract import RetrievalData, document_text, load
+from hlm.encoders.loading import check_device, encode, fingerprint, load_encoder
+from hlm.encoders.pruning import parameter_counts
+from hlm.evaluation.inputs import find_inputs, read_systems
+from hlm.evaluation.kept_runs import cached_run, check_runs, run_path, write_parquet
+from hlm.evaluation.metrics import Run, bm25_run, check_judgements, dense_run, relevance_threshold
+from hlm.evaluation.report import STUDENTS, build_report, environment, plot
+from hlm.report_files import claimed_report, write_report
+from hlm.report_types import Report
+from hlm.settings import keywords
+from hlm.steps import EvaluateConfig, System
+from hlm.vectors.faiss_index import AdIndex
+from hlm.vectors.lineage import check_student
+from hlm.vectors.store import VectorStore, write_store
+
+logger = logging.getLogger(__name__)
+
+
+@keywords(EvaluateConfig)
+def evaluate(config: EvaluateConfig, *, command: str = "hlm.evaluate(...)") -> Report | None:
+    """Searches a dataset's catalogue with every system and compares what they find.
+
+    Every setting of `EvaluateConfig` is a keyword. What a rerun need not do again is kept beside the report, in `runs`
+    and `stores`.
+
+    Args:
+        command: what makes this report again, for its record.
+
+    Returns:
+        The report, as it stands in `output`/report.json, beside report.png and per_query.parquet. None in all but the
+        first process of several: nothing here is distributed.
+
+    Raises:
+        HlmError: systems that are not there or do not belong together, or an output that is somebody's.
+    """
+    check_device(config.device)
+    if os.environ.get("RANK", "0") != "0":
+        return None
+    systems = read_systems(config)
+    stores = find_inputs(systems)
+    with claimed_report(config.output, "report.json") as output:
+        check_runs(output, systems)
+        return _evaluate(replace(config, output=str(output)), systems, stores, command)
+
+
+def _evaluate(
+    config: EvaluateConfig, systems: dict[str, System | None], stores: dict[str, VectorStore], command: str
+) -> Report:
+    """Searches with every system and writes the report's files."""
+    data = load(config.data, revision=config.revision, splits=(config.split,), skip_bad_rows=config.skip_bad_rows)
+    queries, qrels = data.split_queries(config.split), data.qrels[config.split]
+    level = relevance_threshold(qrels) if config.relevance_level is None else config.relevance_level
+    check_judgements(qrels, config.k, level)
+    for store in stores.values():
+        store.check(source=data.fingerprint("corpus"))
+
+    runs, parameters, encoders = {}, {}, {}
+    teacher = None
+    for name, system in systems.items():
+        if system is None:
+            runs[name], parameters[name] = bm25(config, data, queries), (0, 0)
+            continue
+        model = load_encoder(
+            system.model, device=config.device, dtype=system.dtype, max_seq_length=system.max_seq_length
+        )
+        encoders[name], parameters[name] = fingerprint(model), parameter_counts(model)
+        catalogue = open_catalogue(config, data, name, system, model, encoders[name], teacher, stores.get(name))
+        if name == "teacher":
+            teacher = catalogue
+        runs[name] = search(config, data, name, system, model, encoders[name], catalogue)
+        logger.info("searched with %s", name)
+
+    report, scores = build_report(
+        runs,
+        qrels,
+        dataset=config.data,
+        split=config.split,
+        parameters=parameters,
+        texts=dict(queries),
+        kinds=query_kinds(data),
+        k=config.k,
+        relevance_level=level,
+        incomplete=config.incomplete,
+        samples=config.bootstrap_samples,
+        seed=config.bootstrap_seed,
+        environment={**environment(command), "encoders": encoders, "corpus": data.fingerprint("corpus")},
+    )
+    output = Path(config.output)
+    write_report(output, report)  # first: it says that the files beside it are HLM's
+    write_parquet(output / "per_query.parquet", scores)
+    plot(report, output / "report.png")
+    return report
+
+
+def bm25(config: EvaluateConfig, data: RetrievalData, queries: list[tuple[str, str]]) -> Run:
+    corpus = data.corpus.select_columns(["_id", "title", "text"])
+    key = [data.fingerprint("corpus"), queries_fingerprint(queries), config.depth, config.bm25_k1, config.bm25_b]
+    return cached_run(
+        run_path(config.output, "bm25"),
+        key,
+        [query for query, _ in queries],
+        lambda: bm25_run(corpus, queries, config.depth, k1=config.bm25_k1, b=config.bm25_b),
+    )
+
+
+class Catalogue:
+    """A store and the exact indexes over it, one for each width that is asked for, built on first use."""
+
+    def __init__(self, store: VectorStore) -> None:
+        self.store = store
+        self._indexes: dict[int, AdIndex] = {}
+
+    def index(self, dim: int) -> AdIndex:
+        if dim not in self._indexes:
+            self._indexes[dim] = AdIndex.build(self.store, dim=dim)
+        return self._indexes[dim]
+
+
+def open_catalogue(
+    config: EvaluateConfig,
+    data: RetrievalData,
+    name: str,
+    system: System,
+    model: Any,
+    encoder: str,
+    teacher: Catalogue | None,
+    store: VectorStore | None,
+) -> Catalogue:
+    """The document vectors that `name` searches; refuses those of another encoder or another corpus."""
+    source = data.fingerprint("corpus")
+    if name in STUDENTS:
+        catalogue = Catalogue(store) if store else teacher
+        check_student(system.model, catalogue.store.encoder)
+        return catalogue
+    if store is None:
+        # Named after what it holds: another model or corpus gets a folder of its own.
+        corpus = data.corpus.select_columns(["_id", "title", "text"])
+        folder = Path(config.output) / "stores" / f"{name}-{encoder}-{source}"
+        write_store(
+            folder,
+            lambda start, stop: ((row["_id"], document_text(row)) for row in corpus.select(range(start, stop))),
+            lambda texts: encode(model, texts, prompt_name="document"),
+            dim=model.get_embedding_dimension(),
+            encoder=encoder,
+            source=source,
+            n_rows=len(data.corpus),
+        )
+        store = VectorStore.open(folder)
+    store.check(encoder=encoder, source=source)
+    return Catalogue(store)
+
+
+def search(
+    config: EvaluateConfig,
+    data: RetrievalData,
+    name: str,
+    system: System,
+    model: Any,
+    encoder: str,
+    catalogue: Catalogue,
+) -> Run:
+    """The run of a dense system; a student narrower than the store searches the store's first components."""
+    queries = data.split_queries(config.split, oracle=system.oracle)
+    ids, texts = [query for query, _ in queries], [text for _, text in queries]
+    dim = None if name in STUDENTS else catalogue.store.dim
+
+    def make() -> Run:
+        vectors = encode(model, texts, prompt_name=system.prompt_name, dim=dim)
+        return dense_run(vectors, catalogue.index(vectors.shape[1]), ids, config.depth)
+
+    key = [encoder, catalogue.store.fingerprint, queries_fingerprint(queries), system.prompt_name, config.depth]
+    return cached_run(run_path(config.output, name), key, ids, make)
+
+
+def query_kinds(data: RetrievalData) -> dict[str, str] | None:
+    if "kind" not in data.queries.column_names:
+        return None
+    return {row["_id"]: row["kind"] or "(none)" for row in data.queries.select_columns(["_id", "kind"])}
+
+
+def queries_fingerprint(queries: list[tuple[str, str]]) -> str:
+    return fingerprint_texts(field for query in queries for field in query)

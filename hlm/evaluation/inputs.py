@@ -1,0 +1,104 @@
+"""The systems that an evaluation compares: their settings, their models and stores, checked before any work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+
+from hlm.artefacts import MANIFEST, HlmError, read_manifest
+from hlm.encoders.loading import find_encoder
+from hlm.evaluation.report import STUDENTS, SYSTEMS
+from hlm.settings import closest, read_section
+from hlm.steps import EvaluateConfig, System
+from hlm.vectors.lineage import check_student
+from hlm.vectors.store import VectorStore
+
+
+def read_systems(config: EvaluateConfig) -> dict[str, System | None]:
+    """The checked `systems` in the report's order, in which the teacher comes before the students."""
+    for name in ("k", "bootstrap_samples"):
+        if getattr(config, name) < 1:
+            raise HlmError(f"{name}: expected 1 or more, found {getattr(config, name)}")
+    if config.depth < max(100, config.k):
+        raise HlmError(f"depth: expected {max(100, config.k)} or more (recall@100, k={config.k}), found {config.depth}")
+    if not config.systems:
+        raise HlmError(f"systems: expected some of {', '.join(SYSTEMS)}, found none")
+    systems: dict[str, System | None] = {}
+    for name, given in config.systems.items():
+        if name not in SYSTEMS:
+            raise HlmError(f"systems: expected {', '.join(SYSTEMS)}, found '{name}'{closest(name, SYSTEMS)}")
+        if name == "bm25":
+            if given:
+                raise HlmError(f"systems: bm25 takes nothing here, found {given!r}; set bm25_k1 and bm25_b instead")
+            systems[name] = None
+            continue
+        entry = {"model": given} if isinstance(given, str) else given
+        if not isinstance(entry, dict) or not isinstance(entry.get("model"), str):
+            raise HlmError(f"systems: expected a model for '{name}', found {given!r}; write `{name}: path/to/model`")
+        systems[name] = read_section(System, entry, f"systems: '{name}'")
+    return {name: systems[name] for name in SYSTEMS if name in systems}
+
+
+def find_inputs(systems: dict[str, System | None]) -> dict[str, VectorStore]:
+    """The store that each system searches, where one is named. Refuses, before anything is encoded, a model or a store
+    that is not there, and those whose manifests say that they do not belong together.
+
+    Raises:
+        HlmError: names the system.
+    """
+    stores: dict[str, VectorStore] = {}
+    known: dict[str, str] = {}  # encoders whose fingerprint is on record
+    for name, system in systems.items():
+        if system is None:
+            continue
+        try:
+            source = find_encoder(system.model)
+            if not Path(source).is_dir():
+                find_on_hub(source)
+            elif encoder := recorded_encoder(Path(source), system):
+                known[name] = encoder
+            if system.corpus is not None:
+                stores[name] = VectorStore.open(system.corpus)
+            if name in STUDENTS:
+                if name not in stores and "teacher" not in systems:
+                    raise HlmError("it searches the teacher's vectors: add `teacher`, or give it a `corpus`")
+                searched = stores.get(name) or stores.get("teacher")
+                teacher = searched.encoder if searched else known.get("teacher")
+                # Of a teacher without a record nothing is known yet; that this is a student is.
+                check_student(source, teacher) if teacher else read_manifest(source, "student")
+            elif name in stores and name in known:
+                stores[name].check(encoder=known[name])
+        except HlmError as error:
+            raise HlmError(f"systems: '{name}': {error}") from error
+    return stores
+
+
+def find_on_hub(model: str) -> None:
+    """Refuses a Hub id that is not there, or not a whole sentence-transformers model, for the price of a small file."""
+    try:
+        hf_hub_download(model, "modules.json")
+    except (OSError, ValueError) as error:
+        found = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise HlmError(
+            f"expected a folder or a sentence-transformers model on the Hub, found no modules.json of '{model}' "
+            f"({found}); correct the name, or run the step that writes it"
+        ) from error
+
+
+def recorded_encoder(folder: Path, system: System) -> str | None:
+    """The fingerprint that the manifest of a folder of HLM's gives, where the model is read as it was saved; None where
+    there is none, or another dtype or limit of tokens makes it another encoder."""
+    found = {}
+    for name in (MANIFEST, "config.json"):
+        try:
+            found[name] = json.loads((folder / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise HlmError(f"cannot read {folder / name} ({error}); run the step that writes it again") from error
+    if not all(isinstance(one, dict) for one in found.values()):
+        raise HlmError(f"{folder}: expected mappings in {' and '.join(found)}; run the step that writes it again")
+    saved = found["config.json"].get("dtype") or found["config.json"].get("torch_dtype")
+    return found[MANIFEST].get("encoder") if saved == system.dtype and system.max_seq_length is None else None

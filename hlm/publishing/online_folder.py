@@ -1,0 +1,79 @@
+"""The online folder: the student with its ONNX files, and what int8 costs on a dataset's queries."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from sentence_transformers import SentenceTransformer
+
+from hlm.artefacts import HlmError, claimed, read_manifest
+from hlm.data.contract import load
+from hlm.encoders.loading import encode, fingerprint, load_encoder, save_encoder
+from hlm.evaluation.metrics import dense_run, mean, overlap
+from hlm.identity import as_config, up_to_date
+from hlm.serving.export import export_model
+from hlm.serving.query_encoder import QueryEncoder
+from hlm.settings import keywords
+from hlm.steps import ExportConfig
+from hlm.vectors.faiss_index import AdIndex
+from hlm.vectors.lineage import check_student
+from hlm.vectors.store import VectorStore
+
+logger = logging.getLogger(__name__)
+
+
+@keywords(ExportConfig)
+def export(config: ExportConfig) -> Path:
+    """Writes a student with its ONNX files: what is published, and what `hlm.QueryEncoder` and the demo load.
+
+    Every setting of `ExportConfig` is a keyword. With `data` and `vectors`, the manifest says which share of the first
+    `k` documents int8 and fp32 have in common. An output that is up to date is left alone.
+
+    Returns:
+        `output`: a sentence-transformers folder, with graphs under `onnx`.
+
+    Raises:
+        HlmError: no student there, one that cannot be exported, vectors of another teacher, or an output that is
+            somebody's.
+    """
+    if (config.data is None) != (config.vectors is None):
+        raise HlmError("data and vectors: expected both or neither; int8 is judged by searching vectors with queries")
+    with claimed(config.output, "student") as output:
+        _export(config)
+    return output
+
+
+def _export(config: ExportConfig) -> None:
+    source = read_manifest(config.student, "student")
+    model = load_encoder(config.student, device="cpu")
+    identity = {
+        "inputs": source["inputs"] | {"student": fingerprint(model)},
+        "config": as_config(config) | {"trained": source["config"]},
+    }
+    if config.vectors is not None:
+        check_student(config.student, VectorStore.open(Path(config.vectors) / "corpus").encoder)
+    if up_to_date(config.output, "student", identity):
+        return
+    facts: dict[str, dict] = {}
+
+    def beside(folder: Path) -> None:
+        facts.update(export_model(model, folder, lookup=config.lookup))
+        if config.vectors is not None:
+            facts["int8"][f"overlap@{config.k}"] = int8_overlap(config, model, folder)
+
+    save_encoder(model, config.output, "student", beside=beside, onnx=facts, **identity)
+    for precision, found in facts.items():
+        logger.info("%s: %s", precision, found)
+
+
+def int8_overlap(config: ExportConfig, model: SentenceTransformer, folder: Path) -> float:
+    """Mean share of the first k documents that int8 and the fp32 model have in common, over the split's queries."""
+    queries = load(config.data, splits=(config.split,), skip_bad_rows=config.skip_bad_rows).split_queries(config.split)
+    ids, texts = [query for query, _ in queries], [text for _, text in queries]
+    index = AdIndex.build(VectorStore.open(Path(config.vectors) / "corpus"), dim=model.get_embedding_dimension())
+    quantised = QueryEncoder.from_pretrained(folder, precision="int8").encode(texts)
+    runs = [
+        dense_run(vectors, index, ids, config.k) for vectors in (encode(model, texts, prompt_name="query"), quantised)
+    ]
+    return mean(overlap(*runs, k=config.k))

@@ -1,0 +1,360 @@
+"""The steps of the recipe: what each is called, what can be set, what it reads and writes. One table that the runner
+of all steps, `hlm plan` and the command line read.
+
+Loads nothing heavy: `hlm --help` reads it too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+PARTS = ("corpus", "unlabelled", "queries")  # of a dataset; embed writes a store of each
+
+
+@dataclass
+class CatalogueConfig:
+    """The sample catalogue."""
+
+    output: str = field(metadata={"help": "folder for the catalogue"})
+    ads: int = field(default=10_000, metadata={"help": "ads in the catalogue"})
+    unlabelled: int = field(default=30_000, metadata={"help": "unlabelled queries"})
+    train_queries: int = field(default=8_000, metadata={"help": "judged queries for training"})
+    dev_queries: int = field(default=300, metadata={"help": "judged queries for choosing checkpoints"})
+    test_queries: int = field(default=600, metadata={"help": "judged queries for evaluation"})
+    seed: int = field(default=0, metadata={"help": "the same seed gives the same catalogue"})
+
+
+@dataclass
+class TeacherConfig:
+    """Phase 1: what is tuned, on which pairs, against which negatives."""
+
+    backbone: str = field(metadata={"help": "what is tuned: a folder, a Hub id or package:<package>/<folder in it>"})
+    data: str = field(metadata={"help": "the dataset: a folder or a Hub id"})
+    output: str = field(metadata={"help": "folder for the merged teacher"})
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "leave out rows without text, and judgements of what is not in the data"}
+    )
+    min_score: int = field(default=1, metadata={"help": "lowest grade that makes a training pair"})
+    pairs_per_query: int | None = field(default=None, metadata={"help": "at most so many pairs of one query, the best"})
+    hard_negatives: int = field(default=1, metadata={"help": "documents mined a pair with the backbone; 0: none"})
+    queries_per_document: int = field(
+        default=1, metadata={"help": "pairs of one document that share a batch: it is encoded once for all of them"}
+    )
+    oracle: bool = field(default=False, metadata={"help": "read the `oracle` columns, which only exist offline"})
+    lora_rank: int = field(default=256, metadata={"help": "rank of the adapter"})
+    lora_alpha: int = field(default=512, metadata={"help": "the adapter counts with lora_alpha / lora_rank"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "probability, before the adapter"})
+    temperature: float = field(default=0.02, metadata={"help": "of the contrastive loss: scores are divided by it"})
+    margin: float = field(default=0.1, metadata={"help": "a negative that scores above the positive by this is masked"})
+    use_in_batch: bool = field(default=True, metadata={"help": "q-d: other pairs' documents"})
+    use_query_query: bool = field(default=True, metadata={"help": "q-q: other queries"})
+    use_document_document: bool = field(default=True, metadata={"help": "d-d: other documents against the positive"})
+    cache_chunk: int | None = field(default=None, metadata={"help": "rows encoded at a time (gradient caching)"})
+    merge_weight: float = field(
+        default=1.0, metadata={"help": "share of what was learnt that is kept; 0.5: half-way from the backbone"}
+    )
+    dev_documents: int = field(default=2000, metadata={"help": "documents beside the positives in the dev corpus"})
+    max_seq_length: int | None = field(
+        default=None, metadata={"help": "tokens a text is cut to; null: the backbone's own limit"}
+    )
+    dtype: str = field(
+        default="float32", metadata={"help": "what the backbone is loaded in: float32, bfloat16 or float16"}
+    )
+
+
+@dataclass
+class EmbedConfig:
+    """The teacher's vectors of a dataset, and the index over its ads."""
+
+    model: str = field(metadata={"help": "the teacher: a folder, a Hub id or package:<package>/<folder in it>"})
+    data: str = field(metadata={"help": "the dataset: a folder or a Hub id"})
+    output: str = field(metadata={"help": "folder for the stores, one a part"})
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "leave out rows without text, and judgements of what is not in the data"}
+    )
+    parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": f"which of {', '.join(PARTS)}"})
+    index: str | None = field(
+        default=None, metadata={"help": "FAISS factory string, e.g. Flat or HNSW32: builds output/index over the ads"}
+    )
+    index_dim: int | None = field(default=None, metadata={"help": "width of the index, the student's; null: all"})
+    oracle: bool = field(default=False, metadata={"help": "let the teacher read the `oracle` columns as well"})
+    dim: int | None = field(default=None, metadata={"help": "keep the first dim values (Matryoshka); null: all"})
+    max_seq_length: int | None = field(default=None, metadata={"help": "tokens a text is cut to; null: the model's"})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "what the model computes in; stores are float16 in any case"}
+    )
+    batch_tokens: int = field(default=4096, metadata={"help": "padded tokens a batch; lower it where memory runs out"})
+    shard_rows: int = field(default=65536, metadata={"help": "rows a shard: what a kill can cost"})
+    model_revision: str | None = field(default=None, metadata={"help": "revision of a model on the Hub"})
+    data_revision: str | None = field(default=None, metadata={"help": "revision of a dataset on the Hub"})
+
+
+@dataclass
+class PruneConfig:
+    """Phase 2, the cut alone."""
+
+    model: str = field(metadata={"help": "what is cut: a folder, a Hub id or package:..."})
+    data: str = field(metadata={"help": "the dataset whose queries layers and FFN units are scored on"})
+    vectors: str = field(metadata={"help": "the teacher's stores: which teacher's space the student searches"})
+    output: str = field(metadata={"help": "folder for the pruned student"})
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "leave out rows without text, and judgements of what is not in the data"}
+    )
+    layers: list[int] = field(default_factory=list, metadata={"help": "layers to keep; empty: `keep` chooses"})
+    keep: int | None = field(default=None, metadata={"help": "how many layers to keep, chosen by `method`"})
+    method: Literal["middle_skip", "norm_ratio"] = field(
+        default="middle_skip", metadata={"help": "how `keep` chooses the layers"}
+    )
+    ffn: int | None = field(default=None, metadata={"help": "FFN units to keep; null: all"})
+    calibration: int = field(default=512, metadata={"help": "queries that layers and FFN units are scored on"})
+
+
+@dataclass
+class AlignConfig:
+    """Phase 2: the cuts, and what aligns the student to the teacher's query vectors."""
+
+    student: str = field(metadata={"help": "what the first stage starts from: a folder, a Hub id or package:..."})
+    data: str = field(metadata={"help": "the dataset: a folder or a Hub id"})
+    vectors: str = field(metadata={"help": "the teacher's stores, as recipes/embed.py writes them"})
+    output: str = field(metadata={"help": "folder for the aligned student"})
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "leave out rows without text, and judgements of what is not in the data"}
+    )
+    cascade: list[dict] = field(
+        default_factory=list, metadata={"help": "stages: {layers: 4 or [0, 1, 4, 5], ffn: 1024, epochs: 2}, in order"}
+    )
+    method: Literal["middle_skip", "norm_ratio"] = field(
+        default="middle_skip", metadata={"help": "which layers a stage keeps when it gives their number"}
+    )
+    objective: Literal["l2", "cosine", "kernel", "kl"] = field(
+        default="l2", metadata={"help": "what is minimised between the student's and the teacher's query vectors"}
+    )
+    temperature: float = field(default=0.05, metadata={"help": "of the kl objective"})
+    kl_documents: int = field(default=4096, metadata={"help": "ads that the kl objective compares the queries with"})
+    head: bool = field(default=False, metadata={"help": "a linear head to the teacher's width, inside the model"})
+    parts: list[str] = field(
+        default_factory=lambda: ["unlabelled", "train"], metadata={"help": "queries to align on: unlabelled, train"}
+    )
+    prompt: bool = field(default=False, metadata={"help": "keep the student's query prompt; alignment teaches it"})
+    dropout: float = field(default=0.0, metadata={"help": "probability, in the student while it trains"})
+    calibration: int = field(default=512, metadata={"help": "queries that layers and FFN units are scored on"})
+    max_seq_length: int | None = field(
+        default=None, metadata={"help": "tokens a query is cut to; null: the student's own limit"}
+    )
+
+
+@dataclass
+class RefineConfig:
+    """Phase 3: pairs, pool and negatives."""
+
+    student: str = field(metadata={"help": "folder of the student to refine"})
+    data: str = field(metadata={"help": "the dataset: a folder or a Hub id"})
+    vectors: str = field(metadata={"help": "the teacher's stores, as recipes/embed.py writes them"})
+    output: str = field(metadata={"help": "folder for the refined student"})
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "leave out rows without text, and judgements of what is not in the data"}
+    )
+    min_score: int = field(default=1, metadata={"help": "lowest grade that makes a training pair"})
+    pool: int = field(
+        default=16384, metadata={"help": "ads a step draws as negatives; the whole corpus if it is smaller"}
+    )
+    hard_negatives: int = field(default=8, metadata={"help": "ads mined a query with the current student; 0: none"})
+    refresh_epochs: int = field(default=1, metadata={"help": "mine anew after so many epochs"})
+    mask_top: int = field(default=3, metadata={"help": "the teacher's best ads of a query, never its negatives"})
+    query_query: bool = field(default=False, metadata={"help": "other queries as negatives as well"})
+    temperature: float = field(default=0.02, metadata={"help": "of the contrastive loss: scores are divided by it"})
+    margin: float = field(default=0.1, metadata={"help": "a negative that scores above the positive by this is masked"})
+    alignment_weight: float = field(
+        default=0.0, metadata={"help": "of the L2 to the teacher's query vector, kept beside"}
+    )
+    cache_chunk: int | None = field(default=None, metadata={"help": "rows encoded at a time (gradient caching)"})
+    dropout: float = field(default=0.0, metadata={"help": "probability, in the student while it trains"})
+
+
+@dataclass
+class EvaluateConfig:
+    """What is searched with, on which queries, and what is counted."""
+
+    data: str = field(metadata={"help": "folder or Hub id in the data contract"})
+    systems: dict[str, Any] = field(
+        metadata={"help": "name -> nothing (bm25), a model, or {model, corpus (store), oracle, prompt_name}"}
+    )
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "leave out rows without text, and judgements of what is not in the data"}
+    )
+    output: str = field(default="runs/quickstart", metadata={"help": "folder for the report"})
+    revision: str | None = field(default=None, metadata={"help": "Hub revision of the data"})
+    split: str = field(default="test", metadata={"help": "the split whose queries are searched"})
+    k: int = field(default=10, metadata={"help": "cut-off of precision, nDCG, MRR and overlap"})
+    depth: int = field(default=100, metadata={"help": "documents retrieved for each query, at least 100"})
+    relevance_level: int | None = field(default=None, metadata={"help": "lowest relevant grade; default 2, or 1"})
+    incomplete: bool = field(default=False, metadata={"help": "add condensed nDCG and judged@k"})
+    bm25_k1: float = field(default=1.5, metadata={"help": "BM25's k1: how soon a repeated word stops counting"})
+    bm25_b: float = field(default=0.75, metadata={"help": "BM25's b: how much long documents are held back, 0 to 1"})
+    bootstrap_samples: int = field(default=10_000, metadata={"help": "resamples of the queries for the intervals"})
+    bootstrap_seed: int = field(default=0, metadata={"help": "seed of the resampling"})
+    device: str | None = field(default=None, metadata={"help": "cpu or cuda; null: a GPU where there is one"})
+
+
+@dataclass
+class System:
+    """One entry of `systems`."""
+
+    model: str  # folder, "package:..." or Hub id; students: the folder that a recipe wrote
+    corpus: str | None = None  # store of document vectors; encoded here (backbone, teacher) or the teacher's (students)
+    oracle: bool = False  # the teacher's queries are read with their oracle column
+    prompt_name: str | None = "query"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # what the model computes in
+    max_seq_length: int | None = None  # the model's own; must be what the store was made with
+
+
+@dataclass
+class ExportConfig:
+    """The online folder."""
+
+    student: str = field(metadata={"help": "the student's folder"})
+    output: str = field(metadata={"help": "the online folder"})
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "leave out rows without text, and judgements of what is not in the data"}
+    )
+    data: str | None = field(default=None, metadata={"help": "dataset whose queries the int8 file is judged on"})
+    vectors: str | None = field(default=None, metadata={"help": "the teacher's stores, searched for that"})
+    split: str = field(default="test", metadata={"help": "the split whose queries int8 is judged on"})
+    k: int = field(default=10, metadata={"help": "documents whose overlap with fp32's is counted"})
+    lookup: bool = field(default=True, metadata={"help": "write onnx/model_lookup.onnx where it pays: faster, larger"})
+
+
+@dataclass
+class PublishConfig:
+    """What is published, where, and under which names."""
+
+    student: str = field(metadata={"help": "the online folder: the student with its ONNX files"})
+    vectors: str = field(metadata={"help": "the teacher's stores: corpus and queries, and index where it was built"})
+    data: str = field(metadata={"help": "the dataset: a folder, published too, or a Hub id that the demo reads"})
+    name: str = field(metadata={"help": "what the names of the repositories begin with, and the collection's title"})
+    namespace: str | None = field(default=None, metadata={"help": "user or organisation that owns the repositories"})
+    teacher: str | None = field(default=None, metadata={"help": "its folder, for the adapter; null: left out"})
+    space: str | None = field(default=None, metadata={"help": "the demo's folder; null: left out"})
+    report: str | None = field(default=None, metadata={"help": "report.json of recipes/evaluate.py"})
+    latency: str | None = field(default=None, metadata={"help": "latency.json of recipes/benchmark.py"})
+    student_repo: str | None = field(default=None, metadata={"help": "owner/name; null: NAMESPACE/NAME-student"})
+    teacher_repo: str | None = field(default=None, metadata={"help": "owner/name; null: NAMESPACE/NAME-teacher"})
+    dataset_repo: str | None = field(default=None, metadata={"help": "owner/name; null: NAMESPACE/NAME-dataset"})
+    space_repo: str | None = field(default=None, metadata={"help": "owner/name; null: NAMESPACE/NAME-space"})
+    base_model: str | None = field(
+        default=None, metadata={"help": "the backbone's Hub id, if the run had it elsewhere"}
+    )
+    licence: str | None = field(default=None, metadata={"help": "as the Hub writes it, for example apache-2.0"})
+    language: list[str] = field(default_factory=list, metadata={"help": "codes of the texts' languages, such as en"})
+    unlabelled: bool = field(default=False, metadata={"help": "publish the queries without judgements, often a log"})
+    private: bool = field(
+        default=False, metadata={"help": "private repositories; the demo then needs a secret HF_TOKEN in its settings"}
+    )
+    revision: str = field(default="main", metadata={"help": "branch to publish on, made where it is missing"})
+    tag: str | None = field(default=None, metadata={"help": "the release's name, for example v1.0; never moved"})
+    delete_others: bool = field(default=False, metadata={"help": "delete files that others added on the Hub"})
+    overwrite_edited: bool = field(
+        default=False, metadata={"help": "overwrite cards and other files that others edited on the Hub"}
+    )
+    public_names: list[str] = field(
+        default_factory=list, metadata={"help": "names of the user, the home or the machine that may be published"}
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "print every file, its size, the cards and what would change; send nothing"}
+    )
+
+
+class Step(NamedTuple):
+    """One step, read from the YAML of its name."""
+
+    script: str  # recipes/<script>.py, and the command `hlm <script>`
+    settings: type | None  # None: those that the script itself declares
+    reads: tuple[str, ...]  # settings that name a file, a folder or a repository, or hold such names
+    writes: str  # the kind of artefact at `output`, or the file that a report is
+    help: str
+    trains: bool = False  # its YAML takes the training arguments too
+    parallel: bool = False  # works on several processes
+    by_name: bool = False  # left out when all steps are run
+
+    @property
+    def is_report(self) -> bool:
+        """Whether it writes files into a folder that others write into, instead of an artefact."""
+        return self.writes.endswith(".json")
+
+
+OF_A_STUDENT = ("student", "data", "vectors")
+STEPS = {
+    "make_catalogue": Step("make_catalogue", CatalogueConfig, (), "catalogue", "make the sample catalogue"),
+    "prepare": Step(
+        "prepare_catalogue_queries",
+        None,
+        ("source", "general_queries"),
+        "dataset",
+        "derive training pairs and unlabelled queries from a catalogue without any",
+    ),
+    "teacher": Step(
+        "teacher",
+        TeacherConfig,
+        ("backbone", "data"),
+        "teacher",
+        "phase 1: tune the teacher",
+        trains=True,
+        parallel=True,
+    ),
+    "embed": Step(
+        "embed",
+        EmbedConfig,
+        ("model", "data"),
+        "vectors",
+        "write the teacher's vectors, and an index over the ads",
+        parallel=True,
+    ),
+    "prune": Step("prune", PruneConfig, ("model", "data", "vectors"), "student", "phase 2, the cut alone: no training"),
+    "align": Step(
+        "align",
+        AlignConfig,
+        OF_A_STUDENT,
+        "student",
+        "phase 2: cut the student and align it to the teacher's queries",
+        trains=True,
+        parallel=True,
+    ),
+    "refine": Step(
+        "refine",
+        RefineConfig,
+        OF_A_STUDENT,
+        "student",
+        "phase 3: refine the student against the teacher's ads",
+        trains=True,
+        parallel=True,
+    ),
+    "contrastive_only": Step(
+        "refine",
+        RefineConfig,
+        OF_A_STUDENT,
+        "student",
+        "the baseline: refined, never aligned",
+        trains=True,
+        parallel=True,
+    ),
+    "evaluate": Step(
+        "evaluate", EvaluateConfig, ("data", "systems"), "report.json", "score every system on judged queries"
+    ),
+    "export": Step("export", ExportConfig, OF_A_STUDENT, "student", "write the online folder: the student in ONNX"),
+    "benchmark": Step(
+        "benchmark",
+        None,
+        ("data", "report", "corpus", "systems"),
+        "latency.json",
+        "time every system; a gate where budgets are given",
+    ),
+    "publish": Step(
+        "publish",
+        PublishConfig,
+        ("student", "vectors", "data", "teacher", "space", "report", "latency"),
+        "",
+        "publish the run on the Hub",
+        by_name=True,
+    ),
+}

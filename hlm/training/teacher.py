@@ -1,0 +1,287 @@
+"""Phase 1: LoRA fine-tunes the teacher contrastively on query-document pairs, merges it, saves adapter and model."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import set_seed
+from torch.distributed.tensor import DTensor
+
+from hlm.artefacts import HlmError, fingerprint_json
+from hlm.data.contract import RetrievalData, document_text, iterate, load
+from hlm.encoders.loading import (
+    add_lora,
+    enable_gradient_checkpointing,
+    encode,
+    fingerprint,
+    load_encoder,
+    merge_lora,
+    prompt_of,
+    save_encoder,
+    weaken_lora,
+)
+from hlm.identity import PATHS, as_config, up_to_date
+from hlm.settings import keywords
+from hlm.steps import TeacherConfig
+from hlm.training.batches import TokenTable
+from hlm.training.dev_retrieval import DevRetrieval
+from hlm.training.gradcache import gather_with_gradient, loss_of_chunks
+from hlm.training.inputs import kept_pairs
+from hlm.training.losses import qwen3_contrastive
+from hlm.training.mining import gather_rows, mine_hard_negatives, padded_rows, search_device, shared_rows
+from hlm.training.trainer import (
+    RecipeTrainer,
+    TrainingArguments,
+    claimed_output,
+    finish,
+    recorded,
+    train,
+)
+from hlm.vectors.store import VectorStore, write_store
+
+logger = logging.getLogger(__name__)
+
+SIMILAR_LENGTH = 32  # rows of similar length that are padded together
+
+
+@keywords(TeacherConfig, TrainingArguments)
+def train_teacher(config: TeacherConfig, args: TrainingArguments) -> Path:
+    """Tunes a backbone on a dataset's train pairs and merges what it learnt.
+
+    Every setting of `TeacherConfig` and of `TrainingArguments` is a keyword. A run that was killed goes on from its
+    last checkpoint, beside `output`; an output that is up to date is left alone.
+
+    Returns:
+        `output`: the merged model, a sentence-transformers folder; the LoRA adapter alone is in `adapter` there.
+
+    Raises:
+        HlmError: settings, data or backbone that do not work, or an output that is somebody's.
+    """
+    if not 0 < config.merge_weight <= 1:
+        raise HlmError(f"merge_weight: expected above 0 and up to 1, found {config.merge_weight}")
+    args.check_hardware("teacher", config)
+    with claimed_output(config.output, "teacher", args) as output:
+        _tune(dataclasses.replace(config, output=output), args)
+    return Path(output)
+
+
+def _tune(config: TeacherConfig, args: TrainingArguments) -> None:
+    data = load(config.data, splits=("train", "dev"), skip_bad_rows=config.skip_bad_rows)
+    model = load_encoder(config.backbone, dtype=config.dtype, max_seq_length=config.max_seq_length)
+    parts = ["corpus", "queries", *(f"qrels/{split}" for split in ("train", "dev") if split in data.qrels)]
+    identity = {
+        "inputs": {"backbone": fingerprint(model)} | {part: data.fingerprint(part) for part in parts},
+        "config": as_config(config, recorded(args)),
+    }
+    if up_to_date(config.output, "teacher", identity, paths=PATHS):
+        return
+    pairs = Pairs(data, config)
+    source = fingerprint_json([identity["inputs"]["corpus"], config.oracle])
+    # A folder for each backbone: what another one mined, before a run that never came to a checkpoint, is in no way.
+    mined = f"{args.output_dir}/backbone-{fingerprint_json([identity['inputs']['backbone'], source])[:8]}"
+    negatives = mine(model, pairs, config, mined, source)
+    set_seed(args.seed)  # the adapter starts at random: alike in every process and after a kill
+    add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout)
+    if args.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+        # Done, and in the only order that works under LoRA: the trainer must not do it again, under either name.
+        args.gradient_checkpointing = args.activation_checkpointing = False
+    batches = Batches.of(model, pairs, negatives, config)
+    trainer = RecipeTrainer(
+        model,
+        args,
+        rows=len(pairs.rows),
+        collate=batches.collate,
+        step_loss=batches.loss,
+        keys=pairs.rows[:, 1] if config.queries_per_document > 1 else None,
+        group=config.queries_per_document,
+        evaluator=dev_retrieval(data, config),
+    )
+    measured = train(trainer, identity, then=lambda: weaken_lora(model, config.merge_weight))
+    trained = trainer.trained_tensors()
+    if trainer.is_world_process_zero():
+        model = whole(model, trained, config)
+        state = model.state_dict()
+        adapter = {name: state[name].clone() for name in trained}
+        peft_config = model[0].model.peft_config["default"]
+        save_encoder(
+            merge_lora(model), config.output, "teacher", **identity, **measured,
+            beside=lambda folder: save_adapter(adapter, peft_config, config.backbone, folder / "adapter"),
+        )  # fmt: skip
+        logger.info("%s: teacher %s", config.output, fingerprint(model))
+    finish(trainer, measured)
+
+
+def whole(model, trained: dict[str, torch.Tensor], config: TeacherConfig):
+    """The model itself; under FSDP, where every process holds a part of it, the backbone with what was trained."""
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return model
+    model = load_encoder(config.backbone, device="cpu", dtype=config.dtype, max_seq_length=config.max_seq_length)
+    add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout)
+    model.load_state_dict(trained, strict=False)
+    return model
+
+
+class Pairs:
+    """(query, document) training pairs as row numbers, with every query's known positives."""
+
+    def __init__(self, data: RetrievalData, config: TeacherConfig) -> None:
+        triples = kept_pairs(data, config.min_score)
+        self.documents = [document_text(row, oracle=config.oracle) for row in iterate(data.corpus)]
+        row_of = {name: row for row, name in enumerate(data.corpus["_id"])}
+        best: dict[str, list[tuple[int, int]]] = {}
+        for query, document, grade in triples:
+            best.setdefault(query, []).append((-grade, row_of[document]))
+        texts = dict(data.split_queries("train", oracle=config.oracle))
+        self.queries = [texts[name] for name in best]
+        self.known = [[row for _, row in found] for found in best.values()]
+        generator = np.random.default_rng(0)
+        rows = []
+        for number, found in enumerate(best.values()):
+            # Best grades first; among equals by chance, or the catalogue's order would choose.
+            order = sorted(range(len(found)), key=lambda i: (found[i][0], generator.random()))
+            rows += [(number, found[i][1]) for i in order[: config.pairs_per_query]]
+        self.rows = np.asarray(rows, dtype=np.int64)  # (pairs, 2): query number, document row
+        self.excluded = padded_rows(self.known)
+
+
+def mine(model, pairs: Pairs, config: TeacherConfig, folder: str, source: str) -> np.ndarray:
+    """(queries, k) document rows mined with the untuned backbone, padded with -1; k = 0 mines nothing.
+
+    The backbone's document vectors lie in a store in `folder`: a killed run finds them there.
+    """
+    if not config.hard_negatives:
+        return np.zeros((len(pairs.queries), 0), dtype=np.int64)
+    logger.info("mining with the backbone: %d queries, %d documents", len(pairs.queries), len(pairs.documents))
+    state = PartialState()
+    write_store(
+        folder,
+        lambda start, stop: ((str(row), pairs.documents[row]) for row in range(start, stop)),
+        partial(encode, model, prompt_name="document"),
+        dim=model.get_embedding_dimension(),
+        encoder=fingerprint(model),
+        source=source,
+        n_rows=len(pairs.documents),
+        shard_rows=8192,
+        process_index=state.process_index,
+        num_processes=state.num_processes,
+    )
+    state.wait_for_everyone()
+    rows = shared_rows(len(pairs.queries))
+    found = np.zeros((0, config.hard_negatives), dtype=np.int64)
+    if len(rows):
+        queries = encode(model, [pairs.queries[row] for row in rows], prompt_name="query")
+        known = [pairs.known[row] for row in rows]
+        store = VectorStore.open(folder)
+        found = mine_hard_negatives(queries, known, store, config.hard_negatives, device=search_device(model))
+    return gather_rows(rows, found, len(pairs.queries))
+
+
+@dataclass
+class Batches:
+    """Rows of training -> a batch; what a worker of the data loader needs, and no more."""
+
+    rows: np.ndarray  # (pairs, 2) int64: query number, document row
+    excluded: torch.Tensor  # (queries, longest) int64 padded with -1: known positives
+    negatives: np.ndarray  # (queries, k) int64 padded with -1
+    queries: TokenTable
+    documents: TokenTable
+    config: TeacherConfig
+
+    @classmethod
+    def of(cls, model, pairs: Pairs, negatives: np.ndarray, config: TeacherConfig) -> Batches:
+        queries = TokenTable(model, pairs.queries, prompt_of(model, "query"))
+        documents = TokenTable(model, pairs.documents, prompt_of(model, "document"))
+        return cls(pairs.rows, pairs.excluded, negatives, queries, documents, config)
+
+    def collate(self, rows: list[int]) -> dict:
+        pairs = self.rows[rows]
+        query, positive = pairs[np.argsort(self.queries.lengths(pairs[:, 0]), kind="stable")].T
+        negative = self.negatives[query]
+        # Every document of the batch is encoded once, however many queries it belongs to.
+        documents, places = np.unique([*positive, *np.maximum(negative, 0).ravel()], return_inverse=True)
+        order = np.argsort(self.documents.lengths(documents), kind="stable")
+        documents, places = documents[order], np.argsort(order)[places]
+        # As many chunks on every rank, however many documents are distinct there: gradient caching asks for it.
+        size = self.config.cache_chunk or SIMILAR_LENGTH
+        chunks = -(-(1 + negative.shape[1]) * len(rows) // size)
+        documents = np.pad(documents, (0, max(0, chunks - len(documents))), mode="edge")
+        return {
+            "query": [self.queries.features(part) for part in np.array_split(query, -(-len(rows) // size))],
+            "document": [self.documents.features(part) for part in np.array_split(documents, chunks)],
+            "positive_places": torch.from_numpy(places[: len(rows)]),
+            "negative_places": torch.from_numpy(places[len(rows) :].reshape(negative.shape)),
+            "query_ids": torch.from_numpy(query),
+            "positive_ids": torch.from_numpy(positive),
+            "negative_ids": torch.from_numpy(negative),
+            "excluded_ids": self.excluded[query],
+        }
+
+    def loss(self, model, batch: dict) -> torch.Tensor:
+        query_ids, positive_ids = batch["query_ids"], batch["positive_ids"]
+        all_query_ids, all_positive_ids = gather_with_gradient(query_ids), gather_with_gradient(positive_ids)
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        hard = self.negatives.shape[1] > 0
+
+        def contrast(queries, documents):
+            positives = documents[batch["positive_places"]]
+            return qwen3_contrastive(
+                queries,
+                positives,
+                documents[batch["negative_places"]] if hard else None,
+                query_ids=query_ids,
+                positive_ids=positive_ids,
+                negative_ids=batch["negative_ids"] if hard else None,
+                excluded_ids=batch["excluded_ids"],
+                temperature=self.config.temperature,
+                margin=self.config.margin,
+                use_hard=hard,
+                use_in_batch=self.config.use_in_batch,
+                use_query_query=self.config.use_query_query,
+                use_document_document=self.config.use_document_document,
+                all_queries=gather_with_gradient(queries),
+                all_positives=gather_with_gradient(positives),
+                all_query_ids=all_query_ids,
+                all_positive_ids=all_positive_ids,
+                offset=rank * len(queries),
+            )
+
+        groups = [batch["query"], batch["document"]]
+        return loss_of_chunks(model, groups, contrast, cached=bool(self.config.cache_chunk))
+
+
+def dev_retrieval(data: RetrievalData, config: TeacherConfig) -> DevRetrieval | None:
+    """Dev queries over their judged documents and a fixed sample of others: the teacher's own documents move."""
+    if "dev" not in data.qrels:
+        return None
+    judged = {document for grades in data.qrels["dev"].values() for document in grades}
+    ids = data.corpus["_id"]
+    keep = min(1.0, config.dev_documents / max(1, len(ids)))
+    limit = math.floor(keep * 16**8)
+    documents = {
+        row["_id"]: document_text(row, oracle=config.oracle)
+        for row in iterate(data.corpus)
+        if row["_id"] in judged or int(fingerprint_json(row["_id"])[:8], 16) < limit
+    }
+    return DevRetrieval(dict(data.split_queries("dev", oracle=config.oracle)), data.qrels["dev"], documents=documents)
+
+
+def save_adapter(adapter: dict[str, torch.Tensor], peft_config, backbone: str, folder) -> None:
+    """The adapter in PEFT's own layout, so that `PeftModel.from_pretrained` loads it over the backbone."""
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    peft_config.base_model_name_or_path = backbone
+    peft_config.inference_mode = True
+    peft_config.save_pretrained(str(folder))
+    names = {name: name.split("base_model.model.", 1)[1].replace(".default.", ".") for name in adapter}
+    tensors = {f"base_model.model.{names[name]}": tensor.contiguous() for name, tensor in adapter.items()}
+    save_file(tensors, str(folder / "adapter_model.safetensors"))

@@ -1,0 +1,200 @@
+"""A teacher's vectors of a dataset: a store of each part, and an index over the ads."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from sentence_transformers import SentenceTransformer
+from tqdm.auto import tqdm
+
+from hlm.artefacts import MANIFEST, HlmError, check_output, read_manifest
+from hlm.config import check_processes
+from hlm.data.contract import document_text, load, query_text
+from hlm.encoders.loading import encode, fingerprint, load_encoder
+from hlm.planning.footprint import encoder_width
+from hlm.planning.plan import check_dim
+from hlm.settings import keywords
+from hlm.steps import PARTS, EmbedConfig
+from hlm.vectors import canaries
+from hlm.vectors.faiss_index import AdIndex
+from hlm.vectors.store import VectorStore, check_store_output, pending_shards, write_store
+
+logger = logging.getLogger(__name__)
+
+# Texts between two steps of the progress bar. A constant, because in bf16 it decides which texts share a batch and so
+# the last bits of the vectors.
+TEXTS_PER_STEP = 4096
+
+
+@keywords(EmbedConfig)
+def embed(config: EmbedConfig) -> Path:
+    """Writes a teacher's vectors of ads and queries into stores, `output/{corpus,unlabelled,queries}`, and with
+    `index`, a FAISS factory string, `output/index` over the ads.
+
+    Every setting of `EmbedConfig` is a keyword. A store is written shard by shard: a run that was killed goes on after
+    the last whole shard, and a store that is up to date is left alone. Several processes share the shards and write the
+    same store as one. Stores are float16, each row of norm 1.
+
+    Returns:
+        `output`.
+
+    Raises:
+        HlmError: settings or data that do not work, no such model, or an output that is somebody's.
+    """
+    check(config)
+    process = processes()
+    dim = check_dim(config.dim, encoder_width(config.model, revision=config.model_revision))
+    check_dim(config.index_dim, dim, "index_dim")
+    output = Path(config.output)
+    if process.is_main_process:
+        for part in config.parts:
+            check_store_output(output / part)
+        if config.index:
+            check_output(output / "index", "index")
+    with process.local_main_process_first():  # the others find the checked tables in the cache
+        data = load(config.data, revision=config.data_revision, splits=(), skip_bad_rows=config.skip_bad_rows)
+    tables = {part: getattr(data, part) for part in config.parts}
+    sources = {part: data.fingerprint(part) for part in config.parts}  # refuses a part that the dataset lacks
+    if config.oracle and not any("oracle" in table.column_names for table in tables.values()):
+        raise HlmError(f"oracle: expected an 'oracle' column in {config.data}, found none; add it or set oracle: false")
+    model = load_encoder(
+        config.model,
+        device=str(process.device),
+        dtype=config.dtype,
+        max_seq_length=config.max_seq_length,
+        revision=config.model_revision,
+    )
+    encoder = fingerprint(model)
+    for part, table in tables.items():
+        write_part(config, part, table, model, process, dim=dim, encoder=encoder, source=sources[part])
+    process.wait_for_everyone()
+    if process.is_main_process:
+        write_canaries(model, config)
+        if config.index:
+            write_index(config.output, config.index, config.index_dim)
+    return output
+
+
+def write_part(
+    config: EmbedConfig,
+    part: str,
+    table: datasets.Dataset,
+    model: SentenceTransformer,
+    process: PartialState,
+    **identity: Any,
+) -> None:
+    """One store, or what is left of it to write; this process writes its share of the shards.
+
+    Args:
+        identity: what the store's vectors are of, as in `hlm.vectors.store.write_store`: dim, encoder, source.
+    """
+    prompt_name = "document" if part == "corpus" else "query"
+    facts = {"prompt": prompt_name, "oracle": config.oracle, "dtype": config.dtype}
+    plan = identity | {"n_rows": len(table), "shard_rows": config.shard_rows, "facts": facts}
+    folder = Path(config.output) / part
+    mine = [n for n in pending_shards(folder, **plan) if n % process.num_processes == process.process_index]
+    left = sum(min(config.shard_rows, len(table) - n * config.shard_rows) for n in mine)
+    encode_part = partial(encode, model, prompt_name=prompt_name, dim=config.dim, batch_tokens=config.batch_tokens)
+    with tqdm(desc=f"embed {part}", total=left, unit="text", disable=not (process.is_main_process and left)) as bar:
+        write_store(
+            folder,
+            records_of(table, part, config.oracle),
+            stepwise(encode_part, bar),
+            process_index=process.process_index,
+            num_processes=process.num_processes,
+            **plan,
+        )
+    by = " by the first process" if process.num_processes > 1 else ""
+    logger.info("%s: %s", folder, f"{left} of {len(table)} vectors written{by}" if left else "up to date")
+
+
+def write_canaries(model: SentenceTransformer, config: EmbedConfig) -> None:
+    """Keeps the teacher's vectors of the canary queries in every store that has none yet: after the shards, because
+    these may be a resumed run's of another machine, and vectors of two machines are not equal to the bit."""
+    folders = [Path(config.output) / part for part in config.parts]
+    if any(VectorStore.open(folder).canaries is None for folder in folders):
+        made = canaries.made_by(model, dim=config.dim)
+        for folder in folders:
+            canaries.keep(folder, "vectors", made)
+
+
+def write_index(output: str, factory: str, dim: int | None) -> None:
+    """Builds `output/index` from `output/corpus`, unless it is there already, made from the same vectors."""
+    store, folder = VectorStore.open(f"{output}/corpus"), Path(output) / "index"
+    wanted = {"encoder": store.encoder, "source": store.source, "factory": factory, "dim": dim or store.dim}
+    if (folder / MANIFEST).is_file():
+        manifest = read_manifest(folder, "index")
+        if wanted == manifest["inputs"] | {"factory": manifest["config"]["factory"], "dim": manifest["dim"]}:
+            if store.canaries:
+                canaries.keep(folder, "index", store.canaries)
+            logger.info("%s: up to date", folder)
+            return
+    AdIndex.build(store, factory, dim=dim).save(folder)
+    logger.info("%s: %s over %d ads", folder, factory, len(store))
+
+
+def check(config: EmbedConfig) -> None:
+    """Refuses unknown or repeated parts and numbers below 1, before anything is loaded."""
+    unknown = [part for part in config.parts if part not in PARTS]
+    if unknown or not config.parts or len(set(config.parts)) < len(config.parts):
+        raise HlmError(f"parts: expected some of {', '.join(PARTS)}, each once, found {config.parts}")
+    if config.index and "corpus" not in config.parts:
+        raise HlmError(f"index: expected 'corpus' among the parts, found {config.parts}; the index is built over it")
+    for name in ("dim", "index_dim", "max_seq_length", "batch_tokens", "shard_rows"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise HlmError(f"{name}: expected at least 1, found {value}")
+
+
+def processes() -> PartialState:
+    """This process among those that the launcher started."""
+    # Alone, PartialState takes several processes without an accelerator for so many single ones.
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=cpu)
+    check_processes(state.num_processes)
+    return state
+
+
+def records_of(table: datasets.Dataset, part: str, oracle: bool) -> Callable[[int, int], Iterator[tuple[str, str]]]:
+    """The store's view of a table: (start, stop) -> (row id, text) of these rows, read in batches."""
+    render = document_text if part == "corpus" else query_text
+    columns = [name for name in ("_id", "title", "text", "oracle") if name in table.column_names]
+    has_id = "_id" in columns  # unlabelled queries need none
+
+    def records(start: int, stop: int) -> Iterator[tuple[str, str]]:
+        number = start
+        for batch in table.select_columns(columns).select(range(start, stop)).iter(batch_size=1024):
+            for cells in zip(*batch.values(), strict=True):
+                row = dict(zip(batch, cells, strict=True))
+                yield row["_id"] if has_id else f"u{number}", render(row, oracle=oracle)
+                number += 1
+
+    return records
+
+
+def stepwise(encode_texts: Callable[[list[str]], np.ndarray], bar: tqdm) -> Callable[[list[str]], np.ndarray]:
+    """The same encoding in steps that move the bar."""
+
+    def encode_shard(texts: list[str]) -> np.ndarray:
+        vectors = encode_texts(texts[:TEXTS_PER_STEP])
+        bar.update(len(vectors))
+        if len(texts) > TEXTS_PER_STEP:  # filled in place: joining the steps would hold the shard twice
+            whole = np.empty((len(texts), vectors.shape[1]), dtype=np.float32)
+            whole[:TEXTS_PER_STEP] = vectors
+            for start in range(TEXTS_PER_STEP, len(texts), TEXTS_PER_STEP):
+                stop = min(start + TEXTS_PER_STEP, len(texts))
+                whole[start:stop] = encode_texts(texts[start:stop])
+                bar.update(stop - start)
+            vectors = whole
+        return vectors
+
+    return encode_shard
