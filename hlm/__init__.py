@@ -77,7 +77,10 @@ def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module 'hlm' has no attribute '{name}'")
     module, _, there = _PLACES[name].partition(":")
-    value = getattr(importlib.import_module(f"hlm.{module}"), there or name)
+    from hlm.extras import extras_named
+
+    with extras_named(f"hlm.{name}"):
+        value = getattr(importlib.import_module(f"hlm.{module}"), there or name)
     globals()[name] = value
     return value
 

@@ -12,18 +12,23 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 import regex
 
 from hlm.artefacts import HlmError, fingerprint_json
 from hlm.data.readers import COMPRESSIONS, SUFFIXES, TREC, Row, is_read, read_rows, suffix_of
+from hlm.extras import extras_named
 from hlm.outputs import make_once
 
-__all__ = ["SUFFIXES", "TEXTS", "Row", "Table", "checked_dataset", "find_table", "identifier", "read_rows"]
+if TYPE_CHECKING:
+    import datasets
+
+__all__ = ["SUFFIXES", "TEXTS", "Row", "Table", "checked_dataset", "checked_file", "find_table", "identifier"]
+__all__ += ["read_rows"]
+
 logger = logging.getLogger(__name__)
 
 # The columns that the encoders read of each part; one of them must be filled.
@@ -75,8 +80,16 @@ def _named(path: Path, suffixes: tuple[str, ...]) -> bool:
     return plain and kind in suffixes and (is_read(path) or kind in TREC)
 
 
+@extras_named("loading a dataset")
 def checked_dataset(table: Table, part: str, cache: Path, *, skip_bad_rows: bool = False) -> datasets.Dataset:
-    """The table as a memory-mapped Dataset, checked and written to `cache` first where it is not there yet.
+    """`checked_file` as a memory-mapped Dataset."""
+    from datasets import Dataset
+
+    return Dataset.from_file(str(checked_file(table, part, cache, skip_bad_rows=skip_bad_rows)))
+
+
+def checked_file(table: Table, part: str, cache: Path, *, skip_bad_rows: bool = False) -> Path:
+    """The table as an Arrow file (a stream), checked and written to `cache` first where it is not there yet.
 
     Args:
         table: where the rows come from.
@@ -110,7 +123,7 @@ def checked_dataset(table: Table, part: str, cache: Path, *, skip_bad_rows: bool
         ) from error
     if left_out:
         logger.warning("%s: left out %d %s without %s", table.name, left_out, _ROWS[part], " and ".join(TEXTS[part]))
-    return datasets.Dataset.from_file(str(path))
+    return path
 
 
 def identifier(value: Any, where: str) -> str:

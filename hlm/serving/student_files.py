@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from hlm import __version__
 from hlm.artefacts import MANIFEST, SCHEMA_VERSION, HlmError, file_records, fingerprint_json, write_json
+from hlm.extras import extras_named
 from hlm.hub.cache import local_folder
 from hlm.integrity import cache_folder, check_files, known_fingerprint
 from hlm.outputs import make_once
@@ -249,12 +250,13 @@ def _kept_graph(kept: Path, names: Sequence[str]) -> Path | None:
 
 
 def _export(folder: Path, aside: Path) -> None:
+    with extras_named(f"the export of {folder}, which has no ONNX files"):
+        from hlm.serving.export import export
+
     aside.mkdir()
     logger.warning(
         "%s has no ONNX files: exporting them, once, takes some ten seconds; recipes/export.py does it beforehand",
         folder,
     )
-    from hlm.serving.export import export
-
     export(str(folder), aside)
     write_json(aside / MANIFEST, {"files": file_records(aside)})

@@ -277,7 +277,8 @@ class Step:
 
         sys.path.append(str(ROOT))  # run as a script, its own folder is there and the one above is not
         os.chdir(work)
-        datasets.config.HF_DATASETS_CACHE = work / "cache"
+        os.environ["HF_DATASETS_CACHE"] = str(work / "cache")
+        datasets.config.HF_DATASETS_CACHE = work / "cache"  # which was read when datasets was imported
         main = importlib.import_module(f"recipes.{self.name}").main
         run_recipe(lambda: main([*self.words, "--output", self.output]))
 

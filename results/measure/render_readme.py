@@ -90,6 +90,7 @@ def details() -> str:
     for name, title, rows in (
         ("compare", "Training and embedding beside the sentence-transformers scripts they replace", compared),
         ("memory", "Memory of alignment as the query log grows", remembered),
+        ("install", "What an install takes, and how fast it starts", light),
         ("reliability", "Two writers on one output, and kills at random moments", reliable),
         ("demo", "The demo as a visitor meets it", visited),
         ("hub-lfs", "Publishing and pulling with a fault at every request, over LFS", published),
@@ -153,6 +154,21 @@ def remembered(found: dict[str, Any]) -> str:
         found["runs"][0]["limit"],
     ]
     return markdown(header, rows) + f"\n\nA query more costs {found['bytes_a_row']:.0f} B of anonymous memory."
+
+
+def light(found: dict[str, Any]) -> str:
+    rows = []
+    for name, one in found["environments"].items():
+        largest = sorted(one["packages"].items(), key=lambda item: -item[1])[:3]
+        beside = ", ".join(f"{package} {size / 2**20:.0f}" for package, size in largest)
+        rows.append([f"pip install {name}", f"{one['mib']:.0f}", f"{len(one['packages'])}", beside])
+    sizes = markdown(["command", "MiB", "packages", "the largest, MiB"], rows)
+    rows = [
+        [name, f"{one['wall_s']:.2f}", f"{one['cpu_s']:.2f}", "-" if one["others"] is None else f"{one['others']:.0%}"]
+        for name, one in found["commands"].items()
+    ]
+    header = ["from cold, median", "s", "CPU s", "of the CPUs used by others"]
+    return f"{sizes}\n\n{markdown(header, rows)}"
 
 
 def reliable(found: dict[str, Any]) -> str:
