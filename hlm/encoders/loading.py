@@ -260,12 +260,41 @@ def encode(
     was_training = model.training
     model.eval()
     ids = tokenise(model, texts, prompt_of(model, prompt_name))
+    before: tuple[np.ndarray, Callable[[], np.ndarray]] | None = None
     for rows in token_batches(np.array([len(tokens) for tokens in ids]), batch_tokens):
-        features = {name: value.to(model.device) for name, value in pad(model, [ids[row] for row in rows]).items()}
-        vectors = model(features)["sentence_embedding"].float()[:, : dim or width]
-        out[rows] = torch.nn.functional.normalize(vectors, dim=-1).cpu().numpy()
+        features = pad(model, [ids[row] for row in rows])
+        vectors = model({name: _sent(value, model.device) for name, value in features.items()})["sentence_embedding"]
+        vectors = torch.nn.functional.normalize(vectors.float()[:, : dim or width], dim=-1)
+        started = rows, _fetched(vectors)
+        if before:  # a GPU computes this batch while the one before is dealt with
+            out[before[0]] = before[1]()
+        before = started
+    out[before[0]] = before[1]()
     model.train(was_training)
     return out
+
+
+def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On the device; to a GPU without waiting for what it still computes."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _fetched(vectors: torch.Tensor) -> Callable[[], np.ndarray]:
+    """Begins the copy to the host; what it gives waits for it."""
+    if vectors.device.type != "cuda":
+        return vectors.cpu().numpy
+    host = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True)
+    host.copy_(vectors, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record(torch.cuda.current_stream(vectors.device))
+
+    def wait() -> np.ndarray:
+        done.synchronize()
+        return host.numpy()
+
+    return wait
 
 
 def add_lora(model: SentenceTransformer, *, rank: int, alpha: int, dropout: float = 0.0) -> SentenceTransformer:
@@ -287,7 +316,21 @@ def add_lora(model: SentenceTransformer, *, rank: int, alpha: int, dropout: floa
         task_type="FEATURE_EXTRACTION",
     )
     model[0].model = get_peft_model(model[0].model, config)
+    leave_casts_to_autocast(model)
     return model
+
+
+def leave_casts_to_autocast(model: torch.nn.Module) -> None:
+    """Under autocast, keeps PEFT from casting every input of an adapter to fp32, which autocast would cast back: two
+    copies that change no bit. Layers that read one input then keep it once for the backward pass."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    def ask(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        layer.cast_input_dtype_enabled = not torch.is_autocast_enabled(inputs[0].device.type)
+
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.register_forward_pre_hook(ask)
 
 
 def enable_gradient_checkpointing(model: SentenceTransformer) -> None:

@@ -103,7 +103,6 @@ def _evaluate(
 
 
 def bm25(config: EvaluateConfig, data: RetrievalData, queries: list[tuple[str, str]]) -> Run:
-    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG on import
     corpus = data.corpus.select_columns(["_id", "title", "text"])
     key = [data.fingerprint("corpus"), queries_fingerprint(queries), config.depth, config.bm25_k1, config.bm25_b]
     return cached_run(

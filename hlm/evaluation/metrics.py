@@ -6,10 +6,12 @@ that ties break the same way everywhere.
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
-import bm25s
 import numpy as np
 import pytrec_eval
 
@@ -324,7 +326,7 @@ def bm25_run(
         documents.append([vocabulary.setdefault(word, len(vocabulary)) for word in words])
     if not vocabulary:
         raise HlmError(f"BM25 found no word in {len(ids)} documents; check the corpus")
-    engine = bm25s.BM25(method="lucene", k1=k1, b=b)
+    engine = _bm25s().BM25(method="lucene", k1=k1, b=b)
     engine.index((documents, vocabulary), create_empty_token=False, show_progress=False)
     del documents
     run = {}
@@ -336,6 +338,21 @@ def bm25_run(
             rows = rows[np.argpartition(-scores[rows], k - 1)[:k]]
         run[query] = {ids[row]: float(scores[row]) for row in rows}
     return run
+
+
+def _bm25s() -> ModuleType:
+    """bm25s, without JAX: where that is installed, bm25s starts it when imported, to rank five numbers, and JAX takes
+    three quarters of a GPU's memory when it starts."""
+    hidden = not {"bm25s", "jax"} & sys.modules.keys()
+    if hidden:
+        sys.modules["jax"] = None  # type: ignore[assignment]  # to import it is an ImportError, which bm25s expects
+    try:
+        import bm25s
+    finally:
+        if hidden:
+            del sys.modules["jax"]
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG on import
+    return bm25s
 
 
 def _few(ids: Iterable[str]) -> str:

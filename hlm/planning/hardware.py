@@ -4,6 +4,7 @@ does."""
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -45,18 +46,34 @@ GPUS = {
 
 
 def parse_gpus(text: str) -> tuple[int, Gpu]:
-    """(count, GPU) of "8xH100" or "H100".
+    """(number of GPUs on all machines, GPU) of "H100", "8xH100" or, on two machines, "2x8xH100".
 
     Raises:
         HlmError: another form, a count below 1, or a GPU that is not in the table.
     """
-    match = re.fullmatch(r"(?:([0-9]+)\s*x\s*)?([A-Za-z0-9-]+)", text.strip())
+    counts, gpu = _parsed(text)
+    return math.prod(counts), gpu
+
+
+def machines_of(text: str) -> int:
+    """The machines in what `parse_gpus` reads: "2x8xH100" names two, everything else one."""
+    counts, _ = _parsed(text)
+    return counts[0] if len(counts) == 2 else 1
+
+
+def _parsed(text: str) -> tuple[list[int], Gpu]:
+    match = re.fullmatch(r"((?:[0-9]+\s*x\s*){0,2})([A-Za-z0-9-]+)", text.strip())
     names = {name.lower(): name for name in GPUS}
-    if match is None or match[1] == "0" or match[2].lower() not in names:
+    counts = [int(count) for count in re.findall("[0-9]+", match[1])] if match else []
+    if match is None or 0 in counts or match[2].lower() not in names:
         near = difflib.get_close_matches(match[2].lower() if match else text.lower(), names, n=1, cutoff=0.4)
-        hint = f"; did you mean '{match[1] + 'x' if match and match[1] else ''}{names[near[0]]}'?" if near else ""
-        raise HlmError(f"gpus: expected [count]x[name] with a name of {', '.join(GPUS)}, found {text!r}{hint}")
-    return int(match[1] or 1), GPUS[names[match[2].lower()]]
+        times = "".join(f"{count}x" for count in counts)
+        hint = f"; did you mean '{times}{names[near[0]]}'?" if near else ""
+        raise HlmError(
+            f"gpus: expected [machines]x[count]x[name], machines and count where there are more than 1, with a name of "
+            f"{', '.join(GPUS)}, found {text!r}{hint}"
+        )
+    return counts, GPUS[names[match[2].lower()]]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import textwrap
 from dataclasses import asdict, replace
 from typing import Any
 
-from hlm.planning.hardware import CONTEXT_BYTES, FRAGMENTED, GIB, Gpu
+from hlm.planning.hardware import CONTEXT_BYTES, FRAGMENTED, GIB, Gpu, machines_of
 from hlm.planning.phases import ID_BYTES, PADDING, SEARCH_FLOPS, Phase
 from hlm.planning.plan import Plan
 
@@ -26,6 +26,23 @@ def title(phase: Phase) -> str:
 
 def hardware_name(count: int, gpu: Gpu | None) -> str:
     return f"{count}x {gpu.name}" if gpu else "no GPUs given"
+
+
+def launches(plan: Plan, count: int = 1) -> dict[str, str]:
+    """Step -> the command that runs it on `count` GPUs, of as many machines as the plan's `gpus` names. With several,
+    it is run on every one of them, each with a rank of its own and the address of the first."""
+    machines = machines_of(plan.assumptions.gpus) if plan.assumptions.gpus else 1
+    whole = "single" if count == 1 else "ddp" if machines == 1 else "multinode"
+    found = {}
+    for step in dict.fromkeys(phase.step for phase in plan.phases):
+        sharded = step == "teacher" and plan.assumptions.fsdp and count > 1
+        words = [f"--config_file recipes/configs/accelerate/{'fsdp' if sharded else whole}.yaml"]
+        words += [f"--num_processes {count}"] if count > 1 else []
+        if machines > 1:
+            words += [f"--num_machines {machines} --machine_rank RANK"]
+            words += ["--main_process_ip ADDRESS --main_process_port 29500"]
+        found[step] = f"accelerate launch {' '.join(words)} recipes/{step}.py --config {plan.folder}/{step}.yaml"
+    return found
 
 
 def step_line(plan: Plan, step: str, count: int, gpu: Gpu) -> str:
@@ -67,6 +84,7 @@ def as_dict(plan: Plan, count: int = 1, gpu: Gpu | None = None) -> dict[str, Any
             for phase in plan.phases
         ],
         "hours": sum(phase.hours(count, gpu) for phase in plan.phases) if gpu else None,
+        "launch": launches(plan, count),
         "index_bytes": plan.index,
         "host_bytes_a_process": plan.host,
         "assumptions": asdict(plan.assumptions),
@@ -108,6 +126,10 @@ def text(plan: Plan, count: int = 1, gpu: Gpu | None = None) -> str:
     lines += table(rows)
     if gpu:
         lines.append(f"  in all {duration(sum(phase.hours(count, gpu) for phase in plan.phases))}")
+
+    machines = machines_of(sizes.gpus) if sizes.gpus else 1
+    where = f"on each of {machines} machines, RANK 0 at ADDRESS" if machines > 1 else ""
+    lines += ["", f"Launch {where}".rstrip(), *(f"  {line}" for line in launches(plan, count).values())]
 
     lines += ["", "GPU memory in parts"]
     for phase in plan.phases:

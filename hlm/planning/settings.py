@@ -34,7 +34,7 @@ class Assumptions:
     document_tokens: float = field(default=128, metadata={"help": "mean tokens of an ad, after truncation"})
     longest_query: int = field(default=64, metadata={"help": "padded tokens of the longest query, without instruction"})
     longest_document: int = field(default=512, metadata={"help": "the same of an ad, where max_seq_length is not set"})
-    gpus: str | None = field(default=None, metadata={"help": "such as 8xH100"})
+    gpus: str | None = field(default=None, metadata={"help": "such as 8xH100; 2x8xH100: on 2 machines"})
     fsdp: bool = field(default=False, metadata={"help": "weights and optimizer split over the GPUs, instead of DDP"})
     teacher_utilisation: float = field(default=0.4, metadata={"help": "share of the data sheet's FLOP/s, teacher"})
     student_utilisation: float = field(default=0.1, metadata={"help": "the same, students"})

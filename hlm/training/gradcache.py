@@ -32,6 +32,7 @@ def gather_with_gradient(tensor: Tensor) -> Tensor:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return tensor
     rows = torch.tensor([tensor.shape[0]], device=tensor.device)
+    # The host waits for the GPU here, once a call: a rank with fewer rows would leave the others waiting for ever.
     sizes = torch.cat(_all_gather(rows)).tolist()
     if len(set(sizes)) > 1:
         raise HlmError(
@@ -54,7 +55,8 @@ def loss_of_chunks(
     """
 
     def encode(chunk: Chunk) -> Tensor:
-        return model(chunk)["sentence_embedding"]
+        # A copy: modules put every token's vector into the dict that they get, which would keep them for all chunks.
+        return model(dict(chunk))["sentence_embedding"]
 
     if cached:
         return cached_loss(encode, groups, loss, no_sync=getattr(model, "no_sync", None))
@@ -142,7 +144,7 @@ def cached_loss(
 
 
 class _RandomState:
-    """The generators' states of the CPU and the current CUDA device at construction."""
+    """The generators' states of the CPU and the current CUDA device at construction. Both lie on the host: no wait."""
 
     def __init__(self) -> None:
         self.cpu = torch.get_rng_state()

@@ -49,21 +49,25 @@ def top_k_documents(
     queries = _checked_queries(query_vectors, store)
     if not 1 <= k <= len(store):
         raise HlmError(f"expected k within 1..{len(store)} (the documents in the store), found {k}")
-    count = len(queries)
-    best_scores = torch.empty(count, 0)
-    best_rows = torch.empty(count, 0, dtype=torch.long)
+    width = queries.shape[1]
+    parts = [part.to(device) for part in queries.split(_QUERIES)]
+    # The best so far stay on the device: copied to the host and sorted there, they would take longer than the products.
+    best = [
+        (part.new_empty(len(part), 0), torch.empty(len(part), 0, dtype=torch.long, device=device)) for part in parts
+    ]
     for start, block in store.iter_blocks(rows_per_block):
-        documents = _at_width(block, queries.shape[1]).to(device)
-        found = []
-        for part in queries.split(_QUERIES):
-            scores, columns = _top(part.to(device) @ documents.T, min(k, len(documents)))
-            found.append((scores.cpu(), columns.cpu() + start))
-        # What was found before has lower rows and stands first: a stable sort keeps ties in row order.
-        scores = torch.cat([best_scores, torch.cat([scores for scores, _ in found])], dim=1)
-        rows = torch.cat([best_rows, torch.cat([rows for _, rows in found])], dim=1)
-        scores, order = scores.sort(dim=1, descending=True, stable=True)
-        best_scores, best_rows = scores[:, :k].clone(), rows.gather(1, order[:, :k])
-    return best_scores.numpy(), best_rows.numpy()
+        documents = torch.from_numpy(block[:, :width]).to(device)
+        if width < store.dim:
+            documents = matryoshka(documents, width)
+        for number, part in enumerate(parts):
+            scores, columns = _top(part @ documents.T, min(k, len(documents)))
+            # What was found before has lower rows and stands first: a stable sort keeps ties in row order.
+            scores = torch.cat([best[number][0], scores], dim=1)
+            rows = torch.cat([best[number][1], columns + start], dim=1)
+            scores, order = scores.sort(dim=1, descending=True, stable=True)
+            best[number] = scores[:, :k].clone(), rows.gather(1, order[:, :k])
+    scores, rows = (torch.cat(found).cpu().numpy() for found in zip(*best, strict=True))
+    return scores, rows
 
 
 def shared_rows(count: int) -> np.ndarray:
@@ -210,7 +214,8 @@ def _top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Top k of each row of `scores` (n, m), best first, ties by column."""
     values, columns = scores.topk(k, dim=1)
     last = values[:, -1:]
-    # topk takes any of the columns that tie for its last place; where some were left out, take the lowest.
+    # topk takes any of the columns that tie for its last place; where some were left out, take the lowest. The host
+    # waits for the GPU here, once for 1,024 queries and a block: next to the product, nothing.
     crowded = ((scores >= last).sum(dim=1) > k).nonzero().squeeze(1)
     if len(crowded):
         part, last = scores[crowded], last[crowded]

@@ -65,6 +65,7 @@ class TrainingArguments(SentenceTransformerTrainingArguments):
     report_to: str = field(default="none")
     save_total_limit: int | None = field(default=2)
     logging_steps: float = field(default=50)
+    logging_nan_inf_filter: bool = field(default=False)  # looking at every step's loss makes the host wait for the GPU
     lr_scheduler_type: str = field(default="cosine")
     warmup_steps: float = field(default=0.05)
 
@@ -77,6 +78,8 @@ class TrainingArguments(SentenceTransformerTrainingArguments):
             self.dataloader_pin_memory = False  # pinned for a GPU that is not there
             if self.fp16:
                 raise HlmError(f"fp16: expected a GPU, found none in use ({devices()}); leave fp16 out")
+        elif self.dataloader_pin_memory and self.accelerator_config is None:
+            self.accelerator_config = {"non_blocking": True}  # batches are copied while the step before computes
         super().__post_init__()
         check_processes(self.world_size)
         if self.resume_from_checkpoint:

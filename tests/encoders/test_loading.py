@@ -299,3 +299,42 @@ def test_texts_must_be_texts(path):
 def test_folder_can_move(path, tmp_path):
     shutil.copytree(path, tmp_path / "elsewhere")
     assert fingerprint(load_encoder(str(tmp_path / "elsewhere"))) == fingerprint(load_encoder(path))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_casts_left_to_autocast_change_no_bit_and_keep_less(path, monkeypatch, dtype):
+    """Against PEFT as it is: equal vectors and gradients under autocast, fewer bytes kept, and no need of autocast."""
+
+    def step(peft_as_it_is: bool):
+        with monkeypatch.context() as patch:
+            if peft_as_it_is:
+                patch.setattr("hlm.encoders.loading.leave_casts_to_autocast", lambda model: None)
+            torch.manual_seed(0)
+            model = add_lora(load_encoder(path, dtype=dtype), rank=4, alpha=8).train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.1)
+        kept = {}
+
+        def keep(value):
+            kept[value.untyped_storage().data_ptr()] = value
+            return value
+
+        features = pad(model, tokenise(model, TEXTS))
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value),
+            torch.autocast("cpu", dtype=torch.bfloat16),
+        ):
+            vectors = model(features)["sentence_embedding"]
+        vectors.float()[:, :5].sum().backward()
+        size = sum(value.untyped_storage().nbytes() for value in kept.values())
+        return vectors.detach(), {name: value.grad for name, value in trained.items()}, size, encode(model, TEXTS)
+
+    (vectors, gradients, size, without), (same, equal, more, again) = step(False), step(True)
+    assert torch.equal(vectors, same) and all(torch.equal(gradients[name], equal[name]) for name in gradients)
+    assert size < more and np.array_equal(without, again)

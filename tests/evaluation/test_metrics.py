@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -441,3 +445,22 @@ def test_parameter_counts_see_shared_weights_once():
     head = torch.nn.Linear(8, 10, bias=False)
     head.weight = words.weight
     assert parameter_counts(torch.nn.ModuleList([body, words, positions, head])) == (8 * 4 + 4 + 80 + 40, 36)
+
+
+def test_bm25_does_not_start_jax(tmp_path):
+    """JAX would take three quarters of a GPU's memory; bm25s asks for it where it is installed."""
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax" / "__init__.py").write_text("open(__file__ + '.started', 'w')")
+    code = (
+        "import sys, hlm.evaluation.metrics as metrics\n"
+        "row = {'_id': 'd', 'title': '', 'text': 'red shoe'}\n"
+        "assert list(metrics.bm25_run([row], [('q', 'shoe')], 1)) == ['q']\n"
+        "assert 'bm25s' in sys.modules and 'jax' not in sys.modules\n"
+        "import jax\n"  # who wants it still has it
+    )
+    paths = [str(tmp_path), str(Path(__file__).resolve().parents[2])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    subprocess.run([sys.executable, "-c", code.rpartition("import jax")[0]], env=environment, check=True)
+    assert not (tmp_path / "jax" / "__init__.py.started").exists()
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert (tmp_path / "jax" / "__init__.py.started").exists()

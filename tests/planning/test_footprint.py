@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, BertConfig, DistilBertConfig, Qwen3Config
 
 from hlm.artefacts import HlmError
+from hlm.encoders.loading import leave_casts_to_autocast
 from hlm.encoders.pruning import cut_config, parameter_counts
 from hlm.planning.footprint import (
     Precision,
@@ -54,6 +55,7 @@ def model_of(config, precision=None, device="cpu"):
             lora = LoraConfig(r=precision.lora_rank, target_modules="all-linear", exclude_modules=r".*pooler.*",
                               task_type="FEATURE_EXTRACTION")  # fmt: skip
             model = get_peft_model(model, lora)
+            leave_casts_to_autocast(model)
     return model
 
 

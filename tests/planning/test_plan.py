@@ -5,17 +5,19 @@ import re
 import subprocess
 import sys
 from dataclasses import MISSING, fields
+from pathlib import Path
 
 import faiss
 import numpy as np
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from live_bytes import LiveBytes
 
 from hlm.artefacts import HlmError
 from hlm.cli import main
 from hlm.planning.footprint import Precision, Shape, backbone_config, forward_flops
-from hlm.planning.hardware import GIB, GPUS, Gpu, Training, parse_gpus, refuse, remedy, smallest
+from hlm.planning.hardware import GIB, GPUS, Gpu, Training, machines_of, parse_gpus, refuse, remedy, smallest
 from hlm.planning.phases import CONTRASTIVE_MATRICES, REFINEMENT_MATRICES, steps_of, store_bytes
 from hlm.planning.plan import cascade, check_dim, check_step, index_bytes, make_plan
 from hlm.planning.settings import PLANNED, TRAINING, Assumptions, read_steps
@@ -25,6 +27,7 @@ from hlm.training.losses import id_mask, qwen3_contrastive, refinement_contrasti
 from hlm.training.trainer import TrainingArguments
 from hlm.vectors.store import write_store
 
+ROOT = Path(__file__).resolve().parents[2]
 MINI = "Qwen/Qwen3-Embedding-0.6B"
 
 
@@ -154,9 +157,13 @@ def test_steps():
 
 def test_gpus_are_read():
     assert parse_gpus("8xH100") == (8, GPUS["H100"]) and parse_gpus("rtx4090") == (1, GPUS["RTX4090"])
+    assert parse_gpus("2 x 8xH100") == (16, GPUS["H100"])
+    assert [machines_of(text) for text in ("H100", "8xH100", "2x8xH100")] == [1, 1, 2]
     for text, found in (
         ("8xH1000", "did you mean '8xH100'"),
+        ("2x8xH1000", "did you mean '2x8xH100'"),
         ("0xH100", "found '0xH100'"),
+        ("2x2x2xH100", "found '2x2x2xH100'"),
         ("eight", "name of RTX4090"),
     ):
         with pytest.raises(HlmError, match=found):
@@ -299,6 +306,39 @@ def test_the_command_prints_the_plan(folder, capsys):
     assert "with gradient checkpointing" in out and "1x RTX4090" in out
     assert main(["plan", "--config", str(folder)]) == 0
     assert "no GPUs given" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("gpus", "fsdp", "teacher", "rest"),
+    [
+        ("H100", False, ("single", 1, 1), ("single", 1, 1)),
+        ("4xH100", False, ("ddp", 4, 1), ("ddp", 4, 1)),
+        ("8xH100", True, ("fsdp", 8, 1), ("ddp", 8, 1)),
+        ("2x4xH100", False, ("multinode", 8, 2), ("multinode", 8, 2)),
+        ("2x4xH100", True, ("fsdp", 8, 2), ("multinode", 8, 2)),
+        (None, True, ("single", 1, 1), ("single", 1, 1)),
+    ],
+)
+def test_each_step_has_the_line_that_launches_it(folder, capsys, gpus, fsdp, teacher, rest):
+    """As accelerate's own launcher reads it: so many processes of this kind, on so many machines."""
+    words = [*(["--gpus", gpus] if gpus else []), "--fsdp", str(fsdp).lower()]
+    assert main(["plan", "--config", str(folder), *words, "--json"]) == 0
+    lines = json.loads(capsys.readouterr().out)["launch"]
+    assert list(lines) == ["teacher", "embed", "align", "refine"]
+    for step, line in lines.items():
+        name, processes, machines = teacher if step == "teacher" else rest
+        command = line.replace("RANK", "1").replace("ADDRESS", "10.0.0.7").split()
+        assert command[:2] == ["accelerate", "launch"]
+        arguments = launch_command_parser().parse_args([*command[2:4], "--main_process_port", "0", *command[4:]])
+        arguments = _validate_launch_command(arguments)[0]
+        assert (arguments.num_processes, arguments.num_machines) == (processes, machines)
+        assert (arguments.use_fsdp, arguments.multi_gpu) == (name == "fsdp", name in ("ddp", "multinode"))
+        assert arguments.machine_rank == machines - 1 and (machines == 1 or arguments.main_process_ip == "10.0.0.7")
+        assert Path(arguments.training_script).name == f"{step}.py" and (ROOT / arguments.training_script).is_file()
+        assert arguments.training_script_args == ["--config", f"{folder}/{step}.yaml"]
+    assert main(["plan", "--config", str(folder), *words]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert all(f"  {line}" in printed for line in lines.values())
 
 
 def test_json_adds_up(folder, capsys):

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hlm.artefacts import HlmError
 from hlm.training import losses
-from hlm.training.gradcache import cached_loss, gather_with_gradient
+from hlm.training.gradcache import cached_loss, gather_with_gradient, loss_of_chunks
 
 ROWS, WIDTH, K = 8, 5, 2
 
@@ -210,3 +210,18 @@ def test_two_processes_equal_one(tmp_path):
         for name in ("plain", "cached", "cached, always synchronised"):
             same_direction_and_length(found[name], wanted)
         same_direction_and_length(found["refinement"], wanted_refinement)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_chunks_do_not_keep_what_modules_put_into_them(cached):
+    """sentence-transformers' modules write every token's vector into the features that they are given."""
+    inner = make_model()
+
+    class Encoder(nn.Module):
+        def forward(self, features):
+            features["sentence_embedding"] = inner(features["rows"])
+            return features
+
+    chunks = [{"rows": part} for part in make_batch()["queries"].split(3)]
+    loss_of_chunks(Encoder(), [chunks], lambda queries: queries.square().sum(), cached=cached).backward()
+    assert all(chunk.keys() == {"rows"} for chunk in chunks) and gradients(inner).abs().sum() > 0

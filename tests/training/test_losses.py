@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from hlm.artefacts import HlmError
 from hlm.training import losses
@@ -359,3 +360,31 @@ def test_bad_alignment_and_refinement_input(batch):
         losses.refinement_contrastive(batch["queries"], batch["positives"], pool, **ids, mask=mask)
     with pytest.raises(HlmError, match="query_ids"):
         losses.refinement_contrastive(batch["queries"], batch["positives"], pool, **ids, use_query_query=True)
+
+
+def test_no_loss_looks_at_a_value():
+    """Fake tensors have none: whatever would make the host wait for a GPU fails on them."""
+
+    def vectors(*shape):
+        return torch.randn(*shape, requires_grad=True)
+
+    def ids(*shape):
+        return torch.zeros(*shape, dtype=torch.int64)
+
+    with FakeTensorMode():
+        queries, documents, hard = vectors(B, D), vectors(B, D), vectors(B, K, D)
+        with pytest.raises(DataDependentOutputException):
+            queries.sum().item()
+        known = {"positive_ids": ids(B), "negative_ids": ids(B, K), "excluded_ids": ids(B, 2), "query_ids": ids(B)}
+        known["negatives"] = hard
+        more = {"pool_ids": ids(7), "mask": losses.id_mask(ids(B, 2), ids(7)), "use_query_query": True}
+        narrow = losses.matryoshka(vectors(B, 2 * D), D)
+        for loss in (
+            losses.qwen3_contrastive(queries, documents, **known),
+            losses.refinement_contrastive(queries, documents, vectors(7, D), **known, **more),
+            losses.l2_alignment(queries, narrow),
+            losses.cosine_alignment(queries, narrow),
+            losses.kernel_alignment(queries, documents),
+            losses.kl_distillation(queries, documents, vectors(7, D)),
+        ):
+            loss.backward()

@@ -230,3 +230,8 @@ def test_the_teacher_itself_in_another_dtype_is_its_own_start(run, tmp_path):
     align.main([*words("align", run, tmp_path / "aligned"), "--vectors", str(vectors)])
     manifest = json.loads((tmp_path / "aligned" / MANIFEST).read_text())
     assert manifest["inputs"]["teacher"] != json.loads((run / "teacher" / MANIFEST).read_text())["encoder"]
+
+
+def test_the_trainer_never_waits_for_a_gpu_to_look_at_the_loss_and_fuses_the_optimizer(tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path))
+    assert args.logging_nan_inf_filter is False and args.optim == "adamw_torch_fused"
