@@ -2,9 +2,10 @@
 PYTHON ?= python3
 # The build of torch to install. On a machine with a GPU: make quickstart TORCH=torch
 TORCH ?= $(shell grep '^torch==' constraints.txt)
+TORCH_LOWEST ?= $(shell grep '^torch==' constraints-lowest.txt)
 BIN := .venv/bin
 
-.PHONY: quickstart demo test lint
+.PHONY: quickstart demo test test-lowest lint
 
 quickstart: .venv/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python recipes/quickstart.py --configs recipes/configs/quickstart
@@ -16,13 +17,25 @@ demo: .venv/.installed
 test: .venv/.installed
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
+# With the oldest versions that pyproject.toml allows
+test-lowest: .venv-lowest/.installed
+	.venv-lowest/bin/python -m pytest -q -n 2 --dist loadfile
+
 lint: .venv/.installed
 	$(BIN)/ruff check .
 
-.venv/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --upgrade pip
-	grep -v '^torch==' constraints.txt > .venv/constraints.txt
-	$(BIN)/pip install --quiet -c .venv/constraints.txt '$(TORCH)'
-	$(BIN)/pip install --quiet -c .venv/constraints.txt -e '.[quickstart,test]'
+# $(1): the environment's folder, $(2): its constraints, $(3): its build of torch
+define install
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/pip install --quiet --upgrade pip
+	grep -v '^torch==' $(2) > $(1)/constraints.txt
+	$(1)/bin/pip install --quiet -c $(1)/constraints.txt '$(3)'
+	$(1)/bin/pip install --quiet -c $(1)/constraints.txt -e '.[quickstart,test]'
 	touch $@
+endef
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(call install,.venv,constraints.txt,$(TORCH))
+
+.venv-lowest/.installed: pyproject.toml constraints-lowest.txt
+	$(call install,.venv-lowest,constraints-lowest.txt,$(TORCH_LOWEST))

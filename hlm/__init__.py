@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hlm.training.refine import refine
     from hlm.training.teacher import train_teacher
     from hlm.vectors.embed import embed
-    from hlm.vectors.index import AdIndex
+    from hlm.vectors.faiss_index import AdIndex
     from hlm.vectors.lineage import verify
     from hlm.vectors.store import VectorStore
 
@@ -47,7 +47,7 @@ __all__ = [
 ]
 # Public name -> its module, and its name there where that is another. Loaded when asked for: `import hlm` stays light.
 _PLACES = {
-    "AdIndex": "vectors.index",
+    "AdIndex": "vectors.faiss_index",
     "AsyncQueryEncoder": "serving.micro_batches",
     "HlmError": "errors",
     "QueryEncoder": "serving.query_encoder",
@@ -74,7 +74,10 @@ def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module 'hlm' has no attribute '{name}'")
     module, _, there = _PLACES[name].partition(":")
-    value = getattr(importlib.import_module(f"hlm.{module}"), there or name)
+    from hlm.extras import extras_named
+
+    with extras_named(f"hlm.{name}"):
+        value = getattr(importlib.import_module(f"hlm.{module}"), there or name)
     globals()[name] = value
     return value
 

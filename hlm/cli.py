@@ -19,6 +19,7 @@ from typing import NoReturn
 from hlm import __version__
 from hlm.artefacts import MANIFEST, HlmError
 from hlm.endings import INTERRUPTED, NO_READER
+from hlm.extras import check_extra, extras_named
 from hlm.fields import optional, read_json
 from hlm.hub.cache import local_folder
 from hlm.planning.settings import Assumptions, check_folder, read_steps
@@ -32,6 +33,7 @@ JOINERS = "\u200c\u200d"  # Persian and Hindi are misspelt without them
 # What recipes/<name>.py does, as a command.
 SCRIPTS = {"quickstart": "run all steps of a folder of configs, skip what is up to date"}
 SCRIPTS |= {step.script: step.help for name, step in STEPS.items() if name != "contrastive_only"}  # refine's second use
+PLOTTING = {"quickstart", "evaluate", "benchmark"}
 REVISION = "or a Hub id, owner/name or owner/name@revision"
 
 
@@ -51,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if words and words[0] in SCRIPTS:
                 run_script(*words)
             options = parser().parse_args(words)
-            options.run(options)
+            with extras_named("this command"):
+                options.run(options)
         finally:
             # Here rather than when Python ends: there a closed pipe or a full disk would be a traceback.
             if sys.stdout is not None:
@@ -156,8 +159,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run_script(name: str, *words: str) -> NoReturn:
-    """Becomes `python recipes/<name>.py`, of a checkout or of the installed package."""
+    """Becomes `python recipes/<name>.py`, of a checkout or of the installed package.
+
+    Raises:
+        HlmError: a package that the step imports is not installed.
+    """
     script = recipes() / f"{name}.py"
+    check_extra("eval" if name in PLOTTING else "train", f"hlm {name}")
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, str(script), *words])
 
@@ -199,19 +207,23 @@ def search(options: argparse.Namespace) -> None:
         raise HlmError("query: expected text in UTF-8, found other bytes; check the terminal's encoding")
     if options.k < 1:
         raise HlmError(f"-k: expected 1 or more, found {options.k}")
-    folder = located(options.student)
-    student = read_student(folder)
+    from hlm.serving.student_files import StudentFiles
+
+    source, revision = named(options.student)
+    student = read_student(StudentFiles.folder_of(source, revision))
     kind = "index" if options.index else "vectors"
     catalogue = open_fitting(located_catalogue(options.index or options.vectors, kind), student, kind)
 
-    from hlm.encoders.loading import encode, load_encoder
-    from hlm.vectors.index import AdIndex
+    from hlm.data.contract import titles
+    from hlm.serving.query_encoder import QueryEncoder
+    from hlm.vectors.faiss_index import AdIndex
+    from hlm.vectors.index import Index
 
-    index = catalogue if isinstance(catalogue, AdIndex) else AdIndex.build(catalogue, dim=student["dim"])
-    (vector,) = encode(load_encoder(str(folder)), [options.query], prompt_name="query")
-    scores, ids = index.search(vector, options.k)
-    titles = read_titles(options.corpus, ids) if options.corpus else [""] * len(ids)
-    for rank, (score, ad, title) in enumerate(zip(scores, ids, titles, strict=False), 1):
+    index = catalogue if isinstance(catalogue, Index) else AdIndex.build(catalogue, dim=student["dim"])
+    encoder = QueryEncoder.from_pretrained(source, revision=revision)
+    scores, ids = index.search(encoder.encode(options.query), options.k)
+    names = titles(options.corpus, ids) if options.corpus else [""] * len(ids)
+    for rank, (score, ad, title) in enumerate(zip(scores, ids, names, strict=False), 1):
         print(printable(f"{rank:>3}  {score:.4f}  {ad}  {title}").rstrip())
 
 
@@ -244,13 +256,14 @@ def card(options: argparse.Namespace) -> None:
     kind = optional(read_json(found), str, "kind", where=found) if found.is_file() else None
 
     from hlm.publishing.cards import dataset_card, student_card, teacher_card
+    from hlm.report_files import read_latency, read_report
 
     write = {"student": student_card, "teacher": teacher_card}.get(kind, dataset_card)
     name = re.sub(r"[^A-Za-z0-9]+", "-", folder.resolve().name).strip("-") or "artefact"
     about = {
         "repo_id": options.repo_id or f"local/{name}",
-        "report": read_json(Path(options.report)) if options.report else None,
-        "latency": read_json(Path(options.latency)) if options.latency else None,
+        "report": read_report(options.report) if options.report else None,
+        "latency": read_latency(options.latency) if options.latency else None,
     }
     names = ("teacher_repo", "student_repo", "dataset_repo", "base_model", "licence", "language", "command", "commit")
     show(write(folder, **about, **{name: getattr(options, name) for name in names}))
@@ -258,10 +271,16 @@ def card(options: argparse.Namespace) -> None:
 
 def located(name: str, repo_type: str = "model", subfolder: str | None = None) -> Path:
     """The folder that `name` stands for; a Hub id, owner/name or owner/name@revision, is downloaded."""
-    where, _, revision = name.partition("@")
+    where, revision = named(name)
+    return local_folder(where, revision=revision, repo_type=repo_type, subfolder=subfolder)
+
+
+def named(name: str) -> tuple[str, str | None]:
+    """A folder or Hub id, and the revision that is named with it."""
     if Path(name).is_dir():
-        where, revision = name, ""
-    return local_folder(where, revision=revision or None, repo_type=repo_type, subfolder=subfolder)
+        return name, None
+    where, _, revision = name.partition("@")
+    return where, revision or None
 
 
 def located_catalogue(name: str, kind: str = "index") -> Path:
@@ -270,31 +289,6 @@ def located_catalogue(name: str, kind: str = "index") -> Path:
     if Path(name).is_dir():
         return Path(name) / inside if (Path(name) / inside / MANIFEST).is_file() else Path(name)
     return located(name, "dataset", inside)
-
-
-def read_titles(source: str, ids: list[str]) -> list[str]:
-    """The title of each ad, or its text where it has no title; passes once over the corpus, a block at a time.
-
-    Raises:
-        HlmError: an ad of the index that the dataset does not have.
-    """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    from hlm.data.contract import load
-
-    corpus = load(source, splits=(), skip_bad_rows=True).corpus
-    columns = [name for name in ("_id", "title", "text") if name in corpus.column_names]
-    wanted, found = pa.array(ids, pa.string()), {}
-    for block in corpus.select_columns(columns).with_format("arrow").iter(batch_size=65_536):
-        for row in block.filter(pc.is_in(block["_id"].cast(pa.string()), value_set=wanted)).to_pylist():
-            found[row["_id"]] = row.get("title") or row.get("text")
-    missing = [ad for ad in ids if ad not in found]
-    if missing:
-        raise HlmError(
-            f"expected the ads of the index in {source}, found no {missing[0]!r}; name the dataset that was embedded"
-        )
-    return [found[ad] for ad in ids]
 
 
 if __name__ == "__main__":

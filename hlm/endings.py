@@ -11,23 +11,13 @@ import select
 import time
 from collections.abc import Iterator
 
-from hlm.artefacts import HlmError
+from hlm.errors import FULL_DISK, REMEDIES, HlmError
 
 _OUTPUTS = (1, 2)  # standard output and standard error
 REFUSED, INTERRUPTED, NO_READER = 2, 130, 141  # the last two as a shell counts SIGINT and SIGPIPE
 
 _KEPT = "what was finished before is kept, and the same command goes on from there"
-REMEDIES = {
-    errno.ENOSPC: f"free some space, or write elsewhere; {_KEPT}",
-    errno.EDQUOT: f"free some of your quota, or write elsewhere; {_KEPT}",
-    errno.EFBIG: f"raise the limit of a file's size (ulimit -f), or write elsewhere; {_KEPT}",
-    errno.EROFS: "name a folder on a disk that can be written",
-    errno.EACCES: "give this user access to it, or name another path",
-    errno.EPERM: "give this user access to it, or name another path",
-    errno.EMFILE: f"raise the limit of open files (ulimit -n); {_KEPT}",
-    errno.ENFILE: f"close other programs' files; {_KEPT}",
-    errno.EIO: f"check the disk; {_KEPT}",
-}
+_MIDWAY = (*FULL_DISK, errno.EMFILE, errno.ENFILE, errno.EIO)  # these stop what has begun
 # Libraries written in other languages tell the number, or the text, of the system's error within their own.
 _NUMBER = re.compile(r"\[errno (\d+)\]|os error (\d+)", re.IGNORECASE)
 _WORKER = re.compile(r"Caught \w+ in DataLoader worker process")
@@ -98,17 +88,21 @@ def _words(error: BaseException) -> str:
 def _system_error(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in REMEDIES:
         path = f" at {os.fsdecode(error.filename)}" if error.filename else ""
-        return f"{os.strerror(error.errno)}{path}; {REMEDIES[error.errno]}"
+        return f"{os.strerror(error.errno)}{path}; {_remedy(error.errno)}"
     text = _words(error)
     match = _NUMBER.search(text)
     number = int(match[1] or match[2]) if match else None
     if number is None:
         number = next((number for number in REMEDIES if os.strerror(number) in text), None)
     if number in REMEDIES:
-        return f"{text}; {REMEDIES[number]}"
+        return f"{text}; {_remedy(number)}"
     if isinstance(error, RuntimeError) and _TORCH_WRITER.search(text):
-        return f"a file could not be written, most often because the disk is full; {REMEDIES[errno.ENOSPC]}"
+        return f"a file could not be written, most often because the disk is full; {_remedy(errno.ENOSPC)}"
     return None
+
+
+def _remedy(code: int) -> str:
+    return f"{REMEDIES[code]}; {_KEPT}" if code in _MIDWAY else REMEDIES[code]
 
 
 def _reader_is_gone() -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import operator
+import types
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints, is_typeddict
 
 from hlm.artefacts import HlmError
 
@@ -61,6 +62,38 @@ def optional(record: Any, kind: type[T], *path: str | int, where: Path | str, **
     *outer, last = path
     holder = field(record, dict, *outer, where=where)
     return None if holder.get(last) is None else field(record, kind, *path, where=where, **bounds)
+
+
+def check_type(record: Any, kind: Any, *path: str | int, where: Path | str) -> None:
+    """Refuses a value read from JSON that is not what a type says; keys that a TypedDict does not name are let through.
+
+    Args:
+        kind: a TypedDict, dict[str, ...], list[...], a type that `field` takes, one of these or None, or Any.
+        path: where the value is within `record`.
+
+    Raises:
+        HlmError: names the first field that is missing or of another type.
+    """
+    if kind is Any:
+        return
+    if is_typeddict(kind):
+        found = field(record, dict, *path, where=where)
+        for name, inner in get_type_hints(kind).items():
+            if name in kind.__required_keys__ or name in found:
+                check_type(record, inner, *path, name, where=where)
+    elif get_origin(kind) is dict:
+        for name in field(record, dict, *path, where=where):
+            check_type(record, get_args(kind)[1], *path, name, where=where)
+    elif get_origin(kind) is list:
+        for place in range(len(field(record, list, *path, where=where))):
+            check_type(record, get_args(kind)[0], *path, place, where=where)
+    elif isinstance(kind, types.UnionType):
+        (inner,) = (one for one in get_args(kind) if one is not types.NoneType)
+        holder = field(record, dict, *path[:-1], where=where)
+        if path[-1] not in holder or holder[path[-1]] is not None:
+            check_type(record, inner, *path, where=where)
+    else:
+        field(record, kind, *path, where=where)
 
 
 def whole_number(name: str, value: Any, *, least: int, most: int | None = None) -> int:

@@ -14,16 +14,18 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from hlm.errors import HlmError
 
 logger = logging.getLogger(__name__)
 
-_held: dict[tuple[int, int, str], int] = {}  # (process, thread, lock file) -> how often this thread took it
+# (process, thread, lock file) -> how often this thread took it, and whether the file system has locks
+_held: dict[tuple[int, int, str], list[Any]] = {}
 
 
 @contextlib.contextmanager
-def locked(path: Path, what: str) -> Iterator[None]:
+def locked(path: Path, what: str, *, wait: bool = False) -> Iterator[bool]:
     """Holds a lock on the file `path`, which is made for it and removed after it. A thread may take its lock again.
 
     The lock ends with its process, however that ends. Between machines it holds where the file system's locks do, as on
@@ -31,6 +33,10 @@ def locked(path: Path, what: str) -> Iterator[None]:
 
     Args:
         what: what the lock protects, for the error.
+        wait: until whoever holds it has let it go, instead of refusing.
+
+    Yields:
+        Whether the file system has locks.
 
     Raises:
         HlmError: somebody else holds it; the message names process, machine and command.
@@ -38,35 +44,40 @@ def locked(path: Path, what: str) -> Iterator[None]:
     """
     key = (os.getpid(), threading.get_ident(), str(path))
     if key in _held:
-        _held[key] += 1
+        _held[key][0] += 1
         try:
-            yield
+            yield _held[key][1]
         finally:
-            _held[key] -= 1
+            _held[key][0] -= 1
         return
-    descriptor = _lock(path, what)
-    _held[key] = 1
+    descriptor, real = _lock(path, what, wait)
+    _held[key] = [1, real]
     try:
-        yield
+        yield real
     finally:
         del _held[key]
         path.unlink(missing_ok=True)  # while it is held: whoever waits for this very file sees that it is gone
         os.close(descriptor)
 
 
-def _lock(path: Path, what: str) -> int:
-    """The descriptor of the locked file."""
+def _lock(path: Path, what: str, wait: bool) -> tuple[int, bool]:
+    """The descriptor of the locked file, and whether it is locked."""
+    patient = False
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            _flock(descriptor, path)
+            real = _flock(descriptor, path, patient)
             if _is(descriptor, path):
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, _myself().encode("utf-8", "replace"), 0)
-                return descriptor
+                return descriptor, real
         except BlockingIOError:
             holder = os.pread(descriptor, 1000, 0).decode("utf-8", "replace") or "another process"
             os.close(descriptor)
+            if wait:
+                logger.info("waiting for %s, which writes %s", holder, what)
+                patient = True
+                continue
             raise HlmError(
                 f"expected to be the only one who writes {what}, found that {holder} does; wait for it, end it, or "
                 "name another output"
@@ -77,13 +88,16 @@ def _lock(path: Path, what: str) -> int:
         os.close(descriptor)  # its holder removed the file between our opening and our locking it
 
 
-def _flock(descriptor: int, path: Path) -> None:
+def _flock(descriptor: int, path: Path, wait: bool) -> bool:
+    """Whether the file is locked now: False where the file system has no locks."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
         logger.warning("the file system of %s has no locks: see to it that one process alone writes there", path)
+        return False
+    return True
 
 
 def _is(descriptor: int, path: Path) -> bool:

@@ -21,26 +21,16 @@ import shutil
 import socket
 import sys
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from hlm.errors import HlmError
+from hlm.errors import FULL_DISK, REMEDIES, HlmError
 from hlm.locks import locked
 
 MANIFEST = "hlm.json"
 # What systems put into folders by themselves.
 IGNORED = frozenset({".DS_Store", "Thumbs.db", "desktop.ini", "lost+found"})
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-_REMEDIES = {
-    errno.ENOSPC: "free some space on that disk and run the command again",
-    errno.EDQUOT: "free some of your quota on that disk and run the command again",
-    errno.EROFS: "the disk is read-only: name another output",
-    errno.EACCES: "name another output, or make it writable",
-    errno.EPERM: "name another output, or make it writable",
-    errno.ENOTDIR: "a part of the path is a file: correct it",
-    errno.ENAMETOOLONG: "give a shorter name",
-}
 _SWAPPING = ".hlm.swapping"  # in a folder that is written inside itself: the names that come and go
 
 _HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
@@ -110,6 +100,42 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def make_once(path: Path, make: Callable[[Path], None], is_whole: Callable[[], bool]) -> None:
+    """Makes an entry of a cache, a file or a folder, where it is not whole. One process at a time makes it, others wait
+    for it; what killed processes left half made in the cache is removed.
+
+    Args:
+        make: writes the entry to the path that it is given, which takes the name `path` afterwards.
+        is_whole: whether `path` can be used as it is.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(_lock_of(path), str(path), wait=True) as alone:
+        if is_whole():
+            return
+        if alone:
+            _sweep_cache(path)
+        aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+        try:
+            make(aside)
+            if path.is_dir():  # and not whole
+                shutil.rmtree(path)
+            os.replace(aside, path)
+        finally:
+            _remove(aside)
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
+
+
+def _sweep_cache(path: Path) -> None:
+    """Removes what is half made beside `path`, which this process has locked, and whose maker is gone."""
+    for leftover in path.parent.glob(".*.partial"):
+        entry = path.with_name(leftover.name[1:].rsplit(".", 2)[0])
+        with contextlib.suppress(HlmError), locked(_lock_of(entry), str(entry)):  # HlmError: it is being made
+            _remove(leftover)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -353,7 +379,7 @@ def _remove(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def os_errors(path: Path, codes: Collection[int] = tuple(_REMEDIES)) -> Iterator[None]:
+def os_errors(path: Path, codes: Collection[int] = tuple(REMEDIES)) -> Iterator[None]:
     """What the disk refuses becomes an HlmError that names the output and says what to do; `codes` limits it to some,
     where other files than the output may be the cause."""
     try:
@@ -361,6 +387,4 @@ def os_errors(path: Path, codes: Collection[int] = tuple(_REMEDIES)) -> Iterator
     except OSError as error:
         if error.errno not in codes:
             raise
-        raise HlmError(
-            f"expected to write {path}, found {error.strerror or error}; {_REMEDIES[error.errno]}"
-        ) from error
+        raise HlmError(f"expected to write {path}, found {error.strerror or error}; {REMEDIES[error.errno]}") from error

@@ -1,7 +1,7 @@
 """What must not leave the machine. `public` cuts paths to their last name and strikes out secrets; `refuse_secrets`
 searches what is to be published, and stops it where a secret or a name of this machine is left.
 
-Cards, uploads and the Hub's error messages all go through here.
+The one place for it: manifests, reports, cards, uploads, the demo's page and the Hub's error messages go through here.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def public(value: Any, name: str = "") -> Any:
         return [public(item, name) for item in value]
     if not isinstance(value, str) or not value:
         return value
-    if SECRET_NAME.fullmatch(name):
+    if is_secret(name):
         return HIDDEN
     return public_command(value) if re.fullmatch(r"(?:.*_)?command(?:s|_line)?", name) else _text(value, name)
 
@@ -137,6 +137,42 @@ def public_command(command: str) -> str:
         return command
     quoted = {word for word in clean if f"'{word}'" in command or f'"{word}"' in command}
     return " ".join(shlex.quote(word) if word in quoted or re.search(r"[\s'\"]|^$", word) else word for word in clean)
+
+
+def public_error(text: str) -> str:
+    """The text of an error as a log may show it: without secrets, the token of this machine, and the queries of
+    addresses, which carry signatures."""
+    text = re.sub(r"(https?://[^\s?]+)\?\S+", r"\1?...", without_secrets(text))
+    return text.replace(token, HIDDEN) if (token := get_token()) else text
+
+
+def portable(settings: Any) -> Any:
+    """Settings that mean the same on any machine: without secrets, empty values, and all texts that can be paths."""
+    if isinstance(settings, dict):
+        kept = {key: portable(value) for key, value in settings.items() if not is_secret(str(key))}
+        return {key: value for key, value in kept.items() if value not in (None, {}, [], "")}
+    if isinstance(settings, list):
+        return [portable(value) for value in settings]
+    return None if isinstance(settings, str) and re.search(r"[/\\:]", settings) else settings
+
+
+def is_secret(name: str) -> bool:
+    """Whether the value of a setting, an option or a variable of this name is a secret."""
+    return bool(SECRET_NAME.fullmatch(name))
+
+
+def without_secret_options(words: Sequence[str]) -> list[str]:
+    """The words of a command with the values of `--token` and the like, and what has a secret's form, struck out; paths
+    stay."""
+    shown = []
+    for before, word in zip(["", *words], words, strict=False):
+        option, equals, _ = word.partition("=")
+        if equals and is_secret(option):
+            word = f"{option}={HIDDEN}"
+        elif before.startswith("-") and is_secret(before) and not word.startswith("-"):
+            word = HIDDEN
+        shown.append(without_secrets(word))
+    return shown
 
 
 def without_secrets(text: str) -> str:
@@ -198,7 +234,7 @@ def _words(words: Sequence[str]) -> list[str]:
             last = _end_of_path(words, at)
             value = " ".join([value, *words[at + 1 : last + 1]])
         name = option if equals else before if before.startswith("-") and "=" not in before else "word"
-        if SECRET_NAME.fullmatch(name) and not value.startswith("-"):
+        if is_secret(name) and not value.startswith("-"):
             value = HIDDEN
         clean.append(option + equals + _text(value, name))
         # A=1 B=2 program: the first word that is no assignment, and the first after && and the like.

@@ -1,4 +1,5 @@
-"""The files of a report: whose they are, so that nobody else's are overwritten, and who writes them now."""
+"""report.json and latency.json: written and read here, with the version of what they hold (`hlm.report_types`); whose
+they are, so that nobody else's are overwritten; and who writes them now."""
 
 from __future__ import annotations
 
@@ -7,10 +8,15 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
-from hlm.artefacts import HlmError
+from hlm.artefacts import HlmError, write_json
+from hlm.fields import check_type, optional, read_json
 from hlm.locks import locked
 from hlm.outputs import os_errors, resolved
+from hlm.report_types import LatencyReport, Report
+
+SCHEMA_VERSION = 1  # what files without a version hold as well
 
 # The report -> what is written beside it. The report comes first and says whose the others are.
 FILES = {"report.json": ("report.png", "per_query.parquet"), "latency.json": ("latency.png",)}
@@ -19,6 +25,51 @@ _KEYS = {
     "report.json": {"dataset", "split", "k", "systems", "recovery"},
     "latency.json": {"data", "reference", "settings", "systems", "blocks"},
 }
+
+
+def write_report(folder: str | Path, report: Report) -> None:
+    """Writes report.json."""
+    write_json(Path(folder) / "report.json", {"schema_version": SCHEMA_VERSION, **report})
+
+
+def write_latency(folder: str | Path, report: LatencyReport) -> None:
+    """Writes latency.json."""
+    write_json(Path(folder) / "latency.json", {"schema_version": SCHEMA_VERSION, **report})
+
+
+def read_report(path: str | Path) -> Report:
+    """What recipes/evaluate.py wrote.
+
+    Raises:
+        HlmError: no JSON to read, of a later version, or another file than a report: names the field.
+    """
+    return checked_report(read_json(Path(path)), path)
+
+
+def read_latency(path: str | Path) -> LatencyReport:
+    """What recipes/benchmark.py wrote; raises as `read_report`."""
+    return checked_latency(read_json(Path(path)), path)
+
+
+def checked_report(value: Any, where: str | Path) -> Report:
+    """A report read from JSON, which lies at `where`; raises as `read_report`."""
+    _check(value, Report, where)
+    return cast(Report, value)
+
+
+def checked_latency(value: Any, where: str | Path) -> LatencyReport:
+    """A latency report read from JSON, which lies at `where`; raises as `read_report`."""
+    _check(value, LatencyReport, where)
+    return cast(LatencyReport, value)
+
+
+def _check(value: Any, kind: Any, where: str | Path) -> None:
+    if (optional(value, int, "schema_version", where=where) or SCHEMA_VERSION) > SCHEMA_VERSION:
+        raise HlmError(
+            f"{where}: expected a report of version {SCHEMA_VERSION} or before, found {value['schema_version']}; read "
+            "it with the version of HLM that wrote it, or measure again"
+        )
+    check_type(value, kind, where=where)
 
 
 def check_report(folder: str | Path, name: str) -> Path:

@@ -17,15 +17,15 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import yaml
 
-from hlm.artefacts import HlmError, write_json
+from hlm.artefacts import HlmError
 from hlm.benchmark.budgets import BUDGETS, check_budgets, gate, read_budgets
 from hlm.benchmark.floor import Work, floor_of, measure_rates, work_of
 from hlm.benchmark.latency import Block, derive, measure, new_words, ratios, summarise
@@ -42,7 +42,8 @@ from hlm.evaluation.metrics import length_slice
 from hlm.evaluation.report import command_line, environment
 from hlm.machine import facts
 from hlm.planning.footprint import backbone_config
-from hlm.report_files import claimed_report
+from hlm.report_files import claimed_report, read_report, write_latency
+from hlm.report_types import Environment, LatencyReport, MeasuredSystem, Quality, Report
 from hlm.settings import closest, read_section
 from hlm.vectors.store import VectorStore
 
@@ -117,15 +118,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         find_encoder(model)  # before the first one is loaded
     reference = named(config.reference, entries, "reference", 0)
     budgets = read_budgets(config.budgets, list(entries), named(config.candidate, entries, "candidate", -1))
-    evaluated = read_report(config, entries)
+    evaluated = read_evaluated(config, entries)
     qualities = read_qualities(entries, evaluated)
     store = VectorStore.open(config.corpus) if config.corpus else None
     measurable = find_measurable(config, entries, qualities, store)
     check_figures(config, entries, qualities, measurable, budgets)
     with claimed_report(config.output, "latency.json") as output:
         report = run(config, entries, reference, budgets, qualities, measurable, store, evaluated)
-        report["environment"] = environment(command_line("recipes/benchmark.py", argv)) | facts()
-        write_json(output / "latency.json", report)  # first: it says that the plot beside it is HLM's
+        report["environment"] = cast(Environment, environment(command_line("recipes/benchmark.py", argv)) | facts())
+        write_latency(output, report)  # first: it says that the plot beside it is HLM's
         plot(report, output / "latency.png")
     print(format_table(report))
     if status := gate(report["budgets"], sys.stderr):
@@ -137,11 +138,11 @@ def run(
     entries: dict[str, Entry],
     reference: str,
     budgets: list[tuple[str, str, float]],
-    qualities: dict[str, dict[str, Any]],
+    qualities: dict[str, Quality],
     measurable: list[str],
     store: VectorStore | None,
-    evaluated: dict[str, Any],
-) -> dict[str, Any]:
+    evaluated: Report | None,
+) -> LatencyReport:
     """Loads and measures everything; latency.json less its environment."""
     queries, data = read_queries(config)
     systems, derived = load_systems(config, entries)
@@ -151,7 +152,7 @@ def run(
     # Not among derived systems, nor where random token ids are read.
     whole = {name: of for name, of in same_models(entries).items() if reads_texts(systems, name, of)}
     same = agreements(encoders, whole, queries, store, k=10)
-    for name in measurable:
+    for name in measurable if evaluated else ():
         qualities[name] = measured_quality(encoders[name], data, config.split, store, evaluated, name)
     works = find_works(entries, systems, derived, queries)
     rates = measure_rates(list(works.values()), device=device_of(config), seconds=config.block_s)
@@ -224,25 +225,27 @@ def named(name: str | None, entries: dict[str, Entry], what: str, default: int) 
     return name
 
 
-def read_report(config: BenchmarkConfig, entries: dict[str, Entry]) -> dict[str, Any]:
-    """report.json of recipes/evaluate.py; {} where none is asked for."""
+def read_evaluated(config: BenchmarkConfig, entries: dict[str, Entry]) -> Report | None:
+    """report.json of recipes/evaluate.py; None where none is asked for."""
     if config.report is None:
         for name, entry in entries.items():
             if entry.quality is not None:
                 raise HlmError(f"systems: '{name}' takes its quality from a report, found none; set `report`")
-        return {}
+        return None
     try:
-        return json.loads(Path(config.report).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise HlmError(f"report: cannot read {config.report} ({error}); run recipes/evaluate.py first") from error
+        return read_report(config.report)
+    except HlmError as error:
+        raise HlmError(f"report: {error}, recipes/evaluate.py") from error
 
 
-def read_qualities(entries: dict[str, Entry], report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def read_qualities(entries: dict[str, Entry], report: Report | None) -> dict[str, Quality]:
+    if report is None:
+        return {}
     wanted = {name: entry.quality or name for name, entry in entries.items()}
     return {
         name: quality(report, of)
         for name, of in wanted.items()
-        if entries[name].quality or (entries[name].model and of in report.get("systems", {}))
+        if entries[name].quality or (entries[name].model and of in report["systems"])
     }
 
 
@@ -262,7 +265,7 @@ def reads_texts(systems: dict[str, System], *names: str) -> bool:
 
 
 def find_measurable(
-    config: BenchmarkConfig, entries: dict[str, Entry], known: dict[str, dict[str, Any]], store: VectorStore | None
+    config: BenchmarkConfig, entries: dict[str, Entry], known: dict[str, Quality], store: VectorStore | None
 ) -> list[str]:
     """Systems that no report knows and whose quality this run can measure: the store's own encoder and its students."""
     if store is None or config.data is None or config.report is None:
@@ -274,7 +277,7 @@ def find_measurable(
 def check_figures(
     config: BenchmarkConfig,
     entries: dict[str, Entry],
-    qualities: dict[str, dict[str, Any]],
+    qualities: dict[str, Quality],
     measurable: list[str],
     budgets: list[tuple[str, str, float]],
 ) -> None:
@@ -368,8 +371,8 @@ def build_report(
     derived: dict[str, Derivation],
     blocks: list[Block],
     reference: str,
-    parts: dict[str, dict[str, dict[str, Any]]],
-) -> dict[str, Any]:
+    parts: Mapping[str, Mapping[str, Any]],
+) -> LatencyReport:
     """latency.json, less its environment and budgets; `parts` are figures taken elsewhere: key -> system -> figures."""
     summaries = summarise(blocks, queries)
     for name, plan in derived.items():
@@ -389,14 +392,19 @@ def build_report(
         "reference": reference,
         "settings": {name: getattr(config, name) for name in settings},
         "systems": {
-            name: (derived[name] if name in derived else systems[name]).facts
-            | {"settings": asdict(entry)}
-            | summaries[name]
-            | {"ratio": compared[name]}
-            | {key: figures[name] for key, figures in parts.items() if name in figures}
+            name: cast(
+                MeasuredSystem,
+                (derived[name] if name in derived else systems[name]).facts
+                | {"settings": asdict(entry)}
+                | summaries[name]
+                | {"ratio": compared[name]}
+                | {key: figures[name] for key, figures in parts.items() if name in figures},
+            )
             for name, entry in entries.items()
         },
         "blocks": [block.record() for block in blocks],
+        "budgets": [],
+        "environment": {},
     }
 
 

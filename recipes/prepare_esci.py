@@ -32,7 +32,7 @@ from hlm.artefacts import (
     write_manifest,
 )
 from hlm.config import parse, run_recipe
-from hlm.data.readers import NOT_READ
+from hlm.data.readers import not_read
 from hlm.data.sources import shards, streamed
 from hlm.data.tables import identifier, read_rows
 
@@ -162,7 +162,7 @@ def open_general(config: PrepareEsciConfig) -> tuple[str, Rows]:
         try:
             builder = datasets.load_dataset_builder(source, data_files=wanted, revision=config.general_revision)
             table = streamed(source, builder.config.data_files["train"])
-        except (*NOT_READ, ValueError, KeyError, TypeError) as error:  # the last two: no files, or none of train
+        except (*not_read(), ValueError, KeyError, TypeError) as error:  # the last two: no files, or none of train
             raise HlmError(
                 f"general_queries: expected a table file, a folder of shards or a Hub dataset id, found '{source}' "
                 f"({error}); correct it, general_files or general_revision, or check the connection"

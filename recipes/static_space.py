@@ -25,7 +25,7 @@ from hlm.data.contract import iterate, load
 from hlm.demo.comparison import ad_texts, is_synthetic, stored_teacher
 from hlm.demo.examples import choose_examples
 from hlm.serving.query_encoder import QueryEncoder
-from hlm.vectors.index import AdIndex
+from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.lineage import open_fitting, read_student
 from hlm.vectors.store import VectorStore
 

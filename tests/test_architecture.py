@@ -1,7 +1,9 @@
 """Who may import whom, and what may not be written anywhere."""
 
 import ast
+import io
 import re
+import tokenize
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -117,3 +119,49 @@ def test_training_arguments_never_carry_a_token_into_a_manifest():
     from hlm.training.trainer import TrainingArguments, recorded
 
     assert "secret" not in str(recorded(TrainingArguments(output_dir="x", hub_token="hf_secret")))
+
+
+MOST_LINES, MOST_CODE = 400, 60  # of a file; of a function, its docstring, comments and empty lines not counted
+
+
+def code_lines(text: str) -> dict[str, int]:
+    """Lines of code of each function in a file, nested ones and methods too, by its line and name."""
+    nothing = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    code = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in nothing:
+            code |= set(range(token.start[0], token.end[0] + 1))
+    found = {}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0]
+            docstring = range(first.lineno, first.end_lineno + 1) if ast.get_docstring(node, clean=False) else range(0)
+            found[f"{node.lineno} {node.name}"] = len(code & {*range(node.lineno, node.end_lineno + 1)} - {*docstring})
+    return found
+
+
+def test_lines_of_code_are_counted():
+    text = '''
+def f(a,
+      b):
+    """Two
+    lines."""
+    # a comment
+
+    def g():
+        return """a text
+of two"""
+    return g
+'''
+    assert code_lines(text) == {"2 f": 6, "8 g": 3}
+
+
+def test_no_file_and_no_function_is_too_long():
+    folders = [ROOT / name for name in ("hlm", "recipes", "results", "spaces", "tests")]
+    long = []
+    for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
+        text, name = path.read_text(), path.relative_to(ROOT)
+        if (lines := len(text.splitlines())) > MOST_LINES:
+            long.append(f"{name}: {lines} lines")
+        long += [f"{name}:{at}: {count} lines of code" for at, count in code_lines(text).items() if count > MOST_CODE]
+    assert not long, "split by meaning:\n" + "\n".join(long)

@@ -15,15 +15,23 @@ from hlm.artefacts import HlmError
 from hlm.cli import main
 from hlm.data.contract import load
 from hlm.encoders.loading import encode, fingerprint, load_encoder, save_encoder
+from hlm.serving import student_files
 from hlm.vectors import canaries
-from hlm.vectors.index import AdIndex
+from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.store import VectorStore, write_store
 
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory, tiny_bert):
-    """A student that is its own teacher: what it finds for an ad's own text is that ad."""
+    """A student that is its own teacher: what it finds for an ad's own text is that ad. It has no ONNX files."""
     folder = tmp_path_factory.mktemp("cli")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HLM_CACHE", str(folder / "cache"))
+        furnish(folder, tiny_bert)
+        yield folder
+
+
+def furnish(folder, tiny_bert):
     model = load_encoder(tiny_bert, device="cpu")
     teacher = fingerprint(model)
     save_encoder(model, folder / "student", "student", inputs={"teacher": teacher}, config={})
@@ -48,7 +56,6 @@ def house(tmp_path_factory, tiny_bert):
     canaries.keep(folder / "vectors", "vectors", canaries.made_by(model))
     AdIndex.build(VectorStore.open(folder / "vectors")).save(folder / "index")
     AdIndex.build(VectorStore.open(folder / "vectors"), dim=8).save(folder / "narrow")
-    return folder
 
 
 def refusal(capsys, *argv) -> str:
@@ -96,14 +103,16 @@ def hub(house, monkeypatch, tmp_path):
     shutil.copytree(house / "vectors", tmp_path / "ads/vectors/corpus")
     asked = []
 
-    def local_folder(name, *, revision=None, repo_type="model", subfolder=None):
-        asked.append((name, revision, repo_type, subfolder))
+    def local_folder(name, *, revision=None, repo_type="model", subfolder=None, patterns=None):
+        if (name, revision, repo_type, subfolder) not in asked:
+            asked.append((name, revision, repo_type, subfolder))
         folder = {"acme/student": house / "student", "acme/ads": tmp_path / "ads"}.get(name)
         if folder is None:
             raise HlmError(f"expected a folder or a Hub id at {name}, found neither")
         return folder / subfolder if subfolder else folder
 
     monkeypatch.setattr(cli, "local_folder", local_folder)
+    monkeypatch.setattr(student_files, "local_folder", local_folder)
     return asked, tmp_path / "ads"
 
 
@@ -296,11 +305,32 @@ def test_ctrl_c_ends_with_130(house, monkeypatch, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_help_and_refusals_load_nothing_heavy():
-    code = (
-        "import sys; from hlm.cli import main; assert main(['verify', 'nowhere', 'nowhere']) == 2; "
-        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'faiss', 'datasets')))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+HEAVY = {"torch", "transformers", "sentence_transformers", "datasets", "faiss", "pyarrow", "onnxruntime", "numpy"}
+
+
+@pytest.mark.parametrize(
+    ("code", "loads"),
+    [
+        ("import hlm", set()),
+        ("from hlm.cli import main; assert main(['verify', 'nowhere', 'nowhere']) == 2", set()),
+        ("from hlm.cli import main; main(['--help'])", set()),
+        ("import hlm; hlm.QueryEncoder.from_pretrained(sys.argv[1])", {"numpy", "onnxruntime"}),
+        (
+            "from hlm.cli import main; assert main(['search', 'red shoe', '--student', *sys.argv[1:4], '--corpus', "
+            "sys.argv[4]]) == 0",
+            {"numpy", "onnxruntime", "faiss", "pyarrow"},
+        ),
+    ],
+    ids=["import", "refusal", "help", "from_pretrained", "search"],
+)
+def test_what_is_not_needed_is_not_loaded(house, capsys, code, loads):
+    argv = [str(house / "student"), "--index", str(house / "index"), str(house / "data")]
+    assert main(["search", "red shoe", "--student", *argv[:3]]) == 0  # exported, once
+    code = f"import sys, atexit; atexit.register(lambda: print('loaded:', *{HEAVY} & set(sys.modules))); {code}"
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=True)
+    assert set(done.stdout.splitlines()[-1].split()[1:]) == loads, done.stdout
+
+
+def test_version():
     shown = subprocess.run([sys.executable, "-m", "hlm.cli", "--version"], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == f"hlm {__version__}"

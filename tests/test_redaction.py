@@ -8,7 +8,16 @@ import pytest
 
 from hlm import redaction
 from hlm.artefacts import HlmError
-from hlm.redaction import machine_names, public, public_command, public_manifest, refuse_secrets
+from hlm.redaction import (
+    machine_names,
+    portable,
+    public,
+    public_command,
+    public_error,
+    public_manifest,
+    refuse_secrets,
+    without_secret_options,
+)
 
 PATHS = {
     "/home/jane/data": "data",
@@ -208,3 +217,33 @@ def test_a_user_without_a_name_or_a_home_has_nothing_to_be_searched_for(monkeypa
     monkeypatch.setattr(socket, "gethostname", lambda: "")
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     assert machine_names() == []
+
+
+TOKEN = "hf_" + "abcdefghijklmnopqrst"
+
+
+def test_an_error_shows_no_token_and_no_signature(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "own token of this machine")
+    text = f"GET https://cdn.example.org/x/y?signature=s3cr3t&a=b failed for {TOKEN} and own token of this machine"
+    assert public_error(text) == "GET https://cdn.example.org/x/y?... failed for *** and ***"
+
+
+def test_settings_that_mean_the_same_elsewhere_stay():
+    settings = {
+        "epochs": 3, "learning_rate": 1e-4, "gather": False, "max_tokens": 64, "prompt": "", "oracle": None,
+        "model": "/srv/acme/teacher", "output": "runs/x", "drive": "C:x", "hub_token": TOKEN, "API_KEY": "k",
+        "layers": [0, 5], "heads": {"path": "a/b"}, "scores": {"kind": "magnitude", "empty": []},
+    }  # fmt: skip
+    assert portable(settings) == {
+        "epochs": 3, "learning_rate": 1e-4, "gather": False, "max_tokens": 64, "layers": [0, 5],
+        "scores": {"kind": "magnitude"},
+    }  # fmt: skip
+
+
+def test_a_commands_secrets_go_and_its_paths_stay():
+    words = ["recipes/evaluate.py", "--config", "/home/jane/e.yaml", "--hub_token", "s3cr3t", "--api-key=k", "--token",
+             "--k", "10", "--data", f"https://x:{TOKEN}@y"]  # fmt: skip
+    assert without_secret_options(words) == [
+        "recipes/evaluate.py", "--config", "/home/jane/e.yaml", "--hub_token", "***", "--api-key=***", "--token",
+        "--k", "10", "--data", "https://x:***@y",
+    ]  # fmt: skip

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 from hlm.artefacts import HlmError
+from hlm.report_types import CheckedBudget, LatencyReport, MeasuredSystem
 from hlm.settings import closest
 
 INCONCLUSIVE = 3  # exit status; 2 is bad input's
@@ -52,7 +53,7 @@ def read_budgets(budgets: Mapping[str, float], systems: Sequence[str], candidate
     return found
 
 
-def check_budgets(report: Mapping[str, Any], budgets: Sequence[tuple[str, str, float]]) -> list[dict[str, Any]]:
+def check_budgets(report: LatencyReport, budgets: Sequence[tuple[str, str, float]]) -> list[CheckedBudget]:
     """Each budget with the figure that was found for it.
 
     Args:
@@ -69,22 +70,25 @@ def check_budgets(report: Mapping[str, Any], budgets: Sequence[tuple[str, str, f
         found: Any = report["systems"][system]
         for key in path:
             found = found.get(key) if isinstance(found, Mapping) else None
-        entry = {"system": system, "budget": name, "wanted": wanted, "bound": bound, "found": found}
+        entry: CheckedBudget = {
+            "system": system, "budget": name, "wanted": wanted, "bound": bound, "found": found, "passed": None
+        }  # fmt: skip
         if found is None:
             quality = report["systems"][system].get("quality", {})
             reason = quality.get("recovery_reason") if name == "recovery" else None
-            entry |= {"passed": None, "reason": reason or "there is no such figure"}
+            entry["reason"] = reason or "there is no such figure"
         elif crowded := _without_a_clean_sample(report, system, name):
-            reason = f"other processes took more than {report['settings']['max_other_load']:.0%} of the CPUs whenever "
-            reason += f"{' and '.join(crowded)} was measured; measure again on an idle machine"
-            entry |= {"passed": None, "reason": reason}
+            entry["reason"] = (
+                f"other processes took more than {report['settings']['max_other_load']:.0%} of the CPUs whenever "
+                f"{' and '.join(crowded)} was measured; measure again on an idle machine"
+            )
         else:
-            entry |= {"passed": bool(found <= wanted if bound == "at most" else found >= wanted)}
+            entry["passed"] = bool(found <= wanted if bound == "at most" else found >= wanted)
         checked.append(entry)
     return checked
 
 
-def _without_a_clean_sample(report: Mapping[str, Any], system: str, budget: str) -> list[str]:
+def _without_a_clean_sample(report: LatencyReport, system: str, budget: str) -> list[str]:
     """The measurements behind a budget's figure of which no sample is clean."""
     path, _, measured = BUDGETS[budget]
     systems = report["systems"]
@@ -92,13 +96,13 @@ def _without_a_clean_sample(report: Mapping[str, Any], system: str, budget: str)
     if "ratio" in path:
         names.append(systems[system]["agreement"]["with"] if path[0] == "agreement" else report["reference"])
     crowded = [f"the {measured} of {name}" for name in dict.fromkeys(names) if _over(systems[name], measured) == "all"]
-    rates = report.get("rates") or {}
-    if path[0] == "floor" and (rates.get("other_load") or 0) > report["settings"]["max_other_load"]:
+    rates = report.get("rates")
+    if path[0] == "floor" and rates and (rates["other_load"] or 0) > report["settings"]["max_other_load"]:
         crowded.append("the rate of the machine")
     return crowded
 
 
-def _over(entry: Mapping[str, Any], measured: str) -> str | None:
+def _over(entry: MeasuredSystem, measured: str) -> str | None:
     """What a system's figure rests on: "clean" samples, or "all" where there is no clean one."""
     if measured == "latency":
         return entry["latency_ms"]["all"]["over"]
@@ -107,7 +111,7 @@ def _over(entry: Mapping[str, Any], measured: str) -> str | None:
     return entry["cold_start"]["over"] if measured == "cold start" else None
 
 
-def gate(checked: Sequence[Mapping[str, Any]], out: TextIO) -> int:
+def gate(checked: Sequence[CheckedBudget], out: TextIO) -> int:
     """Writes a line to `out` for each budget that is not kept. Returns the exit status: 0 where all are, 1 where one is
     broken, `INCONCLUSIVE` where none is and one can be called neither."""
     failed, undecided = failures(checked), inconclusive(checked)
@@ -118,12 +122,12 @@ def gate(checked: Sequence[Mapping[str, Any]], out: TextIO) -> int:
     return 1 if failed else INCONCLUSIVE if undecided else 0
 
 
-def failures(checked: Sequence[Mapping[str, Any]]) -> list[str]:
+def failures(checked: Sequence[CheckedBudget]) -> list[str]:
     """A line for each budget that was not kept: the system, the budget, what was wanted and what was found."""
     return [_line(budget) for budget in checked if budget["passed"] is False]
 
 
-def inconclusive(checked: Sequence[Mapping[str, Any]]) -> list[str]:
+def inconclusive(checked: Sequence[CheckedBudget]) -> list[str]:
     """As `failures`, for each budget that can be called neither kept nor broken, with the reason."""
     return [f"{_line(budget)}: {budget['reason']}" for budget in checked if budget["passed"] is None]
 

@@ -20,6 +20,7 @@ from hlm.benchmark.latency import synchronise
 from hlm.encoders.loading import DTYPES
 from hlm.machine import instructions, other_load, read_counters
 from hlm.planning.footprint import Shape, forward_flops
+from hlm.report_types import Floor, Rates
 from hlm.serving.engines import PRECISIONS
 
 WEIGHT_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | {"int8": 1}
@@ -72,7 +73,7 @@ def work_of(config: PretrainedConfig, tokens: Sequence[int], precision: str, *, 
     return Work(weights, precision, list(tokens), flops, left)
 
 
-def measure_rates(works: Sequence[Work], *, device: str = "cpu", seconds: float = 0.5) -> dict[str, Any]:
+def measure_rates(works: Sequence[Work], *, device: str = "cpu", seconds: float = 0.5) -> Rates:
     """The best that this machine does, at the default number of threads; the fastest repeat counts.
 
     Args:
@@ -168,7 +169,7 @@ def _fastest(call: Callable[[], Any], seconds: float) -> float:
     return min(taken)
 
 
-def floor_of(work: Work, rates: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
+def floor_of(work: Work, rates: Rates, summary: Mapping[str, Any]) -> Floor:
     """A system's figures over the floor.
 
     Args:
@@ -186,8 +187,7 @@ def floor_of(work: Work, rates: Mapping[str, Any], summary: Mapping[str, Any]) -
     rate = 1e9 * max(gemm.get(work.precision, 0), gemm["float32"])
     arithmetic_ms = 1e3 * np.array(work.flops) / rate
     floor_ms = float(np.median(np.maximum(memory_ms, arithmetic_ms)))
-    left = {"left": floor_of(work.left, rates, summary)} if work.left else {}
-    return {
+    found: Floor = {
         "weight_mib": work.weight_bytes / MIB,
         "tokens": float(np.mean(work.tokens)),
         "gflop": float(np.mean(work.flops)) / 1e9,
@@ -196,4 +196,7 @@ def floor_of(work: Work, rates: Mapping[str, Any], summary: Mapping[str, Any]) -
         "floor_ms": floor_ms,
         "over": summary["latency_ms"]["all"]["p50"] / floor_ms,
         "gemm_share": float(np.mean(work.flops)) * summary["best_queries_per_s"] / rate,
-    } | left
+    }
+    if work.left:
+        found["left"] = floor_of(work.left, rates, summary)
+    return found

@@ -20,6 +20,7 @@ import numpy as np
 from hlm.artefacts import HlmError
 from hlm.evaluation.metrics import length_slice
 from hlm.machine import other_load, read_counters
+from hlm.report_types import BlockRecord
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +46,18 @@ class Block:
     def queries_per_s(self) -> float:
         return 1e3 * self.batch_size * len(self.calls_ms) / sum(self.calls_ms)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> BlockRecord:
         """For the report: all but the single samples."""
-        figures = {"calls": len(self.calls_ms), "p50_ms": float(np.median(self.calls_ms))}
-        kept = ("system", "repeat", "batch_size", "other_load", "contaminated", "queries_per_s")
-        return {name: getattr(self, name) for name in kept} | figures
+        return {
+            "system": self.system,
+            "repeat": self.repeat,
+            "batch_size": self.batch_size,
+            "other_load": self.other_load,
+            "contaminated": self.contaminated,
+            "queries_per_s": self.queries_per_s,
+            "calls": len(self.calls_ms),
+            "p50_ms": float(np.median(self.calls_ms)),
+        }
 
 
 def measure(

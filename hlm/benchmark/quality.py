@@ -12,14 +12,16 @@ import numpy as np
 from hlm.artefacts import MANIFEST, HlmError
 from hlm.data.contract import RetrievalData
 from hlm.evaluation.metrics import dense_run, mean, per_query
-from hlm.vectors.index import AdIndex
+from hlm.report_types import Quality, Report
+from hlm.vectors.faiss_index import AdIndex
+from hlm.vectors.index import Index
 from hlm.vectors.store import VectorStore
 
 Encode = Callable[[list[str]], np.ndarray]
 TEACHER = "teacher"  # its name in the report, what recovery refers to
 
 
-def quality(report: Mapping[str, Any], name: str) -> dict[str, Any]:
+def quality(report: Report, name: str) -> Quality:
     """What recipes/evaluate.py found for a system.
 
     Returns:
@@ -29,12 +31,12 @@ def quality(report: Mapping[str, Any], name: str) -> dict[str, Any]:
     Raises:
         HlmError: the report has no such system.
     """
-    if name not in report.get("systems", {}):
-        known = ", ".join(report.get("systems", {})) or "none"
+    if name not in report["systems"]:
+        known = ", ".join(report["systems"]) or "none"
         raise HlmError(f"report: expected a system among {known}, found '{name}'; name one of them in `quality`")
     k = report["k"]
-    found = {"system": name, "metric": f"ndcg@{k}", "ndcg": report["systems"][name][f"ndcg@{k}"]}
-    kept = report.get("recovery_by_system", {}).get(name, {}).get(f"ndcg@{k}")
+    found: Quality = {"system": name, "metric": f"ndcg@{k}", "ndcg": report["systems"][name][f"ndcg@{k}"]}
+    kept = report["recovery_by_system"].get(name, {}).get(f"ndcg@{k}")
     if kept:
         found |= {"recovery": kept["value"], "recovery_ci95": kept["ci95"]}
         found |= {"recovery_reason": kept["reason"]} if "reason" in kept else {}
@@ -44,8 +46,8 @@ def quality(report: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def measured_quality(
-    encode: Encode, data: RetrievalData, split: str, store: VectorStore, report: Mapping[str, Any], name: str
-) -> dict[str, Any]:
+    encode: Encode, data: RetrievalData, split: str, store: VectorStore, report: Report, name: str
+) -> Quality:
     """As `quality`, for a system that the report does not know: all queries of the split search the store's ads.
 
     Args:
@@ -60,7 +62,7 @@ def measured_quality(
     ids, texts = zip(*data.split_queries(split), strict=True)
     vectors = encode_all(name, encode, texts)
     run = dense_run(vectors, AdIndex.build(store, dim=vectors.shape[1]), ids, 100)
-    found: dict[str, Any] = {"system": name, "metric": metric, "measured": True}
+    found: Quality = {"system": name, "metric": metric, "measured": True}
     found["ndcg"] = mean(per_query(run, data.qrels[split], report["k"])[metric])
     teacher = report["systems"].get(TEACHER, {}).get(metric)
     if teacher is None:
@@ -127,7 +129,7 @@ def encode_all(name: str, encode: Encode, texts: Sequence[str], rows: int = 32) 
     return vectors
 
 
-def agreement(vectors: np.ndarray, others: np.ndarray, index: AdIndex | None = None, k: int = 10) -> dict[str, float]:
+def agreement(vectors: np.ndarray, others: np.ndarray, index: Index | None = None, k: int = 10) -> dict[str, float]:
     """How far two ways of running one model agree on the same queries.
 
     Args:

@@ -13,11 +13,12 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from hlm.artefacts import atomic_file
 from hlm.evaluation.report import align
+from hlm.report_types import LatencyReport, MeasuredSystem, Percentile, Rates
 
 FEW_SAMPLES = 100  # a p99 of fewer is little more than the slowest one
 
 
-def rows(report: Mapping[str, Any]) -> list[list[str]]:
+def rows(report: LatencyReport) -> list[list[str]]:
     """The table, header first: one row a system, "-" where a figure was not taken. For text and Markdown alike.
 
     "!" marks figures without a clean sample, "~" those derived from fewer layers, "*" those that count more
@@ -50,11 +51,11 @@ def rows(report: Mapping[str, Any]) -> list[list[str]]:
     return table
 
 
-def _looks_up(system: Mapping[str, Any]) -> str:
+def _looks_up(system: MeasuredSystem) -> str:
     return "*" if "left" in system["floor"] else ""
 
 
-def _milliseconds(system: Mapping[str, Any], percentile: str, length: str = "all") -> str | None:
+def _milliseconds(system: MeasuredSystem, percentile: Percentile, length: str = "all") -> str | None:
     found = system["latency_ms"].get(length)
     if found is None:
         return None
@@ -62,7 +63,7 @@ def _milliseconds(system: Mapping[str, Any], percentile: str, length: str = "all
     return f"{found[percentile]:.{2 if found[percentile] < 100 else 0}f}{mark}"
 
 
-def length_rows(report: Mapping[str, Any]) -> list[list[str]]:
+def length_rows(report: LatencyReport) -> list[list[str]]:
     """p50 in ms by the query's length in words, header first."""
     table = [["p50 ms by words", *report["lengths"]]]
     for name, system in report["systems"].items():
@@ -70,7 +71,7 @@ def length_rows(report: Mapping[str, Any]) -> list[list[str]]:
     return table
 
 
-def notes(report: Mapping[str, Any]) -> list[str]:
+def notes(report: LatencyReport) -> list[str]:
     """What a reader must know beside the figures."""
     found = []
     limit = report["settings"]["max_other_load"]
@@ -88,44 +89,55 @@ def notes(report: Mapping[str, Any]) -> list[str]:
         found.append(_floor_note(report["rates"], limit))
     found += known_before(report)
     for name, system in report["systems"].items():
-        latency = system["latency_ms"]["all"]
-        usable = latency["samples"] - (latency["contaminated"] if latency["over"] == "clean" else 0)
-        if "derived" in system:
-            found.append(f"~ {name}: {system['derived']}")
-        if system.get("weights") == "random":
-            found.append(f"{name}: random weights, {system['input']}")
-        if usable < FEW_SAMPLES:
-            found.append(f"{name}: p99 of {usable} samples is little more than the slowest of them")
-        start = system.get("cold_start") or {}
-        if (start.get("other_load") or 0) > limit:
-            text = f"{name}: others took {start['other_load']:.0%} of the CPUs during its cold start"
-            found.append(text + (", which does not count" if start.get("over") == "clean" else ""))
-        of = system.get("quality", {}).get("system", name)
-        if of != name:
-            found.append(f"{name}: nDCG and recovery are those of '{of}' in the report")
-        if system.get("quality", {}).get("measured"):
-            found.append(
-                f"{name}: nDCG measured in this run over the whole split, recovery against the report's teacher"
-            )
-        if reason := system.get("quality", {}).get("recovery_reason"):
-            found.append(f"{name}: recovery: {reason}")
-        if "agreement" in system:
-            same = system["agreement"]
-            text = f"{name}: vectors of {same['with']} within a cosine of {same['min_cosine']:.6f}"
-            if "overlap" in same:
-                text += f", {same['overlap']:.2%} of their first {same['k']} ads in common"
-            if "ratio" in same:
-                text += f"; {same['ratio']['p50']:.1f}x lower p50, {same['ratio']['throughput']:.1f}x its throughput"
-            found.append(text)
+        found += [*_measured_notes(name, system, limit), *_quality_notes(name, system)]
     return found
 
 
-def known_before(report: Mapping[str, Any]) -> list[str]:
+def _measured_notes(name: str, system: MeasuredSystem, limit: float) -> list[str]:
+    """How far a system's times can be trusted."""
+    found = []
+    latency = system["latency_ms"]["all"]
+    usable = latency["samples"] - (latency["contaminated"] if latency["over"] == "clean" else 0)
+    if "derived" in system:
+        found.append(f"~ {name}: {system['derived']}")
+    if system.get("weights") == "random":
+        found.append(f"{name}: random weights, {system['input']}")
+    if usable < FEW_SAMPLES:
+        found.append(f"{name}: p99 of {usable} samples is little more than the slowest of them")
+    start = system.get("cold_start")
+    if start and (load := start.get("other_load") or 0) > limit:
+        text = f"{name}: others took {load:.0%} of the CPUs during its cold start"
+        found.append(text + (", which does not count" if start.get("over") == "clean" else ""))
+    return found
+
+
+def _quality_notes(name: str, system: MeasuredSystem) -> list[str]:
+    """Where a system's quality comes from, and how far its vectors are those of another."""
+    found = []
+    quality = system.get("quality", {})
+    if (of := quality.get("system", name)) != name:
+        found.append(f"{name}: nDCG and recovery are those of '{of}' in the report")
+    if quality.get("measured"):
+        found.append(f"{name}: nDCG measured in this run over the whole split, recovery against the report's teacher")
+    if reason := quality.get("recovery_reason"):
+        found.append(f"{name}: recovery: {reason}")
+    if "agreement" in system:
+        same = system["agreement"]
+        text = f"{name}: vectors of {same['with']} within a cosine of {same['min_cosine']:.6f}"
+        if "overlap" in same:
+            text += f", {same['overlap']:.2%} of their first {same['k']} ads in common"
+        if "ratio" in same:
+            text += f"; {same['ratio']['p50']:.1f}x lower p50, {same['ratio']['throughput']:.1f}x its throughput"
+        found.append(text)
+    return found
+
+
+def known_before(report: LatencyReport) -> list[str]:
     """What systems did not compute because they knew it: no table may stand without these sentences."""
     found = []
     for name, system in report["systems"].items():
-        floor = system.get("floor") or {}
-        if left := floor.get("left"):
+        floor = system.get("floor")
+        if floor and (left := floor.get("left")):
             share = 1 - left["gflop"] / floor["gflop"]
             found.append(
                 f"{name}*: floor and rate count all multiply-adds of the model, of which {share:.0%} are looked up; "
@@ -140,7 +152,7 @@ def known_before(report: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _floor_note(rates: Mapping[str, Any], limit: float) -> str:
+def _floor_note(rates: Rates, limit: float) -> str:
     streams = [f"{rate:.3g} GB/s over {size} MiB" for size, rate in rates["bandwidth_gb_per_s"].items()]
     products = [f"{rate:.3g} GFLOP/s in {precision}" for precision, rate in rates["gemm_gflop_per_s"].items()]
     text = "x floor: p50 over what streaming the body's weights or its multiply-adds would take at the rates measured "
@@ -151,7 +163,7 @@ def _floor_note(rates: Mapping[str, Any], limit: float) -> str:
     return text
 
 
-def format_table(report: Mapping[str, Any]) -> str:
+def format_table(report: LatencyReport) -> str:
     lengths = ", ".join(f"{words}: {count}" for words, count in report["lengths"].items())
     title = f"{report['queries']} queries of {report['data']} (by words {lengths}), {report['settings']['repeats']} "
     title += f"interleaved repeats, ratios to {report['reference']}"
@@ -168,7 +180,7 @@ def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
     return front
 
 
-def plot(report: Mapping[str, Any], path: str | Path) -> None:
+def plot(report: LatencyReport, path: str | Path) -> None:
     """Draws p50 at batch 1 against nDCG with the Pareto front (p50 to p99 alone where no quality is known), and
     throughput over batch sizes, as a PNG. A system has one colour and one shape in both, which the legend names: names
     beside the points would cover others. The reference is a square."""
@@ -216,7 +228,7 @@ def plot(report: Mapping[str, Any], path: str | Path) -> None:
 
 def _plot_quality(
     axis: Any,
-    report: Mapping[str, Any],
+    report: LatencyReport,
     points: Mapping[str, tuple[float, float]],
     colours: Mapping[str, Any],
     markers: Mapping[str, str],
@@ -233,7 +245,7 @@ def _plot_quality(
         axis.legend(fontsize=8, frameon=False)
 
 
-def _plot_spread(axis: Any, report: Mapping[str, Any], colours: Mapping[str, Any], markers: Mapping[str, str]) -> None:
+def _plot_spread(axis: Any, report: LatencyReport, colours: Mapping[str, Any], markers: Mapping[str, str]) -> None:
     for row, (name, system) in enumerate(report["systems"].items()):
         figures = system["latency_ms"]["all"]
         axis.plot([figures["p50"], figures["p99"]], [row, row], color=colours[name], alpha=0.5)

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
+from huggingface_hub import constants
 
 from hlm.artefacts import HlmError, fingerprint_texts
 from hlm.data.readers import SUFFIXES, Row, qrels_row
 from hlm.data.sources import folder_tables, hub_tables
-from hlm.data.tables import TEXTS, Table, checked_dataset, identifier
+from hlm.data.tables import TEXTS, Table, checked_dataset, checked_file, identifier
+
+if TYPE_CHECKING:
+    import datasets
 
 logger = logging.getLogger(__name__)
 
@@ -48,28 +52,33 @@ class RetrievalData:
     queries: datasets.Dataset
     qrels: dict[str, Qrels]
     unlabelled: datasets.Dataset | None = None
+    # Of the tables, which cannot change; judgements can.
+    _fingerprints: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def fingerprint(self, part: str) -> str:
         """16 hex digits over what the encoders read of `part`: "corpus", "queries", "unlabelled" or "qrels/train" ...
 
-        Ids, texts and `oracle` count, file format and further columns do not; row order does, except in qrels.
+        Ids, texts and `oracle` count, file format and further columns do not; row order does, except in qrels. A table
+        is read for it once, however often it is asked for.
         """
         if part.startswith("qrels/"):
             qrels = self.qrels[part.removeprefix("qrels/")]
             return fingerprint_texts(
-                field
+                value
                 for query_id in sorted(qrels)
                 for document_id, grade in sorted(qrels[query_id].items())
-                for field in (query_id, document_id, str(grade))
+                for value in (query_id, document_id, str(grade))
             )
         if part not in TEXTS:
             raise HlmError(f"expected one of {', '.join(TEXTS)} or qrels/<split>, found '{part}'")
         dataset = getattr(self, part)
         if dataset is None:
             raise HlmError(f"{self.source} has no '{part}' table; add {part}.jsonl or another source")
-        columns = [c for c in ("_id", "title", "text", "oracle") if c in dataset.column_names]
-        rows = iterate(dataset.select_columns(columns))
-        return fingerprint_texts(field for row in rows for field in _encoder_fields(row))
+        if part not in self._fingerprints:
+            columns = [c for c in ("_id", "title", "text", "oracle") if c in dataset.column_names]
+            rows = iterate(dataset.select_columns(columns))
+            self._fingerprints[part] = fingerprint_texts(value for row in rows for value in _encoder_fields(row))
+        return self._fingerprints[part]
 
     def split_queries(self, split: str, *, oracle: bool = False) -> list[tuple[str, str]]:
         """(query id, query text) of the queries that have a judgement in `split`, in file order."""
@@ -120,15 +129,8 @@ def load(
         HlmError: a table is missing, empty or breaks the contract; names the file, the line, what was expected and
             found, and what to do. Or the cache cannot be written.
     """
-    if Path(source).is_dir():
-        if revision is not None:
-            raise HlmError(f"revision '{revision}' was given for the folder {source}; it is for Hub datasets only")
-        tables = folder_tables(source, splits)
-    elif source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).exists():
-        raise HlmError(f"expected a folder with corpus, queries and qrels, found none at '{source}'; correct the path")
-    else:
-        tables = hub_tables(source, revision, splits)
-    cache = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "hlm")
+    tables = _tables(source, revision, splits)
+    cache = _cache(cache_dir)
     loaded = {
         part: checked_dataset(tables[part], part, cache, skip_bad_rows=skip_bad_rows)
         for part in TEXTS
@@ -141,6 +143,45 @@ def load(
                 tables[f"qrels/{split}"], loaded["queries"], loaded["corpus"], skip_bad_rows=skip_bad_rows
             )
     return RetrievalData(source, loaded["corpus"], loaded["queries"], qrels, loaded.get("unlabelled"))
+
+
+def titles(source: str, ids: Sequence[str], *, cache_dir: str | Path | None = None) -> list[str]:
+    """The title of each of these documents, or its text where it has no title. Reads no table but the corpus, a block
+    at a time, and does not load the datasets library where `source` is a folder.
+
+    Raises:
+        HlmError: an id that is not in the corpus, or what `load` raises of it.
+    """
+    path = checked_file(_tables(source, None, ())["corpus"], "corpus", _cache(cache_dir), skip_bad_rows=True)
+    wanted, shown = pa.array(ids, pa.string()), {}
+    with pa.memory_map(str(path)) as stored:
+        for block in pa.ipc.open_stream(stored):
+            shown.update(
+                (row["_id"], row.get("title") or row.get("text"))
+                for row in block.filter(pc.is_in(block["_id"], value_set=wanted)).to_pylist()
+            )
+    missing = [name for name in ids if name not in shown]
+    if missing:
+        raise HlmError(
+            f"expected the ads of the index in {source}, found no {missing[0]!r}; name the dataset that was embedded"
+        )
+    return [shown[name] for name in ids]
+
+
+def _tables(source: str, revision: str | None, splits: Sequence[str]) -> dict[str, Table]:
+    if Path(source).is_dir():
+        if revision is not None:
+            raise HlmError(f"revision '{revision}' was given for the folder {source}; it is for Hub datasets only")
+        return folder_tables(source, splits)
+    if source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).exists():
+        raise HlmError(f"expected a folder with corpus, queries and qrels, found none at '{source}'; correct the path")
+    return hub_tables(source, revision, splits)
+
+
+def _cache(folder: str | Path | None) -> Path:
+    """The folder of checked tables: in the datasets library's cache where none is given."""
+    home = os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets"
+    return Path(folder or Path(home) / "hlm")
 
 
 class _Splits(dict[str, Qrels]):

@@ -13,15 +13,13 @@ import io
 import json
 import logging
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import aiohttp
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from huggingface_hub.errors import HTTPError
 
 from hlm.artefacts import HlmError
 
@@ -30,7 +28,6 @@ logger = logging.getLogger(__name__)
 SUFFIXES = (".jsonl", ".json", ".parquet", ".tsv", ".csv")
 TREC = (".txt", ".trec", ".qrels")  # judgements only: query, iteration, document, grade, without a header
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
-NOT_READ = (OSError, aiohttp.ClientError, HTTPError)  # what disks, fsspec and huggingface_hub raise
 READ = f"{', '.join(SUFFIXES)}, also with {', '.join(COMPRESSIONS)}"
 # What is left of a table whose cells are quoted where they must be, the quotes inside doubled.
 _TSV_CELL = re.compile(r'(?:"((?:[^"]++|"")*+)"|([^\t]*+))(?:\t|$)')
@@ -58,6 +55,14 @@ def is_read(name: str | Path) -> bool:
     """Whether `read_rows` reads a file of that name."""
     kind, compression = suffix_of(name)
     return kind in SUFFIXES and not (kind == ".parquet" and compression)
+
+
+def not_read() -> tuple[type[Exception], ...]:
+    """What disks, fsspec and huggingface_hub raise where a file cannot be read."""
+    from huggingface_hub.errors import HTTPError
+
+    aiohttp = sys.modules.get("aiohttp")  # fsspec loads it before it can raise its errors
+    return (OSError, HTTPError, *([aiohttp.ClientError] if aiohttp else []))
 
 
 def read_rows(path: str | Path, *, delimiter: str | None = None) -> Iterator[tuple[str, Row]]:
@@ -130,6 +135,8 @@ def _read_bare_qrels(path: str | Path, width: int, separator: str) -> Iterator[t
 def _bytes_of(path: str | Path) -> BinaryIO:
     if "://" not in str(path):
         return open(path, "rb")
+    import fsspec  # of files that are here nothing is loaded that speaks to a network
+
     return io.BufferedReader(fsspec.open(str(path), "rb", expand=False).open(), 1 << 20)
 
 
@@ -142,7 +149,7 @@ def _opened(path: str | Path) -> Iterator[BinaryIO]:
             if compression:
                 file = io.BufferedReader(pa.input_stream(file, compression=COMPRESSIONS[compression]), 1 << 20)
             yield file
-    except NOT_READ as error:
+    except not_read() as error:
         raise HlmError(
             f"{path}: expected a file that can be read to its end, found {type(error).__name__}: {error}; copy or "
             "write it again, or correct its permissions or the connection"
@@ -338,7 +345,7 @@ def _read_parquet(path: str | Path) -> Iterator[tuple[str, Row]]:
                     yield f"row {number}", row
     except UnicodeDecodeError as error:
         raise HlmError(f"{path}, after row {number}: expected UTF-8 ({error}); write the file again") from error
-    except (pa.ArrowException, *NOT_READ) as error:
+    except (pa.ArrowException, *not_read()) as error:
         raise HlmError(f"{path}, after row {number}: not readable as Parquet ({error}); write it again") from error
 
 

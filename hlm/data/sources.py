@@ -7,16 +7,19 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-import datasets
-from datasets.data_files import DataFilesList
-from huggingface_hub import HfFileSystem, constants, hf_hub_download, snapshot_download
+from huggingface_hub import constants
 
 from hlm.artefacts import HlmError, fingerprint_file, fingerprint_json
-from hlm.data.readers import NOT_READ, READ, Row, is_read, read_qrels, read_rows
+from hlm.data.readers import READ, Row, is_read, not_read, read_qrels, read_rows
 from hlm.data.tables import SPLIT_NAMES, SUFFIXES, TEXTS, Table, find_table
+from hlm.extras import extras_named
+
+# datasets takes a second to import: a folder is read without it.
+if TYPE_CHECKING:
+    from datasets.data_files import DataFilesList
 
 logger = logging.getLogger(__name__)
 
@@ -128,17 +131,20 @@ def shard_table(folder: Path) -> Table:
     return Table(str(folder), rows, digest)
 
 
+@extras_named("tables at addresses")
 def addressed(name: str, addresses: Sequence[str]) -> Table:
     """A table in files at addresses that fsspec reads, patterns included, streamed.
 
     Raises:
         HlmError: nothing at an address, or files that are not read.
     """
+    from datasets.data_files import DataFilesList
+
     files = DataFilesList([], [])
     for address in addresses:
         try:
             found = DataFilesList.from_patterns([address])
-        except (*NOT_READ, ValueError) as error:
+        except (*not_read(), ValueError) as error:
             raise HlmError(f"{name}: expected files at {address}, found none ({error}); correct it") from error
         if not found:
             raise HlmError(f"{name}: expected files at {address}, found none; correct it")
@@ -164,6 +170,7 @@ def streamed(name: str, files: DataFilesList) -> Table:
     return Table(name, rows, lambda: fingerprint_json([list(files), [list(one) for one in files.origin_metadata]]))
 
 
+@extras_named("a dataset of the Hub")
 def hub_tables(source: str, revision: str | None, splits: Sequence[str]) -> dict[str, Table]:
     """The tables of a Hub dataset in the BEIR layout; their files go into the Hub's cache, which is enough offline.
 
@@ -202,15 +209,17 @@ _OPTIONS = ("names", "header", "skiprows", "skipfooter", "nrows", "usecols", "qu
 
 def _hub(source: str, revision: str | None, ask: Callable[..., Any], *wanted: str) -> Any:
     """What `datasets` says of a repository: of the Hub's, or where the Hub cannot be asked of the copy in its cache."""
+    from huggingface_hub import snapshot_download
+
     try:
         if not constants.HF_HUB_OFFLINE or Path(source).is_dir():
             return ask(source, *wanted, revision=revision)
         error: Exception = ConnectionError("offline by HF_HUB_OFFLINE")
-    except (*NOT_READ, ValueError) as failed:
+    except (*not_read(), ValueError) as failed:
         error = failed
     try:
         return ask(snapshot_download(source, repo_type="dataset", revision=revision, local_files_only=True), *wanted)
-    except (*NOT_READ, ValueError):  # no copy, or not of this part: the first error is the user's
+    except (*not_read(), ValueError):  # no copy, or not of this part: the first error is the user's
         raise HlmError(
             f"expected a folder or a Hub dataset id, found '{source}': no such folder here, and the Hub says "
             f"{type(error).__name__}: {error}; correct the path or the id, or check the connection; where the cache "
@@ -219,11 +228,15 @@ def _hub(source: str, revision: str | None, ask: Callable[..., Any], *wanted: st
 
 
 def _configs(source: str, revision: str | None) -> list[str]:
+    import datasets
+
     return _hub(source, revision, datasets.get_dataset_config_names)
 
 
 def _files(source: str, config: str, revision: str | None) -> dict[str, tuple[DataFilesList, str | None]]:
     """{split: (files, delimiter)} of a config."""
+    import datasets
+
     builder = _hub(source, revision, datasets.load_dataset_builder, config)
     said, own = builder.config, type(builder.config)()
     unknown = [name for name in _OPTIONS if getattr(said, name, None) != getattr(own, name, None)]
@@ -246,7 +259,7 @@ def _hub_table(
         raise HlmError(f"{name}: expected files that are read ({READ}), found {_few(unread)}; publish it as JSONL")
     try:
         paths = [_downloaded(address) for address in addresses]
-    except (*NOT_READ, ValueError) as error:
+    except (*not_read(), ValueError) as error:
         raise HlmError(
             f"{name}: expected its files, found {type(error).__name__}: {error}; check the connection, and that "
             "HF_HOME is a folder with room that can be written"
@@ -263,6 +276,8 @@ def _hub_table(
 def _downloaded(address: str) -> str:
     if not address.startswith("hf://"):
         return address
+    from huggingface_hub import HfFileSystem, hf_hub_download
+
     place = HfFileSystem().resolve_path(address)
     return hf_hub_download(place.repo_id, place.path_in_repo, repo_type="dataset", revision=place.revision)
 

@@ -6,27 +6,29 @@ corpus never becomes a Python list. What is read of which file is in `hlm/data/r
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import logging
 import math
-import os
-import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 import regex
 
 from hlm.artefacts import HlmError, fingerprint_json
 from hlm.data.readers import COMPRESSIONS, SUFFIXES, TREC, Row, is_read, read_rows, suffix_of
+from hlm.extras import extras_named
+from hlm.outputs import make_once
 
-__all__ = ["SUFFIXES", "TEXTS", "Row", "Table", "checked_dataset", "find_table", "identifier", "read_rows"]
+if TYPE_CHECKING:
+    import datasets
+
+__all__ = ["SUFFIXES", "TEXTS", "Row", "Table", "checked_dataset", "checked_file", "find_table", "identifier"]
+__all__ += ["read_rows"]
+
 logger = logging.getLogger(__name__)
 
 # The columns that the encoders read of each part; one of them must be filled.
@@ -78,8 +80,16 @@ def _named(path: Path, suffixes: tuple[str, ...]) -> bool:
     return plain and kind in suffixes and (is_read(path) or kind in TREC)
 
 
+@extras_named("loading a dataset")
 def checked_dataset(table: Table, part: str, cache: Path, *, skip_bad_rows: bool = False) -> datasets.Dataset:
-    """The table as a memory-mapped Dataset, checked and written to `cache` first where it is not there yet.
+    """`checked_file` as a memory-mapped Dataset."""
+    from datasets import Dataset
+
+    return Dataset.from_file(str(checked_file(table, part, cache, skip_bad_rows=skip_bad_rows)))
+
+
+def checked_file(table: Table, part: str, cache: Path, *, skip_bad_rows: bool = False) -> Path:
+    """The table as an Arrow file (a stream), checked and written to `cache` first where it is not there yet.
 
     Args:
         table: where the rows come from.
@@ -96,10 +106,13 @@ def checked_dataset(table: Table, part: str, cache: Path, *, skip_bad_rows: bool
     try:
         if not path.is_file():
             columns, left_out = _check_rows(table, part, skip_bad_rows)
-            with _written_aside(path) as aside:
+
+            def write(aside: Path) -> None:
                 _write_arrow(table, part, columns, left_out, aside)
                 if part != "unlabelled":
                     _refuse_duplicates(table, aside)
+
+            make_once(path, write, path.is_file)
             logger.info("checked %s", table.name)
         with pa.memory_map(str(path)) as stored:
             left_out = int((pa.ipc.open_stream(stored).schema.metadata or {}).get(_LEFT_OUT, 0))
@@ -110,27 +123,7 @@ def checked_dataset(table: Table, part: str, cache: Path, *, skip_bad_rows: bool
         ) from error
     if left_out:
         logger.warning("%s: left out %d %s without %s", table.name, left_out, _ROWS[part], " and ".join(TEXTS[part]))
-    return datasets.Dataset.from_file(str(path))
-
-
-@contextlib.contextmanager
-def _written_aside(path: Path) -> Iterator[Path]:
-    """Yields a file to write to, which takes the name `path` at the end. It is locked while its process lives, so
-    that what killed processes left can be told and removed here."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(".*.partial"):
-        with contextlib.suppress(OSError), open(leftover, "rb") as file:  # OSError: gone, or of a living process
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            leftover.unlink()
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    with open(aside, "xb") as held:
-        with contextlib.suppress(OSError):  # a file system without locks: then nobody can lock it to remove it either
-            fcntl.flock(held, fcntl.LOCK_EX)
-        try:
-            yield aside
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+    return path
 
 
 def identifier(value: Any, where: str) -> str:

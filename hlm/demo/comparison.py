@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from threading import Lock
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from hlm.artefacts import MANIFEST, HlmError, read_manifest
 from hlm.data.spelling import match_key, singular, words_of
 from hlm.demo.examples import choose_examples
 from hlm.hub.cache import local_folder
+from hlm.redaction import public
+from hlm.report_files import read_latency, read_report
+from hlm.report_types import LatencyReport, Report
 
 logger = logging.getLogger(__name__)
 
@@ -92,15 +95,15 @@ class DemoConfig:
             inside = f"vectors/{inside}"  # where a published dataset keeps its stores
         return local_folder(value, revision=self.revisions.get(name), repo_type=kind, subfolder=inside)
 
-    def read_report(self, name: str) -> dict[str, Any] | None:
-        """The run's "report" or "latency"; None where the settings name none, or what they name is not there."""
+    def read_report(self, name: Literal["report", "latency"]) -> Report | LatencyReport | None:
+        """The run's report; None where the settings name none, or what they name is not there or no report."""
         value = getattr(self, name)
         if value is None:
             return None
         try:
             path = Path(value) if value.endswith(".json") else self.place(name, "reports") / f"{name}.json"
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (HlmError, OSError, ValueError) as error:
+            return read_report(path) if name == "report" else read_latency(path)
+        except HlmError as error:
             logger.warning("%s is not shown: %s", name, error)
             return None
 
@@ -296,7 +299,8 @@ def load_demo(config: DemoConfig) -> Demo:
     """
     from hlm.data.contract import load
     from hlm.serving.query_encoder import QueryEncoder
-    from hlm.vectors.index import AdIndex
+    from hlm.vectors.faiss_index import AdIndex
+    from hlm.vectors.index import open_index
     from hlm.vectors.store import VectorStore
 
     student = QueryEncoder.from_pretrained(config.place("student"), precision=config.precision)
@@ -306,7 +310,7 @@ def load_demo(config: DemoConfig) -> Demo:
     data = load(source, revision=revision, splits=splits, skip_bad_rows=True)
     indexes: dict[str, Callable[[], Any]] = {}
     if config.index:
-        saved = AdIndex.load(config.place("index", "index"), expect_encoder=student.teacher)
+        saved = open_index(config.place("index", "index"), expect_encoder=student.teacher)
         indexes[f"{saved.factory}, {SAVED}"] = lambda: saved
         teacher_print, source_print = saved.encoder, saved.source
     else:
@@ -318,18 +322,18 @@ def load_demo(config: DemoConfig) -> Demo:
     live = config.teacher is not None
     if live:
         teach = _live_teacher(config.place("teacher"), teacher_print, student.dim)
-        said = f"{_told(config.teacher)}, run on every query"
+        said = f"{public(config.teacher)}, run on every query"
     else:
         queries = VectorStore.open(config.place("vectors", "queries"))
         queries.check(encoder=teacher_print)
         teach = stored_teacher(queries, data.queries, student.dim)
         said = f"not run here: its stored vectors of {len(queries):,} queries are read"
     facts = [
-        ("Student", f"{_told(config.chosen('student'))}, {student.backend} {student.precision}, width {student.dim}"),
+        ("Student", f"{public(config.chosen('student'))}, {student.backend} {student.precision}, width {student.dim}"),
         ("Student's fingerprint", student.fingerprint or "none"),
         ("Teacher", said),
         ("Teacher's fingerprint", f"{teacher_print}, the same in the student and in the vectors"),
-        ("Catalogue", f"{_told(config.data)}, {data.corpus.num_rows:,} ads"),
+        ("Catalogue", f"{public(config.data)}, {data.corpus.num_rows:,} ads"),
         ("Fingerprint of the ads' texts", source_print),
         ("Indexes", ", ".join(indexes)),
         *((f"Revision of {name}", revision) for name, revision in config.revisions.items()),
@@ -347,11 +351,6 @@ def load_demo(config: DemoConfig) -> Demo:
         demo.examples = choose_examples(data, encode_student, teach, demo.index())
     demo.compare(demo.examples[1][0])  # the first call of a model is its slowest
     return demo
-
-
-def _told(place: str) -> str:
-    """A Hub id or a relative folder as it is written; where else a folder lies is no visitor's business."""
-    return Path(place).name if Path(place).is_absolute() else place
 
 
 def _live_teacher(folder: Path, fingerprint: str, dim: int) -> Callable[[str], np.ndarray]:

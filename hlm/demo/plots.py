@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from hlm.demo.page import shown
+from hlm.report_types import LatencyReport, Recovery, Report
 
 KINDS = {"teacher": "hlm-teacher", "bm25": "hlm-other", "backbone": "hlm-other"}  # every other system is a student
 
 
-def quality_charts(report: Mapping[str, Any] | None) -> str:
+def quality_charts(report: Report | None) -> str:
     """nDCG of every system and what the students recover of the teacher's, from a run's report.json."""
     if report is None:
         return _missing("report.json")
@@ -34,7 +34,7 @@ def quality_charts(report: Mapping[str, Any] | None) -> str:
     return f'<div class="hlm">{charts}</div>'
 
 
-def _recovery(name: str, found: Mapping[str, Any], place: Callable[[float], float]) -> tuple[str, str, str]:
+def _recovery(name: str, found: Recovery, place: Callable[[float], float]) -> tuple[str, str, str]:
     if found["value"] is None:
         return name, _range(name, None, line=place(1.0)), "<b>undefined</b>"
     low, high = found["ci95"] or (found["value"], found["value"])
@@ -43,7 +43,7 @@ def _recovery(name: str, found: Mapping[str, Any], place: Callable[[float], floa
     return name, _range(name, places, line=place(1.0)), f"<b>{found['value']:.1%}</b> {interval}"
 
 
-def latency_charts(latency: Mapping[str, Any] | None) -> str:
+def latency_charts(latency: LatencyReport | None) -> str:
     """Latency of one query and the best throughput of every system, from a run's latency.json."""
     if latency is None:
         return _missing("latency.json")

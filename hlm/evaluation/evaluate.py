@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hlm.artefacts import fingerprint_texts, write_json
+from hlm.artefacts import fingerprint_texts
 from hlm.data.contract import RetrievalData, document_text, load
 from hlm.encoders.loading import check_device, encode, fingerprint, load_encoder
 from hlm.encoders.pruning import parameter_counts
@@ -17,10 +17,11 @@ from hlm.evaluation.inputs import find_inputs, read_systems
 from hlm.evaluation.kept_runs import cached_run, check_runs, run_path, write_parquet
 from hlm.evaluation.metrics import Run, bm25_run, check_judgements, dense_run, relevance_threshold
 from hlm.evaluation.report import STUDENTS, build_report, command_line, environment, plot
-from hlm.report_files import claimed_report
+from hlm.report_files import claimed_report, write_report
+from hlm.report_types import Report
 from hlm.settings import defaults_of, keywords
 from hlm.steps import EvaluateConfig, System
-from hlm.vectors.index import AdIndex
+from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.lineage import check_student
 from hlm.vectors.store import VectorStore, write_store
 
@@ -30,7 +31,7 @@ SCRIPT = "recipes/evaluate.py"
 
 
 @keywords(EvaluateConfig)
-def evaluate(config: EvaluateConfig, *, command: str | None = None) -> dict[str, Any] | None:
+def evaluate(config: EvaluateConfig, *, command: str | None = None) -> Report | None:
     """Searches a dataset's catalogue with every system and compares what they find.
 
     Every setting of `EvaluateConfig` is a keyword. What a rerun need not do again is kept beside the report, in `runs`
@@ -69,7 +70,7 @@ def flags_of(config: EvaluateConfig) -> list[str]:
 
 def _evaluate(
     config: EvaluateConfig, systems: dict[str, System | None], stores: dict[str, VectorStore], command: str
-) -> dict[str, Any]:
+) -> Report:
     """Searches with every system and writes the report's files."""
     data = load(config.data, revision=config.revision, splits=(config.split,), skip_bad_rows=config.skip_bad_rows)
     queries, qrels = data.split_queries(config.split), data.qrels[config.split]
@@ -107,10 +108,10 @@ def _evaluate(
         incomplete=config.incomplete,
         samples=config.bootstrap_samples,
         seed=config.bootstrap_seed,
-        environment=environment(command) | {"encoders": encoders, "corpus": data.fingerprint("corpus")},
+        environment={**environment(command), "encoders": encoders, "corpus": data.fingerprint("corpus")},
     )
     output = Path(config.output)
-    write_json(output / "report.json", report)  # first: it says that the files beside it are HLM's
+    write_report(output, report)  # first: it says that the files beside it are HLM's
     write_parquet(output / "per_query.parquet", scores)
     plot(report, output / "report.png")
     return report

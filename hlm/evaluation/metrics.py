@@ -18,7 +18,8 @@ import pytrec_eval
 from hlm.artefacts import HlmError
 from hlm.data.contract import Row, document_text
 from hlm.data.words import count_words, terms
-from hlm.vectors.index import AdIndex
+from hlm.report_types import Recovery
+from hlm.vectors.index import Index
 
 Run = dict[str, dict[str, float]]
 Qrels = dict[str, dict[str, int]]
@@ -137,7 +138,7 @@ def mean(scores: Scores) -> float:
     return float(np.mean(list(scores.values())))
 
 
-def recovery(student: Scores, teacher: Scores, *, samples: int = 10_000, seed: int = 0) -> dict[str, Any]:
+def recovery(student: Scores, teacher: Scores, *, samples: int = 10_000, seed: int = 0) -> Recovery:
     """How much of the teacher's metric the student keeps: the ratio of their means over the same queries.
 
     The interval is the percentile interval of the paired bootstrap (Efron and Tibshirani 1993, ch. 13): queries are
@@ -256,11 +257,11 @@ def slices(
     return result
 
 
-def dense_run(query_vectors: np.ndarray, index: AdIndex, query_ids: Sequence[str], k: int) -> Run:
+def dense_run(query_vectors: np.ndarray, index: Index, query_ids: Sequence[str], k: int) -> Run:
     """Searches `index` with float32 (n, dim) normalised vectors; scores are cosines.
 
     Raises:
-        HlmError: as many ids as vectors were expected, or what `AdIndex.search` refuses.
+        HlmError: as many ids as vectors were expected, or what `Index.search` refuses.
     """
     if len(query_ids) != len(query_vectors):
         raise HlmError(f"expected one id for each query vector, found {len(query_ids)} and {len(query_vectors)}")
@@ -331,8 +332,8 @@ def bm25_run(
     del documents
     run = {}
     for query, text in queries:
-        words = [vocabulary[word] for word in tokenise(text, stem=stem) if word in vocabulary]
-        scores = engine.get_scores(words) if words else np.zeros(0, np.float32)
+        known = [vocabulary[word] for word in tokenise(text, stem=stem) if word in vocabulary]
+        scores = engine.get_scores(known) if known else np.zeros(0, np.float32)
         rows = np.flatnonzero(scores > 0)
         if len(rows) > k:
             rows = rows[np.argpartition(-scores[rows], k - 1)[:k]]

@@ -10,7 +10,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,15 @@ from hlm.evaluation.metrics import (
     slices,
 )
 from hlm.machine import cores
+from hlm.redaction import without_secret_options
+from hlm.report_types import Environment, Recovery, Report
 
 # Rows of every table, in this order. Students search the teacher's index with a query encoder of their own.
 SYSTEMS = ("bm25", "backbone", "teacher", "pruned", "aligned", "student", "contrastive_only")
 STUDENTS = ("pruned", "aligned", "student", "contrastive_only")
 
-_PACKAGES = ("torch", "transformers", "sentence-transformers", "peft", "accelerate", "datasets", "faiss-cpu")
-_PACKAGES += ("faiss-gpu", "faiss-gpu-cu12", "bm25s", "pytrec-eval-terrier", "numpy")
+_PACKAGES = ["torch", "transformers", "sentence-transformers", "peft", "accelerate", "datasets", "faiss-cpu"]
+_PACKAGES += ["faiss-gpu", "faiss-gpu-cu12", "bm25s", "pytrec-eval-terrier", "numpy"]
 
 
 def build_report(
@@ -58,8 +60,8 @@ def build_report(
     incomplete: bool = False,
     samples: int = 10_000,
     seed: int = 0,
-    environment: Mapping[str, Any] | None = None,
-) -> tuple[dict[str, Any], pa.Table]:
+    environment: Environment | None = None,
+) -> tuple[Report, pa.Table]:
     """Scores every run and compares the students with the teacher.
 
     Args:
@@ -72,9 +74,8 @@ def build_report(
         environment: kept as it is; see `environment`.
 
     Returns:
-        report: {"dataset", "split", "k", "queries", "relevance_level", "systems", "recovery", "overlap@k", "slices",
-            "recovery_by_system", "environment"}. "recovery", "overlap@k" and "slices" compare `student` with
-            `teacher`; empty (None for the overlap) where one of them is not among the runs. Every recovery is that of
+        report: see `hlm.report_types.Report`. "recovery", "overlap@k" and "slices" compare `student` with `teacher`;
+            empty (None for the overlap) where one of them is not among the runs. Every recovery is that of
             `hlm.evaluation.metrics.recovery`: None and a "reason" where it is undefined.
         scores: one row for each system and query: system, query_id, the metrics, and for students overlap@k.
 
@@ -89,41 +90,54 @@ def build_report(
     scores = {
         name: per_query(run, qrels, k, relevance_level=level, incomplete=incomplete) for name, run in runs.items()
     }
-    # judged@k says how much of a result is judged at all; a ratio of it would be no recovery.
-    recovered = [metric for metric in metric_names(k, incomplete=incomplete) if metric != f"judged@{k}"]
     students = [name for name in STUDENTS if name in runs and "teacher" in runs]
     overlaps = {name: overlap(runs[name], runs["teacher"], k) for name in students}
+    # judged@k says how much of a result is judged at all; a ratio of it would be no recovery.
+    recovered = [metric for metric in metric_names(k, incomplete=incomplete) if metric != f"judged@{k}"]
     kept = {
         name: {m: recovery(scores[name][m], scores["teacher"][m], samples=samples, seed=seed) for m in recovered}
         for name in students
     }
-    report = {
+    grouped: dict[str, dict[str, dict[str, Any]]] = {}
+    if "student" in overlaps:
+        sides = scores["student"][f"ndcg@{k}"], scores["teacher"][f"ndcg@{k}"], overlaps["student"]
+        grouped = {
+            by: slices(groups, *sides, k=k, samples=samples, seed=seed)
+            for by, groups in _groups(qrels, texts, kinds).items()
+        }
+    report: Report = {
         "dataset": dataset,
         "split": split,
         "k": k,
         "queries": len(qrels),
         "relevance_level": level,
         "systems": {
-            name: {metric: mean(values) for metric, values in scores[name].items()}
-            | ({f"overlap@{k}": mean(overlaps[name])} if name in overlaps else {})
+            name: _means(scores[name], overlaps.get(name), k)
             | {"params_total": parameters[name][0], "params_non_embedding": parameters[name][1]}
             for name in runs
         },
         "recovery": kept.get("student", {}),
-        f"overlap@{k}": mean(overlaps["student"]) if "student" in overlaps else None,
-        "slices": {},
+        f"overlap@{k}": mean(overlaps["student"]) if "student" in overlaps else None,  # type: ignore[misc]
+        "slices": grouped,
         "recovery_by_system": kept,
-        "environment": dict(environment or {}),
+        "environment": environment if environment is not None else {},
     }
-    if "student" in overlaps:
-        groups = {"length": {query: length_slice(texts[query]) for query in qrels}}
-        if kinds is not None:
-            groups = {"kind": {query: kinds[query] for query in qrels}} | groups
-        sides = scores["student"][f"ndcg@{k}"], scores["teacher"][f"ndcg@{k}"], overlaps["student"]
-        report["slices"] = {
-            by: slices(members, *sides, k=k, samples=samples, seed=seed) for by, members in groups.items()
-        }
     return report, _score_table(scores, overlaps, k)
+
+
+def _means(scores: Mapping[str, Scores], overlaps: Scores | None, k: int) -> dict[str, float]:
+    """The mean of each metric over the queries, and of the overlap with the teacher where this is a student."""
+    return {metric: mean(values) for metric, values in scores.items()} | (
+        {f"overlap@{k}": mean(overlaps)} if overlaps is not None else {}
+    )
+
+
+def _groups(
+    queries: Iterable[str], texts: Mapping[str, str], kinds: Mapping[str, str] | None
+) -> dict[str, dict[str, str]]:
+    """What queries are grouped by -> query id -> its group."""
+    by_length = {"length": {query: length_slice(texts[query]) for query in queries}}
+    return by_length if kinds is None else {"kind": {query: kinds[query] for query in queries}} | by_length
 
 
 def _score_table(scores: Mapping[str, dict[str, Scores]], overlaps: Mapping[str, Scores], k: int) -> pa.Table:
@@ -139,7 +153,7 @@ def _score_table(scores: Mapping[str, dict[str, Scores]], overlaps: Mapping[str,
     return pa.Table.from_pylist(rows, schema=pa.schema(fields))
 
 
-def format_table(report: Mapping[str, Any]) -> str:
+def format_table(report: Report) -> str:
     """The report as aligned plain text: one row a system, then the student's recovery."""
     k = report["k"]
     systems = report["systems"]
@@ -167,7 +181,7 @@ def format_table(report: Mapping[str, Any]) -> str:
     return "\n".join([*text, *undefined(report)])
 
 
-def undefined(report: Mapping[str, Any]) -> list[str]:
+def undefined(report: Report) -> list[str]:
     """A line for each system whose recovery, or its interval, is undefined: the metrics and the reason."""
     lines = []
     for name, kept in report["recovery_by_system"].items():
@@ -192,18 +206,18 @@ def align(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
     return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
 
-def _millions(count: int) -> str:
+def _millions(count: float) -> str:
     return f"{count / 1e6:.1f}M" if count else "-"
 
 
-def _percent(kept: Mapping[str, Any]) -> str:
+def _percent(kept: Recovery) -> str:
     if kept["value"] is None:
         return "-"
     interval = f"[{100 * kept['ci95'][0]:.1f}, {100 * kept['ci95'][1]:.1f}]" if kept["ci95"] else "[-]"
     return f"{100 * kept['value']:.1f}% {interval}"
 
 
-def plot(report: Mapping[str, Any], path: str | Path) -> None:
+def plot(report: Report, path: str | Path) -> None:
     """Draws nDCG@k of every system and, where there are students, their recovery with 95% intervals, as a PNG."""
     k = report["k"]
     names = [name for name in SYSTEMS if name in report["systems"]]
@@ -228,9 +242,10 @@ def plot(report: Mapping[str, Any], path: str | Path) -> None:
         figure.savefig(aside, dpi=150, format="png")
 
 
-def _plot_recovery(axis: Any, report: Mapping[str, Any], students: list[str]) -> None:
+def _plot_recovery(axis: Any, report: Report, students: list[str]) -> None:
     k = report["k"]
-    tops, bottoms = [], []
+    tops: list[float] = []
+    bottoms: list[float] = []
     for offset, metric, colour in ((-0.2, f"ndcg@{k}", "#1b6ca8"), (0.2, f"precision@{k}", "#7fb3d5")):
         for place, name in enumerate(students):
             kept = report["recovery_by_system"][name][metric]
@@ -260,11 +275,11 @@ def _plot_recovery(axis: Any, report: Mapping[str, Any], students: list[str]) ->
 
 
 def command_line(script: str, argv: Sequence[str] | None) -> str:
-    """The command that `main(argv)` of a recipe stands for, as a shell reads it."""
-    return shlex.join([script, *(sys.argv[1:] if argv is None else argv)])
+    """The command that `main(argv)` of a recipe stands for, as a shell reads it; secrets are struck out."""
+    return shlex.join(without_secret_options([script, *(sys.argv[1:] if argv is None else argv)]))
 
 
-def environment(command: str) -> dict[str, Any]:
+def environment(command: str) -> Environment:
     """Where a report comes from: command, date (UTC), git commit, package versions, processor, cores, GPU."""
     versions = {"hlm": __version__}
     for package in _PACKAGES:

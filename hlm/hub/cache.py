@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hlm.artefacts import HlmError
 from hlm.hub.changes import same_content
-from hlm.hub.repository import AGAIN, check_id, hub_errors
+from hlm.hub.repository import AGAIN, TIMEOUT_S, check_id, hub_errors
 
 
 def local_folder(
@@ -75,6 +75,30 @@ def local_folder(
     if not folder.is_dir():
         raise HlmError(f"expected a folder '{subfolder}' in {name}, found none; name a repository that has it")
     return folder
+
+
+def hub_file(repo_id: str, file: str, *, revision: str | None = None) -> Path | None:
+    """One file of a model's repository on the Hub, in the Hub's cache; None where the repository has no such file.
+
+    The Hub is asked once: where it is out of reach, an older copy in the cache is taken at once. huggingface_hub alone
+    would ask six times, for half a minute.
+
+    Raises:
+        HlmError: no such repository, or out of reach and not in the cache.
+    """
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+    with hub_errors(f"{file} of the model {repo_id} could not be read"):
+        try:
+            get_hf_file_metadata(hf_hub_url(repo_id, file, revision=revision), timeout=TIMEOUT_S)
+        except errors.EntryNotFoundError:
+            return None
+        except (errors.HTTPError, OSError) as refused:
+            try:
+                return Path(hf_hub_download(repo_id, file, revision=revision, local_files_only=True))
+            except errors.LocalEntryNotFoundError:
+                raise refused from None
+        return Path(hf_hub_download(repo_id, file, revision=revision))
 
 
 def _remove_damaged(cache: Path, since: float) -> list[str]:

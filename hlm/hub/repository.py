@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hlm import __version__
-from hlm.artefacts import HlmError
+from hlm.errors import FULL_DISK, HlmError
 from hlm.hub.changes import ATTRIBUTES, CARD, RECORD, Changes, compare, foreign, make_record, same_content
 
 # huggingface_hub is imported where it is used: a folder is found without it.
@@ -277,7 +276,9 @@ def hub_errors(what: str) -> Iterator[None]:
     except HlmError:
         raise
     except tuple(kinds) as error:
-        raise HlmError(f"{what} ({_redacted(_reason(error))}); {_remedy(error)}") from error
+        from hlm.redaction import public_error
+
+        raise HlmError(f"{what} ({public_error(_reason(error))}); {_remedy(error)}") from error
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -308,8 +309,7 @@ def _status(error: BaseException) -> tuple[int | None, BaseException | None]:
 def _remedy(error: BaseException) -> str:
     status, _ = _status(error)
     text = " ".join(str(cause) for cause in _chain(error))
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if any(isinstance(cause, OSError) and cause.errno in full for cause in _chain(error)) or "No space" in text:
+    if any(isinstance(cause, OSError) and cause.errno in FULL_DISK for cause in _chain(error)) or "No space" in text:
         return f"free some space on the disk, then {AGAIN}"
     if status in REMEDIES:
         return REMEDIES[status]
@@ -320,13 +320,3 @@ def _remedy(error: BaseException) -> str:
     if type(error).__name__ == "LocalTokenNotFoundError":
         return REMEDIES[401]
     return f"check the connection, then {AGAIN}"
-
-
-def _redacted(text: str) -> str:
-    """Without tokens, and without the queries of addresses, which carry signatures."""
-    from huggingface_hub import get_token
-
-    from hlm.redaction import HIDDEN, without_secrets
-
-    text = re.sub(r"(https?://[^\s?]+)\?\S+", r"\1?...", without_secrets(text))
-    return text.replace(token, HIDDEN) if (token := get_token()) else text

@@ -18,17 +18,19 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
-from transformers.utils import cached_file
 
 from hlm.artefacts import HlmError
 from hlm.encoders.loading import DTYPES, resolve
 from hlm.encoders.pruning import cut_config, layers_of, planned_parameters
+from hlm.hub.cache import hub_file
 
+SHIPPED_OWNER = "qwen"  # of the shapes in hlm/shapes, as their Hub ids begin
 Calls = Sequence[tuple[int, int]]  # (rows, padded tokens a row) of every forward pass whose activations live together
 
 
 def backbone_config(name_or_path: str) -> PretrainedConfig:
-    """The config.json of a folder, an installed package or a Hub id; where the Hub is out of reach, the shipped one.
+    """The config.json of a folder, an installed package or a Hub id. Of the shapes that are shipped nothing is asked of
+    the Hub under the name of their owner; a copy of another owner falls back to them where it is out of reach.
 
     Raises:
         HlmError: neither is there; names the shapes that are shipped.
@@ -36,17 +38,23 @@ def backbone_config(name_or_path: str) -> PretrainedConfig:
     source = resolve(str(name_or_path))
     if (modules := Path(source) / "modules.json").is_file():
         source = str(Path(source) / json.loads(modules.read_text())[0]["path"])
-    try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        shipped = {path.name.removesuffix(".json"): path for path in (files("hlm.planning") / "shapes").iterdir()}
-        shape = shipped.get(source.rsplit("/", 1)[-1].lower())
-        if shape is None or Path(source).exists():
-            raise HlmError(
-                f"expected the config.json of a backbone at '{source}', found none ({type(error).__name__}); name a "
-                f"folder or a reachable Hub id, or one whose shape is shipped: {', '.join(sorted(shipped))}"
-            ) from error
+    local = Path(source).exists()
+    owner, _, name = source.lower().rpartition("/")
+    shipped = {path.name.removesuffix(".json"): path for path in (files("hlm.planning") / "shapes").iterdir()}
+    shape = None if local else shipped.get(name)
+    if shape is not None and owner == SHIPPED_OWNER:
         return AutoConfig.for_model(**json.loads(shape.read_text()))
+    try:
+        folder = source if local else str((hub_file(source, "config.json") or Path(source)).parent)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (HlmError, OSError, ValueError) as error:
+        if shape is not None:
+            return AutoConfig.for_model(**json.loads(shape.read_text()))
+        reason = str(error) if isinstance(error, HlmError) else type(error).__name__
+        raise HlmError(
+            f"expected the config.json of a backbone at '{source}', found none ({reason}); name a folder or a "
+            f"reachable Hub id, or one whose shape is shipped: {', '.join(sorted(shipped))}"
+        ) from error
 
 
 def encoder_width(name_or_path: str, *, revision: str | None = None) -> int:
@@ -59,10 +67,10 @@ def encoder_width(name_or_path: str, *, revision: str | None = None) -> int:
 
     def read(file: str) -> Any:
         try:
-            path = cached_file(source, file, revision=revision)
-        except OSError:
-            return None  # a backbone alone, or out of reach: `backbone_config` says what is missing
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+            path = Path(source) / file if Path(source).is_dir() else hub_file(source, file, revision=revision)
+        except HlmError:
+            return None  # out of reach: `backbone_config` says what is missing
+        return json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else None
 
     heads = [module["path"] for module in read("modules.json") or [] if module["type"].endswith(".Dense")]
     if heads and (head := read(f"{heads[-1]}/config.json")):

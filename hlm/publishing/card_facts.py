@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ from typing import Any
 from hlm.artefacts import MANIFEST, HlmError, read_manifest
 from hlm.benchmark import report as latency_report
 from hlm.evaluation.report import SYSTEMS
-from hlm.redaction import public, public_manifest
+from hlm.redaction import portable, public, public_manifest
+from hlm.report_types import LatencyReport, Recovery, Report
 
 PARTS = ("corpus", "queries", "unlabelled")
 QRELS = ("train", "dev", "test")
@@ -75,7 +75,7 @@ def _steps(folder: Path) -> Iterator[dict[str, Any]]:
                 "step": _step_name(kind, config),
                 "encoder": manifest["encoder"],
                 "inputs": public(inputs),
-                "settings": json.dumps(_settings(config), ensure_ascii=False),
+                "settings": json.dumps(portable(config), ensure_ascii=False),
                 "backbone": config.get("backbone"),
             }
         if before is None or before not in (inputs.get("student"), inputs.get("teacher"), manifest["encoder"]):
@@ -90,17 +90,7 @@ def _step_name(kind: str, config: dict[str, Any]) -> str:
     return next((name for mark, name in marks if mark in config), "student")
 
 
-def _settings(config: Any) -> Any:
-    """Settings without paths, tokens and empty values."""
-    if isinstance(config, dict):
-        kept = {key: _settings(value) for key, value in config.items() if "token" not in key or "batch" in key}
-        return {key: value for key, value in kept.items() if value not in (None, {}, [], "")}
-    if isinstance(config, list):
-        return [_settings(value) for value in config]
-    return None if isinstance(config, str) and re.search(r"[/\\:]", config) else config
-
-
-def system_of(report: dict[str, Any] | None, encoder: str, usual: str) -> str | None:
+def system_of(report: Report | None, encoder: str, usual: str) -> str | None:
     """Which row of the report is about this encoder.
 
     Raises:
@@ -108,9 +98,9 @@ def system_of(report: dict[str, Any] | None, encoder: str, usual: str) -> str | 
     """
     if report is None:
         return None
-    encoders = (report.get("environment") or {}).get("encoders")
+    encoders = report["environment"].get("encoders")
     if not encoders:
-        return usual if usual in report.get("systems", {}) else None
+        return usual if usual in report["systems"] else None
     name = next((name for name, found in encoders.items() if found == encoder), None)
     if name is None:
         found = ", ".join(f"{name} {value}" for name, value in encoders.items())
@@ -121,7 +111,7 @@ def system_of(report: dict[str, Any] | None, encoder: str, usual: str) -> str | 
     return name
 
 
-def report_facts(report: dict[str, Any], system: str | None, repo: str | None) -> dict[str, Any]:
+def report_facts(report: Report, system: str | None, repo: str | None) -> dict[str, Any]:
     """Rows of the tables of quality, header first."""
     k = report["k"]
     metrics = [f"{name}@{k}" for name in ("ndcg", "condensed_ndcg", "judged", "precision")]
@@ -131,17 +121,17 @@ def report_facts(report: dict[str, Any], system: str | None, repo: str | None) -
     rows = [["system", *metrics, f"recovery of ndcg@{k} [95%]", "parameters", "without embeddings"]]
     for name in names:
         values = report["systems"][name]
-        kept = (report.get("recovery_by_system") or {}).get(name, {}).get(f"ndcg@{k}")
+        kept = report["recovery_by_system"].get(name, {}).get(f"ndcg@{k}")
         cells = [f"{values[metric]:.4f}" if values.get(metric) is not None else "-" for metric in metrics]
         sizes = [f"{values[key]:,}" if values.get(key) else "-" for key in ("params_total", "params_non_embedding")]
         rows.append([name, *cells, _recovery(kept) if kept else "-", *sizes])
-    own = (report.get("recovery_by_system") or {}).get(system or "", {})
+    own = report["recovery_by_system"].get(system or "", {})
     slices = [["slice", "queries", f"ndcg@{k}", f"teacher's ndcg@{k}", "recovery [95%]"]]
-    for by, groups in (report.get("slices") or {}).items() if system == "student" else ():
+    for by, groups in report["slices"].items() if system == "student" else ():
         for name, group in groups.items():
             cells = [f"{group[f'{who}_ndcg@{k}']:.4f}" for who in ("student", "teacher")]
-            kept = _recovery(group["recovery"]) if group.get("recovery") else "-"
-            slices.append([f"{by} {name}", group["n"], *cells, kept])
+            recovered = _recovery(group["recovery"]) if group.get("recovery") else "-"
+            slices.append([f"{by} {name}", str(group["n"]), *cells, recovered])
     return {
         "data": data_name(report["dataset"], repo),
         "split": report["split"],
@@ -159,7 +149,7 @@ def report_facts(report: dict[str, Any], system: str | None, repo: str | None) -
     }
 
 
-def _recovery(kept: dict[str, Any]) -> str:
+def _recovery(kept: Recovery) -> str:
     if kept["value"] is None:
         return "-"
     if kept["ci95"] is None:
@@ -168,9 +158,9 @@ def _recovery(kept: dict[str, Any]) -> str:
     return f"{kept['value']:.1%} [{low:.1%}, {high:.1%}]"
 
 
-def latency_facts(latency: dict[str, Any], repo: str | None) -> dict[str, Any]:
+def latency_facts(latency: LatencyReport, repo: str | None) -> dict[str, Any]:
     """The rows and notes that recipes/benchmark.py prints, and the machine they were taken on."""
-    where = latency.get("environment") or {}
+    where = latency["environment"]
     return {
         "rows": latency_report.rows(latency),
         "notes": latency_report.notes(latency),
@@ -211,7 +201,7 @@ def dataset_facts(folder: str | Path) -> dict[str, Any]:
     rows = stores["corpus"]["rows"] if "corpus" in stores else (manifest.get("config") or {}).get("ads")
     return {
         "manifest": manifest,
-        "made_settings": json.dumps(_settings(manifest.get("config") or {}), ensure_ascii=False),
+        "made_settings": json.dumps(portable(manifest.get("config") or {}), ensure_ascii=False),
         "configs": configs,
         "stores": {name: store | {"fingerprint_of_texts": store["inputs"]["source"]} for name, store in stores.items()},
         "index": index,

@@ -27,6 +27,7 @@ from hlm.publishing.card_facts import (
     training_steps,
 )
 from hlm.redaction import machine_names, public, public_command, public_manifest, refuse_secrets
+from hlm.report_types import LatencyReport, Report
 from hlm.vectors.lineage import read_student
 
 # In a checkout beside hlm/, in an installed package inside it.
@@ -53,8 +54,8 @@ class About:
     """
 
     repo_id: str
-    report: dict[str, Any] | None = None
-    latency: dict[str, Any] | None = None
+    report: Report | None = None
+    latency: LatencyReport | None = None
     teacher_repo: str | None = None
     student_repo: str | None = None
     dataset_repo: str | None = None
@@ -139,7 +140,7 @@ def dataset_card(folder: str | Path, **about: Any) -> str:
     return _render("dataset.md.jinja", front, given, facts, None)
 
 
-def eval_results(report: dict[str, Any], *, dataset_repo: str, repo_id: str, revision: str | None = None) -> str:
+def eval_results(report: Report, *, dataset_repo: str, repo_id: str, revision: str | None = None) -> str:
     """YAML for `.eval_results/hlm.yaml` of a model repository (https://huggingface.co/docs/hub/eval-results).
 
     The Hub shows an entry where `dataset_repo` is registered as a benchmark and ignores it elsewhere; task ids are the
@@ -155,7 +156,7 @@ def eval_results(report: dict[str, Any], *, dataset_repo: str, repo_id: str, rev
             task_id=_slug(metric),
             value=value,
             dataset_revision=revision,
-            date=(report.get("environment") or {}).get("date"),
+            date=report["environment"].get("date"),
             source_url=f"https://huggingface.co/{repo_id}",
             source_name="HLM report",
             notes=f"{metric} of split {report['split']}, {report['queries']} queries",
@@ -167,7 +168,8 @@ def eval_results(report: dict[str, Any], *, dataset_repo: str, repo_id: str, rev
 
 def _common(given: About, system: str | None) -> dict[str, Any]:
     """What the front matter of both kinds of models says."""
-    metrics = _metrics(given.report, system) if given.report and system else {}
+    report = given.report
+    metrics = _metrics(report, system) if report and system else {}
     common: dict[str, Any] = {
         "license": given.licence,
         "language": list(given.language) or None,
@@ -175,15 +177,15 @@ def _common(given: About, system: str | None) -> dict[str, Any]:
         "metrics": [_line(metric) for metric in metrics] or None,
         "model_name": given.repo_id.split("/")[1],
     }
-    if metrics:
-        name = data_name(given.report["dataset"], given.dataset_repo)
+    if report and metrics:
+        name = data_name(report["dataset"], given.dataset_repo)
         common["eval_results"] = [
             EvalResult(
                 task_type="information-retrieval",
                 task_name="Information Retrieval",
                 dataset_type=given.dataset_repo or _slug(name),
                 dataset_name=_line(name),
-                dataset_split=_line(given.report["split"]),
+                dataset_split=_line(report["split"]),
                 metric_type=_line(metric),
                 metric_name=_line(metric),
                 metric_value=value,
@@ -193,7 +195,7 @@ def _common(given: About, system: str | None) -> dict[str, Any]:
     return common
 
 
-def _metrics(report: dict[str, Any], system: str) -> dict[str, float]:
+def _metrics(report: Report, system: str) -> dict[str, float]:
     row = report["systems"].get(system, {})
     return {name: value for name, value in row.items() if not name.startswith("params_") and value is not None}
 
@@ -270,7 +272,7 @@ def _render(name: str, front: Any, given: About, facts: dict[str, Any], system: 
     )
     environment.filters |= {"code": code, "fenced": fenced, "python": python, "js": js, "table": table}
     report = given.report
-    made = (report or {}).get("environment") or {}
+    made = report["environment"] if report else {}
     text = environment.get_template(name).render(
         front=Raw(front.to_yaml()),
         given=given,

@@ -18,11 +18,12 @@ from hlm.artefacts import MANIFEST, HlmError, read_manifest
 from hlm.hub.changes import CARD
 from hlm.integrity import known_fingerprint
 from hlm.redaction import machine_names, public, public_manifest, refuse_secrets
+from hlm.vectors.index import ENGINES
 
 RESULTS = ".eval_results/hlm.yaml"
 _TABLE = r"\.(jsonl|parquet|tsv|csv)"
 _STORE = rf"({re.escape(MANIFEST)}|vectors-\d+\.safetensors|ids-\d+\.parquet)"
-_INDEX = rf"({re.escape(MANIFEST)}|index\.faiss|ids\.parquet)"
+_INDEX = "|".join(map(re.escape, [MANIFEST, *(file for engine in ENGINES.values() for file in engine.files)]))
 ALLOWED = {
     "student": [
         re.escape(MANIFEST), r"(\d+_\w+/)?config\.json", r"\d+_\w+/model\.safetensors", r"modules\.json",
@@ -34,7 +35,7 @@ ALLOWED = {
     "teacher": [re.escape(MANIFEST), r"adapter_config\.json", r"adapter_model\.safetensors"],
     "dataset": [
         re.escape(MANIFEST), rf"(corpus|queries|unlabelled){_TABLE}", rf"qrels/(train|dev|test){_TABLE}",
-        rf"vectors/(corpus|queries)/{_STORE}", rf"index/{_INDEX}", r"reports/(report|latency)\.(json|png)",
+        rf"vectors/(corpus|queries)/{_STORE}", rf"index/({_INDEX})", r"reports/(report|latency)\.(json|png)",
     ],
     "space": [
         r"[\w-]+\.(py|json|txt|png|css|js)", "Dockerfile", r"hlm/([\w-]+/)*[\w.-]+\.(py|json|jinja)",
@@ -228,11 +229,11 @@ def _verify_dataset(folder: Path) -> None:
     """Tables are read and checked row by row, stores and index against their checksums, and all against each other."""
     from hlm.data.contract import load
     from hlm.data.tables import find_table
-    from hlm.vectors.index import AdIndex
+    from hlm.vectors.index import open_index
     from hlm.vectors.store import VectorStore
 
     stores = {path.parent.name: VectorStore.open(path.parent) for path in sorted(folder.glob(f"vectors/*/{MANIFEST}"))}
-    index = AdIndex.load(folder / "index") if (folder / "index").is_dir() else None
+    index = open_index(folder / "index") if (folder / "index").is_dir() else None
     for store in stores.values():
         store.verify()
     made = {store.encoder for store in stores.values()} | ({index.encoder} if index else set())

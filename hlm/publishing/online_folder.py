@@ -16,7 +16,7 @@ from hlm.serving.export import export_model
 from hlm.serving.query_encoder import QueryEncoder
 from hlm.settings import keywords
 from hlm.steps import ExportConfig
-from hlm.vectors.index import AdIndex
+from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.lineage import check_student
 from hlm.vectors.store import VectorStore
 

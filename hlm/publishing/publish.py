@@ -21,7 +21,7 @@ from hlm.publishing.files import folder_files
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    from hlm.vectors.index import AdIndex
+    from hlm.vectors.index import Index
     from hlm.vectors.store import VectorStore
 
 __all__ = ["Published", "link_files", "local_folder", "publish_folder"]
@@ -50,7 +50,7 @@ class Published:
 
 
 def publish_folder(
-    folder: str | Path | SentenceTransformer | VectorStore | AdIndex,
+    folder: str | Path | SentenceTransformer | VectorStore | Index,
     repo_id: str,
     *,
     repo_type: str = "model",
@@ -130,12 +130,12 @@ def _as_folder(thing: Any, teacher: str | None) -> Iterator[tuple[Path, list[Pat
     if isinstance(thing, (str, Path)):
         yield Path(thing), []
         return
-    from hlm.vectors.index import AdIndex
+    from hlm.vectors.index import Index
     from hlm.vectors.store import VectorStore
 
     with tempfile.TemporaryDirectory(prefix="hlm-") as temporary:
         folder = Path(temporary) / "folder"
-        if isinstance(thing, AdIndex):
+        if isinstance(thing, Index):
             thing.save(folder / "index")
         elif isinstance(thing, VectorStore):
             link_files(thing.folder, folder / "vectors/corpus")

@@ -14,13 +14,15 @@ import hlm
 from hlm.artefacts import MANIFEST, HlmError, write_json
 from hlm.data.contract import load
 from hlm.data.tables import find_table, read_rows
+from hlm.fields import read_json
 from hlm.hub.repository import Repository
 from hlm.publishing.card_facts import system_of
 from hlm.publishing.cards import dataset_card, eval_results, student_card, teacher_card
 from hlm.publishing.files import RESULTS, folder_files, own_file
 from hlm.publishing.publish import link_files
+from hlm.report_files import read_latency, read_report
 from hlm.steps import PublishConfig
-from hlm.vectors.index import AdIndex
+from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.lineage import open_fitting, read_student
 from hlm.vectors.store import VectorStore
 
@@ -31,18 +33,12 @@ UNKNOWN = "0" * 40  # in a dry run, the commit that is not there yet
 def about(config: PublishConfig, repositories: dict[str, Repository], part: str) -> dict[str, Any]:
     """What a card says beside the manifests."""
     others = {f"{one}_repo": repositories[one].repo_id for one in repositories if one != "space"}
-    files = {name: read_json(getattr(config, name)) for name in ("report", "latency")}
+    files = {
+        "report": read_report(config.report) if config.report else None,
+        "latency": read_latency(config.latency) if config.latency else None,
+    }
     given = {name: getattr(config, name) for name in ("base_model", "licence", "language", "public_names")}
     return {"repo_id": repositories[part].repo_id, **others, **files, **given}
-
-
-def read_json(path: str | None) -> dict[str, Any] | None:
-    try:
-        return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise HlmError(
-            f"expected a report as JSON at {path}, found none to read ({error}); correct the path"
-        ) from error
 
 
 def stage_teacher(config: PublishConfig, repositories: dict, done: dict, home: Path) -> str:
@@ -135,7 +131,7 @@ def stage_space(config: PublishConfig, repositories: dict, done: dict, home: Pat
     ours = ["vectors", "index"] + (["data"] if Path(config.data).is_dir() else [])
     for name in [*ours, *(name for name in ("report", "latency") if getattr(config, name))]:
         ids[name], commits[name] = dataset.repo_id, dataset.commit or UNKNOWN
-    settings = read_json(str(home / "config.json"))
+    settings = read_json(home / "config.json")
     settings |= {"data": config.data, "report": None, "latency": None} | ids | {"revisions": commits}
     write_json(home / "config.json", settings)
     card = RepoCard.load(home / "README.md")

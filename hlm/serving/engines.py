@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hlm.artefacts import HlmError
+from hlm.extras import extras_named
 from hlm.forks import keep_for_ever, tell_after_fork
 from hlm.serving.bulk import Run
 
@@ -110,10 +111,8 @@ def openvino(path: Path, precision: str, threads: int) -> tuple[Run, int]:
     Raises:
         HlmError: OpenVINO is not installed, a damaged file, or none of `hlm.serving.export`.
     """
-    try:
+    with extras_named("backend 'openvino'"):
         import openvino
-    except ImportError as error:
-        raise HlmError("backend 'openvino' needs openvino, found none; pip install 'hlm[openvino]'") from error
     hint = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32"}
     settings = hint | {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
 
@@ -165,9 +164,10 @@ def torch(folder: Path, precision: str, device: str) -> tuple[Run, int]:
     Raises:
         HlmError: a device that this torch does not have, or a folder that does not load.
     """
-    import torch
+    with extras_named("backend 'torch'"):
+        import torch
 
-    from hlm.encoders.loading import load_encoder
+        from hlm.encoders.loading import load_encoder
 
     try:
         torch.empty(0, device=device)

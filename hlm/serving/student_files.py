@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
-import os
 import re
-import shutil
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,8 +14,10 @@ from tokenizers import Tokenizer
 
 from hlm import __version__
 from hlm.artefacts import MANIFEST, SCHEMA_VERSION, HlmError, file_records, fingerprint_json, write_json
+from hlm.extras import extras_named
 from hlm.hub.cache import local_folder
 from hlm.integrity import cache_folder, check_files, known_fingerprint
+from hlm.outputs import make_once
 
 logger = logging.getLogger(__name__)
 
@@ -227,7 +225,7 @@ def _exported(folder: Path, names: Sequence[str]) -> Path:
     graph = _kept_graph(kept, names)
     if graph is None:
         try:
-            _export(folder, kept, names)
+            make_once(kept, lambda aside: _export(folder, aside), lambda: _kept_graph(kept, names) is not None)
         except OSError as error:
             raise HlmError(
                 f"{folder} has no ONNX files, and they cannot be kept in the cache {kept.parent} "
@@ -251,32 +249,14 @@ def _kept_graph(kept: Path, names: Sequence[str]) -> Path | None:
     return kept / file
 
 
-def _export(folder: Path, kept: Path, names: Sequence[str]) -> None:
-    """Exports `folder` to `kept`, one process at a time. What processes that were killed left there is removed."""
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with open(kept.parent / ".lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:  # a disk without locks: what lies there may be another's who is at work
-            leftovers = []
-        else:
-            leftovers = list(kept.parent.glob(".*.partial"))
-            if _kept_graph(kept, names) is not None:
-                return  # another process has made it meanwhile
-        for leftover in leftovers:
-            shutil.rmtree(leftover, ignore_errors=True)
-        aside = kept.with_name(f".{kept.name}.{uuid.uuid4().hex[:8]}.partial")
-        aside.mkdir()
-        try:
-            logger.warning(
-                "%s has no ONNX files: exporting them, once, takes some ten seconds; recipes/export.py does it "
-                "beforehand", folder,
-            )  # fmt: skip
-            from hlm.serving.export import export
+def _export(folder: Path, aside: Path) -> None:
+    with extras_named(f"the export of {folder}, which has no ONNX files"):
+        from hlm.serving.export import export
 
-            export(str(folder), aside)
-            write_json(aside / MANIFEST, {"files": file_records(aside)})
-            shutil.rmtree(kept, ignore_errors=True)
-            os.replace(aside, kept)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    logger.warning(
+        "%s has no ONNX files: exporting them, once, takes some ten seconds; recipes/export.py does it beforehand",
+        folder,
+    )
+    export(str(folder), aside)
+    write_json(aside / MANIFEST, {"files": file_records(aside)})

@@ -35,7 +35,7 @@ from hlm.training.trainer import (
     set_dropout,
     train,
 )
-from hlm.vectors.index import AdIndex
+from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.store import VectorStore
 
 logger = logging.getLogger(__name__)

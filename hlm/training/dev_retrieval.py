@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from hlm.encoders.loading import encode
 from hlm.evaluation.metrics import Qrels, dense_run, mean, per_query
-from hlm.vectors.index import AdIndex
+from hlm.vectors.faiss_index import AdIndex
+from hlm.vectors.index import Index
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class DevRetrieval(BaseEvaluator):
         texts: Mapping[str, str],
         qrels: Qrels,
         *,
-        index: AdIndex | None = None,
+        index: Index | None = None,
         documents: Mapping[str, str] | None = None,
         prompt_name: str = "query",
     ) -> None:

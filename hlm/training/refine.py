@@ -40,7 +40,7 @@ from hlm.training.trainer import (
     set_dropout,
     train,
 )
-from hlm.vectors.index import AdIndex
+from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.lineage import check_student
 from hlm.vectors.store import VectorStore
 

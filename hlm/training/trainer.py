@@ -32,6 +32,7 @@ from hlm.config import check_processes
 from hlm.encoders.loading import check_device, devices
 from hlm.outputs import resolved
 from hlm.planning.plan import check_step
+from hlm.redaction import is_secret
 from hlm.training.batches import GroupedBatches
 from hlm.training.checkpoints import (
     IDENTITY,
@@ -105,7 +106,7 @@ class TrainingArguments(SentenceTransformerTrainingArguments):
 
 def recorded(args: TrainingArguments) -> dict[str, Any]:
     """The training arguments that were set to something else than their default, for manifests: JSON values."""
-    values = args.to_dict()  # masks tokens
+    values = {name: value for name, value in args.to_dict().items() if not is_secret(name)}
     default = TrainingArguments(output_dir=args.output_dir).to_dict()
     changed = {name: value for name, value in values.items() if value != default.get(name) and name not in REPORTING}
     return {name: value for name, value in changed.items() if isinstance(value, str | int | float | bool | None)}

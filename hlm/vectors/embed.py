@@ -25,7 +25,7 @@ from hlm.planning.plan import check_dim
 from hlm.settings import keywords
 from hlm.steps import PARTS, EmbedConfig
 from hlm.vectors import canaries
-from hlm.vectors.index import AdIndex
+from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.store import VectorStore, check_store_output, pending_shards, write_store
 
 logger = logging.getLogger(__name__)

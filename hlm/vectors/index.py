@@ -1,268 +1,84 @@
-"""The ad index: a FAISS index over the teacher's document vectors, with the catalogue's own ids beside it.
+"""What an ad index is, whichever engine searches it, and `open_index`, which opens what any of them saved.
 
-Scores are inner products of L2-normalised vectors, that is cosines. The index remembers which encoder made its
-vectors; a query encoder that was not aligned to that encoder must not be searched against it.
+An index holds the teacher's document vectors and the catalogue's own ids. Scores are inner products of L2-normalised
+vectors, that is cosines. The index remembers which encoder made its vectors; a query encoder that was not aligned to
+that encoder must not be searched against it.
+
+An engine is a module with a subclass of `Index` and a line in `ENGINES`; `index_parts.py` has what engines share.
 """
 
 from __future__ import annotations
 
-import logging
-import math
-import numbers
-import os
-from collections.abc import Sequence
+import abc
+import importlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
-import faiss
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
+from hlm.artefacts import MANIFEST, HlmError, read_manifest
+from hlm.fields import optional
+from hlm.integrity import read_steadily
 
-from hlm.artefacts import MANIFEST, HlmError, atomic_folder, read_manifest, write_manifest
-from hlm.fields import REMEDY, field, optional, shown, whole_number
-from hlm.integrity import check_files, read_steadily
-from hlm.vectors import faiss_parts
-from hlm.vectors.store import VectorStore, read_ids
+# NumPy, PyArrow and FAISS come with the engine: what may be published is known without them.
+if TYPE_CHECKING:
+    import numpy as np
 
-logger = logging.getLogger(__name__)
+    from hlm.vectors.store import VectorStore
 
-INDEX_FILE = "index.faiss"
-IDS_FILE = "ids.parquet"
-# Vectors that were normalised and then went through fp16 or bf16 are off by less than this.
-NORM_TOLERANCE = 1e-2
+KIND = "index"
 
 
-class AdIndex:
-    """Maximum-inner-product search over a catalogue; made by `build` or `load`, never by hand.
+class Engine(NamedTuple):
+    """Where an engine's class is, and the files that it writes beside `hlm.json`: no others are published."""
+
+    module: str
+    name: str
+    files: tuple[str, ...]
+
+
+ENGINES = {"faiss": Engine("hlm.vectors.faiss_index", "AdIndex", ("index.faiss", "ids.parquet"))}
+OLDEST = "faiss"  # the engine of indexes whose manifests name none
+
+
+class Index(abc.ABC):
+    """Maximum-inner-product search over a catalogue.
 
     Attributes:
-        encoder: fingerprint of the encoder that made the vectors.
+        engine: its name in `ENGINES` and in `hlm.json`.
+        encoder: fingerprint of the encoder that made the vectors, the teacher.
         source: fingerprint of the texts behind them.
-        dim: width of the vectors.
-        factory: the FAISS factory string.
+        factory: what was built, in the engine's own words, e.g. FAISS's factory string "Flat".
         canaries: the teacher's vectors of fixed queries (`canaries.py`), from the store; None where it had none.
     """
 
-    def __init__(
-        self,
-        index: faiss.Index,
-        ids: pa.Array,
-        *,
-        encoder: str,
-        source: str,
-        factory: str,
-        nprobe: int | None = None,
-        ef_search: int | None = None,
-        k_factor: float | None = None,
-        on_gpu: bool = False,
-        canaries: dict[str, Any] | None = None,
-    ) -> None:
-        self._index = index
-        self._ids = ids
-        self._on_gpu = on_gpu
-        self._process = os.getpid()
-        self.encoder = encoder
-        self.source = source
-        self.factory = factory
-        self.canaries = canaries
-        parts = list(faiss_parts.parts(index))
-        cells = next((part.nlist for part in parts if faiss_parts.is_ivf(part)), 0)
-        self._cells = cells
-        # FAISS's own defaults (1, 16 and 1) trade most of the recall away; k_factor=1 even makes refinement a no-op.
-        self._defaults: dict[str, float | None] = {
-            "nprobe": min(cells, max(8, math.ceil(cells / 16))) if cells else None,
-            "ef_search": 128 if any(isinstance(part, faiss.IndexHNSW) for part in parts) else None,
-            "k_factor": 10.0 if any(isinstance(part, faiss.IndexRefine) for part in parts) else None,
-        }
-        self._defaults = self._options(nprobe, ef_search, k_factor)
-
-    def __len__(self) -> int:
-        return self._index.ntotal
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        facts = {"encoder": self.encoder, "source": self.source, "factory": self.factory, "canaries": self.canaries}
-        return _restored, (faiss.serialize_index(self._on_cpu()), self._ids, facts | self._defaults, self._on_gpu)
+    engine: ClassVar[str]
+    encoder: str
+    source: str
+    factory: str
+    canaries: dict[str, Any] | None
 
     @property
+    @abc.abstractmethod
     def dim(self) -> int:
-        return self._index.d
+        """Width of the vectors."""
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """How many documents there are."""
 
     @classmethod
-    def build(
-        cls,
-        store: VectorStore,
-        factory: str = "Flat",
-        *,
-        dim: int | None = None,
-        train_rows: int = 131_072,
-        rows_per_block: int = 65_536,
-        nprobe: int | None = None,
-        ef_search: int | None = None,
-        k_factor: float | None = None,
-        gpu: bool = False,
-        seed: int = 0,
-    ) -> AdIndex:
-        """Builds the index block by block: in memory are FAISS's own copy, one block and the training sample.
+    @abc.abstractmethod
+    def build(cls, store: VectorStore, factory: str, *, dim: int | None = None) -> Self:
+        """Builds an index over a store's vectors; with `dim` over their first components, normalised again."""
 
-        Args:
-            store: the document vectors.
-            factory: any FAISS factory string: "Flat" (exact), "HNSW32", "IVF1024,PQ48", "IVF256,SQ8",
-                "IVF1024,PQ48x4fs,RFlat", ...
-            dim: keep the first `dim` components and normalise again (Matryoshka); all by default.
-            train_rows: at most this many rows, drawn without replacement, train an index that needs training; FAISS
-                asks for 39 or more for each of an IVF's cells.
-            nprobe: cells searched of an IVF; default one in 16, at least 8.
-            ef_search: candidates held while walking an HNSW graph; default 128.
-            k_factor: candidates re-scored by a refining index (",RFlat"), in multiples of k; default 10.
-            gpu: build and search on GPU 0; needs a GPU build of FAISS.
-
-        Raises:
-            HlmError: a factory string FAISS does not take, too few rows to train it, an option the index has no part
-                for, a number out of bounds, a vector that is not finite or zero, an id that is there twice, or no GPU.
-        """
-        width = (
-            store.dim if dim is None else whole_number("dim (the store's width or less)", dim, least=1, most=store.dim)
-        )
-        train_rows = whole_number("train_rows", train_rows, least=1)
-        rows_per_block = whole_number("rows_per_block", rows_per_block, least=1)
-        seed = whole_number("seed", seed, least=0)
-        factory = faiss_parts.checked_factory(factory, width, min(len(store), train_rows))
-        ids = _checked_ids(store.ids)
-        try:
-            with faiss_parts.threads(one=False):
-                index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
-                faiss_parts.check_parts(index)
-                if gpu:
-                    index = faiss_parts.to_gpu(index)
-                if not index.is_trained:
-                    rows = np.arange(len(store))
-                    if len(store) > train_rows:
-                        rows = np.sort(np.random.default_rng(seed).choice(len(store), train_rows, replace=False))
-                    logger.info("training %s on %d of %d vectors", factory, len(rows), len(store))
-                    index.train(_normalised(store.gather(rows), width, first_row=0))
-                for start, block in store.iter_blocks(rows_per_block):
-                    index.add(_normalised(block, width, first_row=start))
-        except (RuntimeError, MemoryError) as error:
-            raise HlmError(
-                f"FAISS cannot build '{factory}' over {len(store)} vectors of width {width}: "
-                f"{faiss_parts.reason(error)}; choose another factory string (ids are kept beside the index: leave "
-                "IDMap out), or more rows"
-            ) from error
-        return cls(
-            index,
-            ids,
-            encoder=store.encoder,
-            source=store.source,
-            factory=factory,
-            nprobe=nprobe,
-            ef_search=ef_search,
-            k_factor=k_factor,
-            on_gpu=gpu,
-            canaries=store.canaries,
-        )
-
-    @classmethod
-    def from_vectors(cls, vectors: np.ndarray, ids: Sequence[str], *, encoder: str = "", source: str = "") -> AdIndex:
-        """An exact index over float32 (n, dim) vectors in memory, e.g. a dev sample that the model in training encoded.
-
-        Raises:
-            HlmError: no vectors, no id for each, an id that is no text or there twice, or a vector that is not finite
-                or zero.
-        """
-        vectors = np.asarray(vectors)
-        if vectors.ndim != 2 or 0 in vectors.shape or vectors.dtype.kind not in "fiu":
-            raise HlmError(f"expected vectors of shape (n, dim), found {vectors.dtype} of shape {vectors.shape}")
-        if len(vectors) != len(ids):
-            raise HlmError(f"expected an id for each of {len(vectors)} vectors, found {len(ids)} ids")
-        for name in ids:
-            if not isinstance(name, str):
-                raise HlmError(f"expected ids that are texts, found {shown(name)}; turn them into str")
-        index = faiss.IndexFlatIP(vectors.shape[1])
-        index.add(_normalised(vectors, vectors.shape[1], first_row=0))
-        return cls(index, _checked_ids(list(ids)), encoder=encoder, source=source, factory="Flat")
-
-    def save(self, folder: str | Path) -> None:
-        """Writes `index.faiss`, `ids.parquet` and `hlm.json` (kind "index"); an older index is replaced whole.
-
-        Raises:
-            HlmError: `folder` holds something else, another process writes there, or it cannot be written.
-        """
-        with atomic_folder(folder, "index") as aside:
-            try:
-                faiss.write_index(self._on_cpu(), str(aside / INDEX_FILE))
-            except RuntimeError as error:
-                raise HlmError(f"could not write {folder}: {faiss_parts.reason(error)}; free some space") from error
-            pq.write_table(pa.table({"_id": self._ids}), aside / IDS_FILE)
-            write_manifest(
-                aside,
-                "index",
-                inputs={"encoder": self.encoder, "source": self.source},
-                config={"factory": self.factory, **self._defaults},
-                dim=self.dim,
-                count=len(self),
-                **({"canaries": self.canaries} if self.canaries else {}),
-            )
-
-    @classmethod
-    def load(cls, folder: str | Path, *, expect_encoder: str | None = None, gpu: bool = False) -> AdIndex:
-        """Reads a saved index.
-
-        Args:
-            folder: what `save` wrote.
-            expect_encoder: fingerprint of the encoder that the queries' encoder was aligned to.
-            gpu: search on GPU 0; needs a GPU build of FAISS.
-
-        Raises:
-            HlmError: no index there, one of another encoder, or files that are missing, cut short or changed.
-        """
-        return read_steadily(folder, lambda: cls._read(Path(folder), expect_encoder, gpu))
-
-    @classmethod
-    def _read(cls, folder: Path, expect_encoder: str | None, gpu: bool) -> AdIndex:
-        manifest, where = read_manifest(folder, "index"), folder / MANIFEST
-        facts = {name: field(manifest, str, "inputs", name, where=where) for name in ("encoder", "source")}
-        facts["factory"] = field(manifest, str, "config", "factory", where=where)
-        for name, kind in (("nprobe", int), ("ef_search", int), ("k_factor", float)):
-            facts[name] = optional(manifest, kind, "config", name, where=where, least=1)
-        facts["canaries"] = optional(manifest, dict, "canaries", where=where)
-        dim, count = (field(manifest, int, name, where=where, least=1) for name in ("dim", "count"))
-        if expect_encoder is not None and facts["encoder"] != expect_encoder:
-            raise HlmError(
-                f"expected an index of vectors made by encoder {expect_encoder}, found one of encoder "
-                f"{facts['encoder']} at {folder}; build the index from that encoder's store, or use the student that "
-                f"was aligned to {facts['encoder']}"
-            )
-        check_files(folder, field(manifest, dict, "files", where=where), (INDEX_FILE, IDS_FILE))
-        index = faiss_parts.read_index(folder / INDEX_FILE)
-        if (index.ntotal, index.d, index.metric_type) != (count, dim, faiss.METRIC_INNER_PRODUCT):
-            raise HlmError(
-                f"{folder}: expected {count} vectors of width {dim} as hlm.json says, for inner products, found "
-                f"{index.ntotal} of width {index.d}, metric {index.metric_type}; build the index again"
-            )
-        with open(folder / IDS_FILE, "rb") as file:
-            ids = _flat_strings(read_ids(file, folder / IDS_FILE, count, REMEDY))
-        return cls(faiss_parts.to_gpu(index) if gpu else index, ids, on_gpu=gpu, **facts)
-
-    def search(
-        self,
-        queries: np.ndarray,
-        k: int,
-        *,
-        nprobe: int | None = None,
-        ef_search: int | None = None,
-        k_factor: float | None = None,
-    ) -> tuple[np.ndarray, list[list[str]] | list[str]]:
-        """The `k` documents with the largest inner product for each query. Safe to call from several threads, and in a
-        forked process, where FAISS computes on one thread.
+    @abc.abstractmethod
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, list[list[str]] | list[str]]:
+        """The `k` documents with the largest inner product for each query. Safe to call from several threads.
 
         Args:
             queries: float32 (n, dim), or (dim,) for one query, L2-normalised, of the encoder that made the index or one
-                aligned to it. One query is searched on one thread: a second one would be waited for.
+                aligned to it.
             k: documents for each query; at most as many as there are come back.
-            nprobe, ef_search, k_factor: override the index's defaults for this call; beyond what the index has, they
-                mean all of it.
 
         Returns:
             scores: float32 (n, min(k, len(index))), cosines in descending order; for one query (min(k, len(index)),).
@@ -270,129 +86,50 @@ class AdIndex:
                 list is shorter and the scores past its end are -inf.
 
         Raises:
-            HlmError: another width, values that are not finite or not normalised, k or an option that is no number
-                from 1 on, or an option the index has no part for.
+            HlmError: another width, values that are not finite or not normalised, or a k below 1.
         """
-        if self._on_gpu and os.getpid() != self._process:
-            raise HlmError("an index on a GPU does not work in a forked process; load it there, or start it by spawn")
-        rows = self._checked(queries)
-        k = min(whole_number("k", k, least=1), len(self))
-        options = self._options(nprobe, ef_search, k_factor)
-        if options["k_factor"] is not None:
-            options["k_factor"] = min(options["k_factor"], len(self) / k)
-        scores, ids = self._found(rows, k, options)
-        return (scores, ids) if np.ndim(queries) == 2 else (scores[0], ids[0])
 
-    def _found(
-        self, queries: np.ndarray, k: int, options: dict[str, float | None]
-    ) -> tuple[np.ndarray, list[list[str]]]:
-        if len(queries) == 0:
-            return np.zeros((0, k), np.float32), []
-        try:
-            with faiss_parts.threads(one=len(queries) == 1):
-                # Parameters go with the call: set on the index they would leak into other threads' searches.
-                scores, rows = self._index.search(queries, k, params=faiss_parts.parameters(self._index, options))
-        except (RuntimeError, MemoryError) as error:
-            raise HlmError(
-                f"FAISS cannot search {len(queries)} queries for {k} ads each: {faiss_parts.reason(error)}; ask for "
-                "fewer at once"
-            ) from error
-        found = rows >= 0
-        if not found.all():
-            order = np.argsort(~found, axis=1, kind="stable")
-            rows, found = np.take_along_axis(rows, order, 1), np.take_along_axis(found, order, 1)
-            scores = np.where(found, np.take_along_axis(scores, order, 1), -np.inf).astype(np.float32)
-        texts = self._ids.take(pa.array(rows[found])).to_pylist()
-        ends = np.cumsum(found.sum(axis=1))
-        return scores, [texts[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    @abc.abstractmethod
+    def save(self, folder: str | Path) -> None:
+        """Writes the engine's files and `hlm.json` (kind "index"); an older index is replaced whole.
 
-    def _on_cpu(self) -> faiss.Index:
-        return faiss.index_gpu_to_cpu(self._index) if self._on_gpu else self._index
+        Raises:
+            HlmError: `folder` holds something else, another process writes there, or it cannot be written.
+        """
 
-    def _options(self, nprobe: int | None, ef_search: int | None, k_factor: float | None) -> dict[str, float | None]:
-        given = {"nprobe": nprobe, "ef_search": ef_search, "k_factor": k_factor}
-        parts = {"nprobe": "IVF", "ef_search": "HNSW graph", "k_factor": "refinement such as ',RFlat'"}
-        for name, value in given.items():
-            if value is not None and self._defaults[name] is None:
-                raise HlmError(
-                    f"{name}={shown(value)} was given, but '{self.factory}' has no {parts[name]}; leave {name} out"
-                )
-        options = {name: default if given[name] is None else given[name] for name, default in self._defaults.items()}
-        if options["nprobe"] is not None:
-            options["nprobe"] = min(whole_number("nprobe", options["nprobe"], least=1), self._cells)
-        if options["ef_search"] is not None:
-            options["ef_search"] = min(whole_number("ef_search", options["ef_search"], least=1), max(16, len(self)))
-        if options["k_factor"] is not None:
-            factor = options["k_factor"]
-            if isinstance(factor, bool) or not isinstance(factor, numbers.Real) or not 1 <= factor < math.inf:
-                raise HlmError(f"k_factor: expected 1 or more, a finite number, found {shown(factor)}; correct it")
-            options["k_factor"] = float(min(factor, max(1, len(self))))
-        return options
-
-    def _checked(self, queries: np.ndarray) -> np.ndarray:
-        """The queries as float32 (n, dim)."""
-        try:
-            queries = np.asarray(queries)
-            if queries.dtype.kind not in "fiu":
-                raise TypeError(f"values of type {queries.dtype}")
-            queries = np.ascontiguousarray(queries, dtype=np.float32).reshape(queries.shape)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise HlmError(f"expected query vectors of shape (n, {self.dim}) or ({self.dim},): {error}") from error
-        if queries.ndim not in (1, 2):
-            raise HlmError(
-                f"expected query vectors of shape (n, {self.dim}) or ({self.dim},), found {queries.shape}; give one "
-                "vector, or a table with a vector in each row"
-            )
-        if queries.shape[-1] != self.dim:
-            raise HlmError(
-                f"expected query vectors {self.dim} wide, of shape (n, {self.dim}) or ({self.dim},), found "
-                f"{queries.shape}; use the student of this index's teacher, or build the index with dim= the student's "
-                "width"
-            )
-        queries = queries.reshape(-1, self.dim)
-        norms = np.linalg.norm(queries, axis=1)
-        wrong = ~(np.abs(norms - 1) <= NORM_TOLERANCE)  # written so that NaN is wrong
-        if wrong.any():
-            row = int(np.flatnonzero(wrong)[0])
-            raise HlmError(
-                f"expected finite, L2-normalised query vectors, found norm {norms[row]:.4g} in row {row} "
-                f"({int(wrong.sum())} of {len(queries)} rows); normalise them, or check the encoder"
-            )
-        return queries
+    @classmethod
+    @abc.abstractmethod
+    def load(cls, folder: str | Path, *, expect_encoder: str | None = None) -> Self:
+        """Reads what `save` of this engine wrote; see `open_index`."""
 
 
-def _restored(raw: np.ndarray, ids: pa.Array, facts: dict[str, Any], gpu: bool) -> AdIndex:
-    """An index out of a pickle."""
-    index = faiss.deserialize_index(raw)
-    return AdIndex(faiss_parts.to_gpu(index) if gpu else index, ids, on_gpu=gpu, **facts)
+def open_index(folder: str | Path, *, expect_encoder: str | None = None) -> Index:
+    """Opens a saved index with the engine that its manifest names.
+
+    Args:
+        folder: what `Index.save` wrote.
+        expect_encoder: fingerprint of the encoder that the queries' encoder was aligned to.
+
+    Raises:
+        HlmError: no index there, one of an engine that this version does not know, one of another encoder, or files
+            that are missing, cut short or changed.
+    """
+    where = Path(folder) / MANIFEST
+    engine = ENGINES[read_steadily(folder, lambda: engine_of(read_manifest(folder, KIND), where))]
+    opened: type[Index] = getattr(importlib.import_module(engine.module), engine.name)
+    return opened.load(folder, expect_encoder=expect_encoder)
 
 
-def _normalised(block: np.ndarray, width: int, *, first_row: int) -> np.ndarray:
-    """float32 (rows, width), L2-normalised: half precision and slicing both leave norms off 1."""
-    block = np.ascontiguousarray(block[:, :width], dtype=np.float32)
-    norms = np.linalg.norm(block, axis=1, keepdims=True)
-    wrong = ~((norms > 0) & np.isfinite(norms))
-    if wrong.any():
-        row = int(np.flatnonzero(wrong)[0])
+def engine_of(manifest: Mapping[str, Any], where: Path) -> str:
+    """The engine that the manifest of an index names.
+
+    Raises:
+        HlmError: this version does not know it.
+    """
+    name = optional(manifest, str, "engine", where=where) or OLDEST
+    if name not in ENGINES:
         raise HlmError(
-            f"expected finite vectors other than zero, found norm {norms[row, 0]} in row {first_row + row} "
-            "of the store; embed the catalogue again"
+            f"{where}: expected an index of the engine {' or '.join(ENGINES)}, found one of '{name}'; use the version "
+            "of HLM that wrote it, or build the index again"
         )
-    return block / norms
-
-
-def _checked_ids(ids: Any) -> pa.Array:
-    """The ids as one array, each once."""
-    ids = _flat_strings(ids)
-    if len(pc.unique(ids)) != len(ids):
-        counts = pc.value_counts(ids)
-        twice = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"].as_py()
-        raise HlmError(f"expected an id for each ad, found {twice!r} twice; make the ids of the data unique")
-    return ids
-
-
-def _flat_strings(ids: Any) -> pa.Array:
-    """One contiguous Arrow string array (64-bit offsets: ids of a large catalogue pass 2 GiB)."""
-    if isinstance(ids, pa.ChunkedArray):
-        return ids.cast(pa.large_string()).combine_chunks()
-    return ids.cast(pa.large_string()) if isinstance(ids, pa.Array) else pa.array(ids, pa.large_string())
+    return name

@@ -15,7 +15,7 @@ from hlm.integrity import check_files, read_steadily
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    from hlm.vectors.index import AdIndex
+    from hlm.vectors.index import Index
     from hlm.vectors.store import VectorStore
 
 
@@ -46,7 +46,7 @@ def check_student(folder: str | Path, teacher: str) -> None:
         )
 
 
-def open_fitting(folder: str | Path, student: dict[str, Any], kind: str | None = None) -> VectorStore | AdIndex:
+def open_fitting(folder: str | Path, student: dict[str, Any], kind: str | None = None) -> VectorStore | Index:
     """Opens the vectors or the index at `folder` where its teacher is the student's and its width fits.
 
     Raises:
@@ -55,9 +55,9 @@ def open_fitting(folder: str | Path, student: dict[str, Any], kind: str | None =
     teacher, dim = student["inputs"]["teacher"], student["dim"]
     kind = kind or kind_of(folder)
     if kind == "index":
-        from hlm.vectors.index import AdIndex
+        from hlm.vectors.index import open_index
 
-        index = AdIndex.load(folder, expect_encoder=teacher)
+        index = open_index(folder, expect_encoder=teacher)
         if index.dim != dim:
             raise HlmError(
                 f"expected an index of width {dim} (the student's), found {index.dim} at {folder}; build it from the "

@@ -25,8 +25,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hlm.artefacts import MANIFEST, HlmError, read_manifest, write_json, write_manifest
+from hlm.errors import FULL_DISK
 from hlm.locks import locked
-from hlm.outputs import FULL_DISK, IGNORED, os_errors, resolved
+from hlm.outputs import IGNORED, os_errors, resolved
 
 logger = logging.getLogger(__name__)
 

@@ -48,7 +48,7 @@ from hlm.evaluation.report import align as aligned
 from hlm.evaluation.report import command_line, environment
 from hlm.machine import facts
 from hlm.report_files import claimed_report
-from hlm.vectors.index import AdIndex
+from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.store import VectorStore, write_store
 
 logger = logging.getLogger(__name__)
@@ -277,7 +277,8 @@ class Step:
 
         sys.path.append(str(ROOT))  # run as a script, its own folder is there and the one above is not
         os.chdir(work)
-        datasets.config.HF_DATASETS_CACHE = work / "cache"
+        os.environ["HF_DATASETS_CACHE"] = str(work / "cache")
+        datasets.config.HF_DATASETS_CACHE = work / "cache"  # which was read when datasets was imported
         main = importlib.import_module(f"recipes.{self.name}").main
         run_recipe(lambda: main([*self.words, "--output", self.output]))
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hlm.artefacts import write_json
 from hlm.benchmark import report as latency_report
 from hlm.evaluation.report import undefined
+from hlm.report_files import checked_report, read_latency
+from hlm.report_types import LatencyReport, Recovery, Report
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -31,7 +34,7 @@ LATENCY = {
 }
 
 
-def table(report: dict[str, Any]) -> str:
+def table(report: Report) -> str:
     """One report as Markdown: a row a system, recovery of the refined student below."""
     columns = ["ndcg@10", "condensed_ndcg@10", "judged@10", "precision@10", "recall@100", "mrr@10", "overlap@10"]
     columns = [name for name in columns if any(name in row for row in report["systems"].values())]
@@ -42,18 +45,18 @@ def table(report: dict[str, Any]) -> str:
         size = "-"
         if row["params_total"]:
             size = f"{row['params_total'] / 1e6:.1f}M ({row['params_non_embedding'] / 1e6:.1f}M)"
-        kept = report.get("recovery_by_system", {}).get(name, {}).get("ndcg@10")
+        kept = report["recovery_by_system"].get(name, {}).get("ndcg@10")
         lines.append(f"| {name} | " + " | ".join([*cells, percent(kept) if kept else "-", size]) + " |")
     found = [f"{metric} {percent(report['recovery'][metric])}" for metric in RECOVERED if metric in report["recovery"]]
     if found:
         lines.append("\nRecovery of the student: " + ", ".join(found) + ".")
     lines += [f"\n{line}." for line in undefined(report)]
-    if report.get("overlap@10") is not None:
-        lines.append(f"\nOf the student's ten best ads, {report['overlap@10']:.1%} are among the teacher's ten.")
+    if (overlap := report["systems"].get("student", {}).get("overlap@10")) is not None:
+        lines.append(f"\nOf the student's ten best ads, {overlap:.1%} are among the teacher's ten.")
     return "\n".join(lines)
 
 
-def percent(recovery: dict[str, Any]) -> str:
+def percent(recovery: Recovery) -> str:
     if recovery["value"] is None:
         return "-"
     interval = f"{recovery['ci95'][0]:.1%} to {recovery['ci95'][1]:.1%}" if recovery["ci95"] else "no interval"
@@ -66,10 +69,11 @@ def block() -> str:
         path = ROOT / "results" / f"{name}.json"
         if path.is_file():
             results = json.loads(path.read_text())
-            parts.append(f"### {title}\n\n{table(results['report'])}\n\n{timing(results)}".rstrip())
+            report = checked_report(results["report"], path)
+            parts.append(f"### {title}\n\n{table(report)}\n\n{timing(results)}".rstrip())
         path = ROOT / "results" / f"latency-{name}.json"
         if path.is_file():
-            parts.append(latency_table(json.loads(path.read_text())))
+            parts.append(latency_table(read_latency(path)))
     return "\n\n".join(parts) or "Not measured yet."
 
 
@@ -78,12 +82,15 @@ def details() -> str:
     about = "Rendered by `measure/render_readme.py` from the JSON beside it; machine, versions and load are in that."
     parts = ["# Measured", about]
     for name, title in LATENCY.items():
-        if (found := read(f"latency-{name}")) is not None:
-            notes = [f"- {note}" for note in latency_report.notes(found)]
-            parts += [f"## {title}", command(found), latency_table(found), "\n".join(notes)]
+        path = ROOT / "results" / f"latency-{name}.json"
+        if path.is_file():
+            latency = read_latency(path)
+            notes = [f"- {note}" for note in latency_report.notes(latency)]
+            parts += [f"## {title}", command(latency), latency_table(latency), "\n".join(notes)]
     for name, title, rows in (
         ("compare", "Training and embedding beside the sentence-transformers scripts they replace", compared),
         ("memory", "Memory of alignment as the query log grows", remembered),
+        ("install", "What an install takes, and how fast it starts", light),
         ("reliability", "Two writers on one output, and kills at random moments", reliable),
         ("demo", "The demo as a visitor meets it", visited),
         ("hub-lfs", "Publishing and pulling with a fault at every request, over LFS", published),
@@ -99,7 +106,7 @@ def read(name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def command(found: dict[str, Any]) -> str:
+def command(found: Mapping[str, Any]) -> str:
     """The command that takes the measurement again: the script is named where it lies now, whatever the JSON says."""
     line = found.get("command") or found.get("environment", {}).get("command")
     if not line:
@@ -149,6 +156,21 @@ def remembered(found: dict[str, Any]) -> str:
     return markdown(header, rows) + f"\n\nA query more costs {found['bytes_a_row']:.0f} B of anonymous memory."
 
 
+def light(found: dict[str, Any]) -> str:
+    rows = []
+    for name, one in found["environments"].items():
+        largest = sorted(one["packages"].items(), key=lambda item: -item[1])[:3]
+        beside = ", ".join(f"{package} {size / 2**20:.0f}" for package, size in largest)
+        rows.append([f"pip install {name}", f"{one['mib']:.0f}", f"{len(one['packages'])}", beside])
+    sizes = markdown(["command", "MiB", "packages", "the largest, MiB"], rows)
+    rows = [
+        [name, f"{one['wall_s']:.2f}", f"{one['cpu_s']:.2f}", "-" if one["others"] is None else f"{one['others']:.0%}"]
+        for name, one in found["commands"].items()
+    ]
+    header = ["from cold, median", "s", "CPU s", "of the CPUs used by others"]
+    return f"{sizes}\n\n{markdown(header, rows)}"
+
+
 def reliable(found: dict[str, Any]) -> str:
     counts = ["rounds", "written_in_turn", "told", "mixed", "unloadable", "other"]
     header = ["two writers of", "rounds", "one after the other", "one told", "mixed", "do not load", "other errors"]
@@ -181,7 +203,7 @@ def timing(results: dict[str, Any]) -> str:
     )
 
 
-def latency_table(latency: dict[str, Any]) -> str:
+def latency_table(latency: LatencyReport) -> str:
     """latency.json as Markdown: the rows that recipes/benchmark.py prints."""
     header, *rows = latency_report.rows(latency)
     lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]

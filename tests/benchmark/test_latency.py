@@ -21,7 +21,7 @@ from hlm.benchmark.latency import derive, measure, ratios, summarise
 from hlm.benchmark.quality import agreement, agreements, quality, same_encoders
 from hlm.benchmark.report import format_table, notes, pareto, plot
 from hlm.machine import Counters, other_load, peak_memory_mib, read_counters
-from hlm.vectors.index import AdIndex
+from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.store import VectorStore, write_store
 
 QUERIES = ["shoe", "red shoe", "red steel kettle", "a kettle for two cups"]

@@ -1,12 +1,15 @@
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hlm.artefacts import HlmError
-from hlm.data.contract import document_text, load, query_text, training_pairs
+from hlm.artefacts import HlmError, fingerprint_texts
+from hlm.data.contract import document_text, load, query_text, titles, training_pairs
 
 CORPUS = [
     {"_id": "d1", "title": "Laser printer", "text": "Prints in colour", "attrs": {"colour": "black"}, "price": 10},
@@ -123,12 +126,44 @@ def test_fingerprint_follows_what_encoders_read(folder, read):
         read(folder).fingerprint("unlabelled")
 
 
+def test_a_table_is_read_once_for_its_fingerprint(folder, read, monkeypatch):
+    given, asked = read(folder, splits=("test",)), []
+    taken = "hlm.data.contract.fingerprint_texts"
+    monkeypatch.setattr(taken, lambda texts: asked.append(1) or fingerprint_texts(texts))
+    parts = ("corpus", "queries", "qrels/test")
+    assert [[given.fingerprint(part) for part in parts] for _ in range(3)] == [
+        ["4c1236eca2d65712", "aa9e525ffcb0e79c", "9060c550cb9da04a"]
+    ] * 3
+    assert len(asked) == 2 + 3  # judgements can change: theirs is taken anew
+    given.qrels["test"]["q1"]["d1"] = 9
+    assert given.fingerprint("qrels/test") != "9060c550cb9da04a"
+
+
 def test_second_load_maps_the_cached_file(folder, read, monkeypatch):
     read(folder)
     monkeypatch.setattr("hlm.data.tables._check_rows", lambda *_: pytest.fail("checked again"))
     data = read(folder)
     assert data.corpus.cache_files[0]["filename"].endswith(".arrow")
     assert len(data.corpus) == 3
+
+
+def test_titles_come_from_the_same_cached_file(folder, read, tmp_path, monkeypatch):
+    read(folder, skip_bad_rows=True)
+    monkeypatch.setattr("hlm.data.tables._check_rows", lambda *_: pytest.fail("checked again"))
+    cache = tmp_path / "cache"
+    assert titles(str(folder), ["d3", "d1"], cache_dir=cache) == ["A \t bag\nfor laptops", "Laser printer"]
+    with pytest.raises(HlmError, match=f"the ads of the index in {folder}, found no 'd9'"):
+        titles(str(folder), ["d1", "d9"], cache_dir=cache)
+
+
+def test_checked_tables_lie_beside_those_of_datasets(tmp_path):
+    code = (
+        "import datasets, pathlib; from hlm.data.contract import _cache; "
+        "assert _cache(None) == pathlib.Path(datasets.config.HF_DATASETS_CACHE) / 'hlm'"
+    )
+    home = {"HF_HOME": str(tmp_path / "home")}
+    for variables in (home, home | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}):
+        subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | variables)
 
 
 def test_a_failed_check_leaves_no_cache(folder, read, tmp_path):

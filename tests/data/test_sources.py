@@ -260,17 +260,21 @@ def test_what_killed_builds_left_is_removed_and_a_living_one_kept(folder, read, 
     cache.mkdir()
     (cache / ".corpus-0123.arrow.77.partial").write_text("left by a kill")
     script = (
-        "import sys, pathlib, hlm.data.tables\n"
-        "with hlm.data.tables._written_aside(pathlib.Path(sys.argv[1]) / 'living.arrow') as aside:\n"
+        "import sys, pathlib\n"
+        "from hlm.outputs import make_once\n"
+        "path = pathlib.Path(sys.argv[1]) / 'living.arrow'\n"
+        "def make(aside):\n"
         "    aside.write_text('half'); print('ready', flush=True); sys.stdin.read()\n"
         "    aside.write_text('whole')\n"
+        "make_once(path, make, path.is_file)\n"
     )
     living = subprocess.Popen(
         [sys.executable, "-c", script, str(cache)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert living.stdout.readline() == "ready\n"
     read(folder)
-    assert len(left := [path.name for path in cache.glob(".*")]) == 1 and left[0].startswith(".living.arrow.")
+    left = sorted(path.name for path in cache.glob(".*"))
+    assert len(left) == 2 and left[1] == ".living.arrow.lock" and left[0].endswith(".partial")
     living.communicate("")
     assert living.returncode == 0 and (cache / "living.arrow").read_text() == "whole"
     assert not list(cache.glob(".*"))

@@ -30,7 +30,7 @@ from hlm.evaluation.metrics import (
 )
 from hlm.evaluation.report import SYSTEMS, build_report, environment, format_table, plot
 from hlm.publishing.card_facts import report_facts
-from hlm.vectors.index import AdIndex
+from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.store import VectorStore, write_store
 from results.measure import render_readme
 

@@ -2,9 +2,14 @@
 
 import contextlib
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from hub_faults import Always
+from hub_server import HubServer
 from live_bytes import LiveBytes
 from peft import LoraConfig, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -144,6 +149,50 @@ def test_config_of_a_saved_model_and_of_none(tiny_qwen3, tmp_path):
     config_of("bert").save_pretrained(nested / "0_Transformer")
     (nested / "modules.json").write_text(json.dumps([{"idx": 0, "name": "0", "path": "0_Transformer", "type": "x"}]))
     assert backbone_config(str(nested)).model_type == "bert"
+
+
+MADE = """
+import sys
+from huggingface_hub import HfApi
+for name in ("acme/bert", "acme/empty"):
+    HfApi().create_repo(name)
+HfApi().upload_file(path_or_fileobj=sys.argv[1], path_in_repo="config.json", repo_id="acme/bert")
+"""
+ASKED = """
+import sys
+from hlm.artefacts import HlmError
+from hlm.planning.footprint import backbone_config, encoder_width
+for name in sys.argv[2:]:
+    try:
+        print(encoder_width(name) if sys.argv[1] == "width" else backbone_config(name).hidden_size)
+    except HlmError as error:
+        print(error)
+"""
+
+
+def test_the_hub_is_asked_once_and_of_shipped_shapes_never(tmp_path):
+    """Counted in requests: huggingface_hub asks six times in half a minute where the Hub is out of reach."""
+    with HubServer(tmp_path / "hub") as hub:
+        environment = os.environ | hub.environment("acme", home=tmp_path / "home")
+
+        def ran(*words):
+            hub.log.clear()
+            command = [sys.executable, "-c", *map(str, words)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=100)
+            return done.stdout.splitlines(), len(hub.log)
+
+        config_of("bert").save_pretrained(tmp_path / "bert")
+        ran(MADE, tmp_path / "bert/config.json")
+        assert ran(ASKED, "config", "Qwen/Qwen3-Embedding-8B", "qwen/qwen3-embedding-0.6b") == (["4096", "1024"], 0)
+        assert ran(ASKED, "width", "acme/bert")[0] == ["48"]
+        (empty, unknown), _ = ran(ASKED, "config", "acme/empty", "acme/none")
+        assert "at 'acme/empty', found none" in empty
+        assert "at 'acme/none', found none" in unknown and "404" in unknown and "shipped: qwen3-emb" in unknown
+        hub.faults = Always(1, "503")
+        assert ran(ASKED, "config", "acme/bert") == (["48"], 1)  # as it was seen last
+        assert ran(ASKED, "config", "mirror/Qwen3-Embedding-8B") == (["4096"], 1)
+        (unknown,), asked = ran(ASKED, "config", "acme/other")
+        assert asked == 1 and "503" in unknown and "name a folder or a reachable Hub id" in unknown
 
 
 def test_what_cannot_be_is_refused():

@@ -15,7 +15,7 @@ from hlm.artefacts import HlmError
 from hlm.encoders.loading import add_head, add_lora, encode, fingerprint, load_encoder, merge_lora, save_encoder
 from hlm.publishing import cards
 from hlm.publishing.cards import dataset_card, eval_results, student_card, teacher_card
-from hlm.vectors.index import AdIndex
+from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.store import VectorStore, write_store
 
 TEXT = "cordless hedge trimmer"  # the query of every example
@@ -354,7 +354,7 @@ def test_a_dataset_card(catalogue_200, tiny_bert, tmp_path):
     assert set(configs) == {"corpus", "queries", "unlabelled", "qrels"}
     assert [file["split"] for file in configs["qrels"]] == ["train", "dev", "test"]
     assert all((folder / file["path"]).is_file() for files in configs.values() for file in files)
-    assert "5 vectors, 32 wide" in card and "5 vectors, 8 wide, FAISS `Flat`" in card and "synthetic" in card
+    assert "5 vectors, 32 wide" in card and "5 vectors, 8 wide, engine `faiss` `Flat`" in card and "synthetic" in card
     first, second = (text.replace('"acme/ads"', repr(str(folder))) for text in blocks(card))
     for text in (first, second):
         exec(text, space := {})

@@ -20,7 +20,7 @@ from hlm.hub import changes as hub_changes
 from hlm.hub.repository import Repository, hub_errors
 from hlm.publishing.files import release_files
 from hlm.publishing.publish import link_files, local_folder, publish_folder
-from hlm.vectors.index import AdIndex
+from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.store import VectorStore, write_store
 
 SECRET = "hf_" + "abcdefghijklmnopqrstuvwxyz"

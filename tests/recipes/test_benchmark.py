@@ -33,7 +33,8 @@ from hlm.encoders.pruning import parameter_counts, planned_parameters, prune
 from hlm.encoders.qwen_tokenizer import find_tokenizer, qwen_tokenizer
 from hlm.evaluation.metrics import dense_run, mean, per_query
 from hlm.machine import Counters
-from hlm.vectors.index import AdIndex
+from hlm.report_files import write_report
+from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.store import VectorStore, write_store
 from recipes import benchmark
 
@@ -61,12 +62,13 @@ def inputs(tiny_qwen3, catalogue_200, tmp_path_factory):
         source=data.fingerprint("corpus"),
         n_rows=len(data.corpus),
     )
+    kept = {"ndcg@10": {"value": 0.9, "ci95": [0.85, 0.95]}}
     report = {
-        "k": 10,
+        "dataset": "shop", "split": "test", "k": 10, "queries": 80, "relevance_level": 2,
         "systems": {"teacher": {"ndcg@10": 0.5}, "student": {"ndcg@10": 0.45, "overlap@10": 0.7}},
-        "recovery_by_system": {"student": {"ndcg@10": {"value": 0.9, "ci95": [0.85, 0.95]}}},
-    }
-    (root / "report.json").write_text(json.dumps(report))
+        "recovery": kept, "recovery_by_system": {"student": kept}, "slices": {}, "environment": {},
+    }  # fmt: skip
+    write_report(root, report)
     return root
 
 
@@ -257,7 +259,7 @@ def test_as_a_script_an_unknown_budget_ends_at_once(monkeypatch, capsys):
         ({"a": "x", "b": "y"}, {"budgets": {"min_cosine": 1}}, "min_cosine of 'b' needs another system of the same"),
         ({"a": "x", "b": "x"}, {"budgets": {"agreement": 1}}, "agreement of 'b' needs.*`corpus`"),
         ({"a": {"model": "x", "quality": "b"}}, {}, "set `report`"),
-        ({"a": "x"}, {"report": "nowhere.json"}, "cannot read nowhere.json"),
+        ({"a": "x"}, {"report": "nowhere.json"}, "report: nowhere.json: expected a JSON object, found none"),
         ({"a": "x"}, {"queries": 0}, "queries: expected 1 or more"),
         ({"a": "x", "b": "./no/such/student"}, {}, "expected a model folder at ./no/such/student, found none"),
         ({"a": "x"}, {"device": "cuda:99"}, "device: expected cuda:99"),

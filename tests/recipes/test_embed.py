@@ -16,7 +16,7 @@ from hlm.data.contract import document_text, load, query_text
 from hlm.encoders.loading import encode, fingerprint, load_encoder
 from hlm.steps import EmbedConfig
 from hlm.vectors.embed import check, processes
-from hlm.vectors.index import AdIndex
+from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.store import VectorStore
 from recipes import embed
 

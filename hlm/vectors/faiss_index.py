@@ -1,0 +1,322 @@
+"""The ad index in FAISS: exact, or any approximate index that a factory string describes; ids lie beside it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import numbers
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hlm.artefacts import MANIFEST, HlmError, atomic_folder
+from hlm.fields import optional, shown, whole_number
+from hlm.integrity import read_steadily
+from hlm.vectors import faiss_parts
+from hlm.vectors.index import ENGINES, Index
+from hlm.vectors.index_parts import checked_ids, checked_queries, normalised, read_facts, read_index_ids, write_facts
+from hlm.vectors.store import VectorStore
+
+logger = logging.getLogger(__name__)
+INDEX_FILE, IDS_FILE = ENGINES["faiss"].files
+
+
+class AdIndex(Index):
+    """Maximum-inner-product search over a catalogue by FAISS; made by `build` or `load`, never by hand.
+
+    Its attributes are those of `hlm.vectors.index.Index`; `factory` is the FAISS factory string.
+    """
+
+    engine = "faiss"
+
+    def __init__(
+        self,
+        index: faiss.Index,
+        ids: pa.Array,
+        *,
+        encoder: str,
+        source: str,
+        factory: str,
+        nprobe: int | None = None,
+        ef_search: int | None = None,
+        k_factor: float | None = None,
+        on_gpu: bool = False,
+        canaries: dict[str, Any] | None = None,
+    ) -> None:
+        self._index = index
+        self._ids = ids
+        self._on_gpu = on_gpu
+        self._process = os.getpid()
+        self.encoder = encoder
+        self.source = source
+        self.factory = factory
+        self.canaries = canaries
+        parts = list(faiss_parts.parts(index))
+        cells = next((part.nlist for part in parts if faiss_parts.is_ivf(part)), 0)
+        self._cells = cells
+        # FAISS's own defaults (1, 16 and 1) trade most of the recall away; k_factor=1 even makes refinement a no-op.
+        self._defaults: dict[str, float | None] = {
+            "nprobe": min(cells, max(8, math.ceil(cells / 16))) if cells else None,
+            "ef_search": 128 if any(isinstance(part, faiss.IndexHNSW) for part in parts) else None,
+            "k_factor": 10.0 if any(isinstance(part, faiss.IndexRefine) for part in parts) else None,
+        }
+        self._defaults = self._options(nprobe, ef_search, k_factor)
+
+    def __len__(self) -> int:
+        return self._index.ntotal
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        facts = {"encoder": self.encoder, "source": self.source, "factory": self.factory, "canaries": self.canaries}
+        return _restored, (faiss.serialize_index(self._on_cpu()), self._ids, facts | self._defaults, self._on_gpu)
+
+    @property
+    def dim(self) -> int:
+        return self._index.d
+
+    @classmethod
+    def build(
+        cls,
+        store: VectorStore,
+        factory: str = "Flat",
+        *,
+        dim: int | None = None,
+        train_rows: int = 131_072,
+        rows_per_block: int = 65_536,
+        nprobe: int | None = None,
+        ef_search: int | None = None,
+        k_factor: float | None = None,
+        gpu: bool = False,
+        seed: int = 0,
+    ) -> AdIndex:
+        """Builds the index block by block: in memory are FAISS's own copy, one block and the training sample.
+
+        Args:
+            store: the document vectors.
+            factory: any FAISS factory string: "Flat" (exact), "HNSW32", "IVF1024,PQ48", "IVF256,SQ8",
+                "IVF1024,PQ48x4fs,RFlat", ...
+            dim: keep the first `dim` components and normalise again (Matryoshka); all by default.
+            train_rows: at most this many rows, drawn without replacement, train an index that needs training; FAISS
+                asks for 39 or more for each of an IVF's cells.
+            nprobe: cells searched of an IVF; default one in 16, at least 8.
+            ef_search: candidates held while walking an HNSW graph; default 128.
+            k_factor: candidates re-scored by a refining index (",RFlat"), in multiples of k; default 10.
+            gpu: build and search on GPU 0; needs a GPU build of FAISS.
+
+        Raises:
+            HlmError: a factory string FAISS does not take, too few rows to train it, an option the index has no part
+                for, a number out of bounds, a vector that is not finite or zero, an id that is there twice, or no GPU.
+        """
+        width = (
+            store.dim if dim is None else whole_number("dim (the store's width or less)", dim, least=1, most=store.dim)
+        )
+        train_rows = whole_number("train_rows", train_rows, least=1)
+        rows_per_block = whole_number("rows_per_block", rows_per_block, least=1)
+        seed = whole_number("seed", seed, least=0)
+        factory = faiss_parts.checked_factory(factory, width, min(len(store), train_rows))
+        ids = checked_ids(store.ids)
+        try:
+            with faiss_parts.threads(one=False):
+                index = _trained(store, factory, width, train_rows, seed, gpu)
+                for start, block in store.iter_blocks(rows_per_block):
+                    index.add(normalised(block, width, first_row=start))
+        except (RuntimeError, MemoryError) as error:
+            raise HlmError(
+                f"FAISS cannot build '{factory}' over {len(store)} vectors of width {width}: "
+                f"{faiss_parts.reason(error)}; choose another factory string (ids are kept beside the index: leave "
+                "IDMap out), or more rows"
+            ) from error
+        return cls(
+            index,
+            ids,
+            encoder=store.encoder,
+            source=store.source,
+            factory=factory,
+            nprobe=nprobe,
+            ef_search=ef_search,
+            k_factor=k_factor,
+            on_gpu=gpu,
+            canaries=store.canaries,
+        )
+
+    @classmethod
+    def from_vectors(cls, vectors: np.ndarray, ids: Sequence[str], *, encoder: str = "", source: str = "") -> AdIndex:
+        """An exact index over float32 (n, dim) vectors in memory, e.g. a dev sample that the model in training encoded.
+
+        Raises:
+            HlmError: no vectors, no id for each, an id that is no text or there twice, or a vector that is not finite
+                or zero.
+        """
+        vectors = np.asarray(vectors)
+        if vectors.ndim != 2 or 0 in vectors.shape or vectors.dtype.kind not in "fiu":
+            raise HlmError(f"expected vectors of shape (n, dim), found {vectors.dtype} of shape {vectors.shape}")
+        if len(vectors) != len(ids):
+            raise HlmError(f"expected an id for each of {len(vectors)} vectors, found {len(ids)} ids")
+        for name in ids:
+            if not isinstance(name, str):
+                raise HlmError(f"expected ids that are texts, found {shown(name)}; turn them into str")
+        index = faiss.IndexFlatIP(vectors.shape[1])
+        index.add(normalised(vectors, vectors.shape[1], first_row=0))
+        return cls(index, checked_ids(list(ids)), encoder=encoder, source=source, factory="Flat")
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `index.faiss`, `ids.parquet` and `hlm.json` (kind "index"); an older index is replaced whole.
+
+        Raises:
+            HlmError: `folder` holds something else, another process writes there, or it cannot be written.
+        """
+        with atomic_folder(folder, "index") as aside:
+            try:
+                faiss.write_index(self._on_cpu(), str(aside / INDEX_FILE))
+            except RuntimeError as error:
+                raise HlmError(f"could not write {folder}: {faiss_parts.reason(error)}; free some space") from error
+            pq.write_table(pa.table({"_id": self._ids}), aside / IDS_FILE)
+            write_facts(aside, self, **self._defaults)
+
+    @classmethod
+    def load(cls, folder: str | Path, *, expect_encoder: str | None = None, gpu: bool = False) -> AdIndex:
+        """Reads a saved index.
+
+        Args:
+            folder: what `save` wrote.
+            expect_encoder: fingerprint of the encoder that the queries' encoder was aligned to.
+            gpu: search on GPU 0; needs a GPU build of FAISS.
+
+        Raises:
+            HlmError: no index there, one of another encoder, or files that are missing, cut short or changed.
+        """
+        return read_steadily(folder, lambda: cls._read(Path(folder), expect_encoder, gpu))
+
+    @classmethod
+    def _read(cls, folder: Path, expect_encoder: str | None, gpu: bool) -> AdIndex:
+        facts = read_facts(folder, cls.engine, expect_encoder)
+        options = {
+            name: optional(facts.config, kind, name, where=f"{folder / MANIFEST}, config", least=1)
+            for name, kind in (("nprobe", int), ("ef_search", int), ("k_factor", float))
+        }
+        index = faiss_parts.read_index(folder / INDEX_FILE)
+        if (index.ntotal, index.d, index.metric_type) != (facts.count, facts.dim, faiss.METRIC_INNER_PRODUCT):
+            raise HlmError(
+                f"{folder}: expected {facts.count} vectors of width {facts.dim} as hlm.json says, for inner products, "
+                f"found {index.ntotal} of width {index.d}, metric {index.metric_type}; build the index again"
+            )
+        return cls(
+            faiss_parts.to_gpu(index) if gpu else index,
+            read_index_ids(folder / IDS_FILE, facts.count),
+            encoder=facts.encoder,
+            source=facts.source,
+            factory=facts.factory,
+            on_gpu=gpu,
+            canaries=facts.canaries,
+            **options,
+        )
+
+    def search(
+        self,
+        queries: np.ndarray,
+        k: int,
+        *,
+        nprobe: int | None = None,
+        ef_search: int | None = None,
+        k_factor: float | None = None,
+    ) -> tuple[np.ndarray, list[list[str]] | list[str]]:
+        """The `k` documents with the largest inner product for each query. Safe to call from several threads, and in a
+        forked process, where FAISS computes on one thread.
+
+        Args:
+            queries: float32 (n, dim), or (dim,) for one query, L2-normalised, of the encoder that made the index or one
+                aligned to it. One query is searched on one thread: a second one would be waited for.
+            k: documents for each query; at most as many as there are come back.
+            nprobe, ef_search, k_factor: override the index's defaults for this call; beyond what the index has, they
+                mean all of it.
+
+        Returns:
+            scores: float32 (n, min(k, len(index))), cosines in descending order; for one query (min(k, len(index)),).
+            ids: n lists of document ids; for one query one list. An approximate index can find fewer than k: then the
+                list is shorter and the scores past its end are -inf.
+
+        Raises:
+            HlmError: another width, values that are not finite or not normalised, k or an option that is no number
+                from 1 on, or an option the index has no part for.
+        """
+        if self._on_gpu and os.getpid() != self._process:
+            raise HlmError("an index on a GPU does not work in a forked process; load it there, or start it by spawn")
+        rows = checked_queries(queries, self.dim)
+        k = min(whole_number("k", k, least=1), len(self))
+        options = self._options(nprobe, ef_search, k_factor)
+        if options["k_factor"] is not None:
+            options["k_factor"] = min(options["k_factor"], len(self) / k)
+        scores, ids = self._found(rows, k, options)
+        return (scores, ids) if np.ndim(queries) == 2 else (scores[0], ids[0])
+
+    def _found(
+        self, queries: np.ndarray, k: int, options: dict[str, float | None]
+    ) -> tuple[np.ndarray, list[list[str]]]:
+        if len(queries) == 0:
+            return np.zeros((0, k), np.float32), []
+        try:
+            with faiss_parts.threads(one=len(queries) == 1):
+                # Parameters go with the call: set on the index they would leak into other threads' searches.
+                scores, rows = self._index.search(queries, k, params=faiss_parts.parameters(self._index, options))
+        except (RuntimeError, MemoryError) as error:
+            raise HlmError(
+                f"FAISS cannot search {len(queries)} queries for {k} ads each: {faiss_parts.reason(error)}; ask for "
+                "fewer at once"
+            ) from error
+        found = rows >= 0
+        if not found.all():
+            order = np.argsort(~found, axis=1, kind="stable")
+            rows, found = np.take_along_axis(rows, order, 1), np.take_along_axis(found, order, 1)
+            scores = np.where(found, np.take_along_axis(scores, order, 1), -np.inf).astype(np.float32)
+        texts = self._ids.take(pa.array(rows[found])).to_pylist()
+        ends = np.cumsum(found.sum(axis=1))
+        return scores, [texts[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+    def _on_cpu(self) -> faiss.Index:
+        return faiss.index_gpu_to_cpu(self._index) if self._on_gpu else self._index
+
+    def _options(self, nprobe: int | None, ef_search: int | None, k_factor: float | None) -> dict[str, float | None]:
+        given = {"nprobe": nprobe, "ef_search": ef_search, "k_factor": k_factor}
+        parts = {"nprobe": "IVF", "ef_search": "HNSW graph", "k_factor": "refinement such as ',RFlat'"}
+        for name, value in given.items():
+            if value is not None and self._defaults[name] is None:
+                raise HlmError(
+                    f"{name}={shown(value)} was given, but '{self.factory}' has no {parts[name]}; leave {name} out"
+                )
+        options = {name: default if given[name] is None else given[name] for name, default in self._defaults.items()}
+        if options["nprobe"] is not None:
+            options["nprobe"] = min(whole_number("nprobe", options["nprobe"], least=1), self._cells)
+        if options["ef_search"] is not None:
+            options["ef_search"] = min(whole_number("ef_search", options["ef_search"], least=1), max(16, len(self)))
+        if options["k_factor"] is not None:
+            factor = options["k_factor"]
+            if isinstance(factor, bool) or not isinstance(factor, numbers.Real) or not 1 <= factor < math.inf:
+                raise HlmError(f"k_factor: expected 1 or more, a finite number, found {shown(factor)}; correct it")
+            options["k_factor"] = float(min(factor, max(1, len(self))))
+        return options
+
+
+def _restored(raw: np.ndarray, ids: pa.Array, facts: dict[str, Any], gpu: bool) -> AdIndex:
+    """An index out of a pickle."""
+    index = faiss.deserialize_index(raw)
+    return AdIndex(faiss_parts.to_gpu(index) if gpu else index, ids, on_gpu=gpu, **facts)
+
+
+def _trained(store: VectorStore, factory: str, width: int, train_rows: int, seed: int, gpu: bool) -> faiss.Index:
+    """An empty index, trained on a sample of the store where it needs training."""
+    index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
+    faiss_parts.check_parts(index)
+    if gpu:
+        index = faiss_parts.to_gpu(index)
+    if not index.is_trained:
+        rows = np.arange(len(store))
+        if len(store) > train_rows:
+            rows = np.sort(np.random.default_rng(seed).choice(len(store), train_rows, replace=False))
+        logger.info("training %s on %d of %d vectors", factory, len(rows), len(store))
+        index.train(normalised(store.gather(rows), width, first_row=0))
+    return index
