@@ -104,7 +104,7 @@ def _signature(dataclass_types: tuple[type, ...], step: Callable[..., Any]) -> i
 
 def hints_of(*dataclass_types: type) -> dict[str, Any]:
     """Field -> type of everything that can be set in these dataclasses."""
-    hints = {}
+    hints: dict[str, Any] = {}
     for dataclass_type in dataclass_types:
         resolved = get_type_hints(dataclass_type)
         hints |= {item.name: resolved[item.name] for item in dataclasses.fields(dataclass_type) if item.init}
@@ -184,7 +184,7 @@ def build(dataclass_type: type[T], given: dict[str, Any]) -> T:
         HlmError: a missing setting, or a value that the dataclass' own check refuses.
     """
     check_required(dataclass_type, given)
-    values = {item.name: given[item.name] for item in dataclasses.fields(dataclass_type) if item.name in given}
+    values = {name: given[name] for name in defaults_of(dataclass_type) if name in given}
     try:
         return dataclass_type(**values)
     except HlmError:

@@ -17,17 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from hlm.artefacts import HlmError, fingerprint_json
 from hlm.data.contract import RetrievalData, document_text, iterate, load
-from hlm.encoders.loading import (
-    add_lora,
-    enable_gradient_checkpointing,
-    encode,
-    fingerprint,
-    load_encoder,
-    merge_lora,
-    prompt_of,
-    save_encoder,
-    weaken_lora,
-)
+from hlm.encoders.loading import encode, fingerprint, load_encoder, prompt_of, save_encoder
+from hlm.encoders.lora import add_lora, enable_gradient_checkpointing, merge_lora, weaken_lora
 from hlm.identity import PATHS, as_config, up_to_date
 from hlm.progress import progress
 from hlm.settings import keywords
