@@ -5,7 +5,7 @@
 Under `output`: latency.json and latency.png. Exit status 1 says that a budget was not kept, 3 that of a budget neither
 this nor the opposite can be said, as its figure is undefined or other processes took the CPUs. Without weights:
 
-    python recipes/benchmark.py --random_weights --output runs/shapes \
+    python recipes/benchmark.py --random_weights --output runs/shapes \\
         --shape Qwen/Qwen3-Embedding-8B:dtype=bfloat16 --shape Qwen/Qwen3-Embedding-0.6B:layers=4,ffn=768
 """
 
@@ -64,7 +64,7 @@ class BenchmarkConfig:
     revision: str | None = field(default=None, metadata={"help": "Hub revision of the data"})
     split: str = field(default="test", metadata={"help": "its queries are sampled"})
     queries: int = field(default=200, metadata={"help": "size of the sample"})
-    seed: int = 0
+    seed: int = field(default=0, metadata={"help": "draws the sample and the order of the queries"})
     output: str = field(default="runs/quickstart", metadata={"help": "folder for latency.json and latency.png"})
     report: str | None = field(default=None, metadata={"help": "report.json of recipes/evaluate.py: quality"})
     corpus: str | None = field(default=None, metadata={"help": "store of ad vectors: overlap@10 of equal models"})
@@ -80,7 +80,7 @@ class BenchmarkConfig:
     batch_sizes: list[int] = field(default_factory=lambda: [8, 32, 128], metadata={"help": "beside 1"})
     cold_starts: int = field(default=3, metadata={"help": "fresh processes for each system; the median is reported"})
     max_other_load: float = field(default=0.05, metadata={"help": "share of the CPUs others may take in a clean block"})
-    device: str | None = None
+    device: str | None = field(default=None, metadata={"help": "cpu or cuda; null: a GPU where there is one"})
 
 
 @dataclass
