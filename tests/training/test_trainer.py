@@ -94,7 +94,7 @@ def test_what_goes_to_a_loader_worker_is_small_and_makes_the_same_batch(run, tmp
     def stop(trainer, *rest, **named):
         raise Made(trainer)
 
-    monkeypatch.setattr(MODULES[name], "train", stop)
+    monkeypatch.setattr(f"hlm.training.{name}.train", stop)
     with pytest.raises(Made) as made:
         MODULES[name].main(words(name, run, tmp_path / "made"))
     collate = made.value.args[0].data_collator
