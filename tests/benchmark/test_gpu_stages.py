@@ -16,6 +16,7 @@ from hlm.planning.hardware import GPUS
 from hlm.planning.settings import Assumptions, read_steps
 from hlm.training.frozen import FrozenVectors
 from hlm.training.losses import matryoshka
+from hlm.training.trainer import TrainingArguments
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "configs" / "qwen3-8b-190m"
 SIZES = Assumptions(
@@ -33,7 +34,7 @@ def tiny(hidden=32):
 
 @pytest.fixture(scope="module")
 def steps():
-    return read_steps(FOLDER)
+    return read_steps(FOLDER, TrainingArguments)
 
 
 @pytest.fixture(scope="module")
