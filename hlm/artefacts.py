@@ -20,7 +20,7 @@ from hlm.outputs import MANIFEST, atomic_file, atomic_folder, check_output, clai
 SCHEMA_VERSION = 1
 
 __all__ = [
-    "MANIFEST", "HlmError", "amend_manifest", "atomic_file", "atomic_folder", "check_graph", "check_output", "claimed",
+    "MANIFEST", "HlmError", "amend_manifest", "atomic_file", "atomic_folder", "check_output", "claimed",
     "file_records", "fingerprint_file", "fingerprint_json", "fingerprint_texts", "read_manifest", "write_json",
     "write_manifest",
 ]  # fmt: skip
@@ -118,24 +118,3 @@ def read_manifest(folder: str | Path, kind: str) -> dict[str, Any]:
             found = type(manifest.get(name)).__name__
             raise HlmError(f"{path}: expected a mapping '{name}', found {found}; run the step that writes it again")
     return manifest
-
-
-def check_graph(folder: str | Path, record: dict[str, Any]) -> None:
-    """Compares an exported graph, and the weights beside it, with what a manifest says of them.
-
-    Args:
-        record: "file" and "fingerprint" of the graph, and "data", the same of its weights where they lie beside it.
-
-    Raises:
-        HlmError: a file is missing, cut short or changed.
-    """
-    for part in (record, record.get("data")):
-        if not isinstance(part, dict) or not {"file", "fingerprint"} <= set(part):
-            continue
-        path = Path(folder) / part["file"]
-        found = fingerprint_file(path) if path.is_file() else "no file"
-        if found != part["fingerprint"]:
-            raise HlmError(
-                f"{path}: expected content {part['fingerprint']} as {MANIFEST} says, found {found}; it was changed or "
-                "cut short: copy or pull the folder again, or export it again"
-            )

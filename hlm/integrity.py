@@ -63,13 +63,28 @@ def check_files(folder: str | Path, records: Mapping[str, Any], names: Iterable[
             )
 
 
+def file_state(file: str | Path | int, *, strict: bool = False) -> list[int] | None:
+    """What tells a file, by path or descriptor, from one that takes its place: inode, bytes, time of the last write.
+
+    Args:
+        strict: adds the time of any change, which tells a write that sets the other time back, and a new link as well.
+
+    Returns:
+        None where there is no file.
+    """
+    try:
+        status = os.stat(file)
+    except OSError:
+        return None
+    return [status.st_ino, status.st_size, status.st_mtime_ns, *([status.st_ctime_ns] if strict else [])]
+
+
 def known_fingerprint(path: str | Path) -> str:
     """`fingerprint_file`, remembered of a large file for as long as its inode, size and times stay as they are."""
     path = Path(os.path.realpath(path))
-    status = path.stat()
-    if status.st_size < LARGE_BYTES:
+    state, key = file_state(path, strict=True), str(path)
+    if state is None or state[1] < LARGE_BYTES:
         return fingerprint_file(path)
-    state, key = _state_of(status), str(path)
     if _known.get(key, (None,))[0] != state:
         _known[key] = _remembered(key, state) or _remember(key, state, fingerprint_file(path))
     return _known[key][1]
@@ -122,10 +137,6 @@ def _version(folder: str | Path) -> list[int] | None:
         return [os.stat(path).st_ino for path in (Path(folder), Path(folder) / MANIFEST)]
     except OSError:
         return None
-
-
-def _state_of(status: os.stat_result) -> list[int]:
-    return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def _note(key: str) -> Path:

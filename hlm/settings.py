@@ -172,7 +172,7 @@ def read_yaml(path: str, hints: dict[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         where = f"{path}, line {lines.get(str(key), '?')}"
         if key not in hints:
-            raise HlmError(f"{where}: unknown key '{key}'{closest(str(key), hints)}; --help lists all")
+            raise HlmError(f"{where}: unknown key '{key}'{closest(str(key), hints)}; --help-all lists all")
         checked[key] = coerce(value, hints[key], f"{where}: {key}")
     return checked
 

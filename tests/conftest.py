@@ -15,9 +15,17 @@ import pytest
 import torch
 from browser import chromium
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    BertConfig,
+    BertModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3Model,
+)
 
 LAYERS, HIDDEN, FFN = 6, 32, 64
 WORDS = """red blue green black white steel wooden cotton small large cheap new used laptop notebook printer camera
@@ -25,14 +33,14 @@ phone charger cable shoe boot jacket kettle vacuum cleaner drill saw lamp desk c
 with without for and the a of in 1 2 3 4 5 6 7 8 9 0""".split()
 
 
-def sentence_transformer(backbone, tokenizer, folder: Path, pooling: str, prompts: dict[str, str]) -> str:
+def sentence_transformer(backbone, tokenizer, folder: Path, pooling: str, prompts: dict[str, str], heads=()) -> str:
     bare = folder / "bare"
     backbone.save_pretrained(bare)
     tokenizer.save_pretrained(bare)
     transformer = Transformer(str(bare))
     transformer.max_seq_length = 48
     model = SentenceTransformer(
-        modules=[transformer, Pooling(HIDDEN, pooling_mode=pooling), Normalize()], prompts=prompts, device="cpu"
+        modules=[transformer, Pooling(HIDDEN, pooling_mode=pooling), *heads, Normalize()], prompts=prompts, device="cpu"
     )
     model.save_pretrained(str(folder / "model"), create_model_card=False)
     return str(folder / "model")
@@ -104,6 +112,56 @@ def tiny_qwen3(tmp_path_factory) -> str:
     )  # fmt: skip
     prompts = {"query": "Instruct: find the ad\nQuery:", "document": ""}
     return sentence_transformer(Qwen3Model(config), fast, tmp_path_factory.mktemp("tiny_qwen3"), "lasttoken", prompts)
+
+
+@pytest.fixture(scope="session")
+def tiny_family(tmp_path_factory, tiny_bert, tiny_qwen3):
+    """model_type -> the path of a model of that family, 32 wide, FFN 64, six layers.
+
+    Gemma 3 is EmbeddingGemma's: attention to both sides, a window in five of six layers, mean pooling, two heads and
+    prompts. The windows of ModernBERT and Gemma 3 are shorter than texts can be.
+    """
+    made: dict[str, str] = {}
+
+    def make(name: str) -> str:
+        if name not in made:
+            tokenizer = SentenceTransformer(tiny_bert if name in WORDPIECE else tiny_qwen3, device="cpu").tokenizer
+            config = CONFIG_MAPPING[name](**family_settings(name, tokenizer))
+            torch.manual_seed(0)
+            backbone = AutoModel.from_config(config)
+            gemma = name == "gemma3_text"
+            path = sentence_transformer(
+                backbone, tokenizer, tmp_path_factory.mktemp(name), "lasttoken" if name in CAUSAL else "mean",
+                {"query": "task: search result | query: ", "document": "title: none | text: "} if gemma else {},
+                [Dense(HIDDEN, 64, bias=False, activation_function=torch.nn.Identity()),
+                 Dense(64, HIDDEN, bias=False, activation_function=torch.nn.Identity())] if gemma else [],
+            )  # fmt: skip
+            made[name] = path
+        return made[name]
+
+    return make
+
+
+WORDPIECE = ("bert", "distilbert", "electra", "ernie", "megatron-bert", "modernbert")
+CAUSAL = ("qwen2", "qwen3", "llama", "mistral")
+
+
+def family_settings(name: str, tokenizer) -> dict[str, object]:
+    # The row of a padding token is zero, and so is the vector of a text of nothing else: of none that ends all texts.
+    pad = {} if name in CAUSAL else {"pad_token_id": 0 if name in WORDPIECE else 1}
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 64, "initializer_range": 0.2} | pad
+    if name == "distilbert":
+        return sizes | {"dim": HIDDEN, "n_layers": LAYERS, "n_heads": 4, "hidden_dim": FFN}
+    sizes |= {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "intermediate_size": FFN}
+    if name == "electra":
+        return sizes | {"embedding_size": 16}
+    if name == "modernbert":
+        ids = {f"{kind}_token_id": tokenizer.cls_token_id for kind in ("bos", "cls", "eos", "sep")}
+        return sizes | ids | {"local_attention": 8, "global_attn_every_n_layers": 3}
+    if name == "gemma3_text":
+        own = {"query_pre_attn_scalar": 8, "sliding_window": 8, "use_bidirectional_attention": True, "eos_token_id": 0}
+        return sizes | {"num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 2} | own
+    return sizes | ({"num_key_value_heads": 2} if name in CAUSAL else {})
 
 
 @pytest.fixture(scope="session")

@@ -29,8 +29,9 @@ from hlm.benchmark.systems import (
     query_encoder_system,
     sentence_transformers_system,
 )
+from hlm.encoders.families import layers_of
 from hlm.encoders.loading import DTYPES, write_legacy_layout
-from hlm.encoders.pruning import cut_config, layers_of, planned_parameters
+from hlm.encoders.pruning import cut_config, planned_parameters
 from hlm.machine import memory_mib
 from hlm.planning.footprint import backbone_config
 

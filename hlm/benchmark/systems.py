@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hlm.artefacts import HlmError
+from hlm.encoders.folder import GRAPHS, EncoderFolder
 from hlm.machine import other_load, peak_memory_mib, read_counters
 from hlm.processes import end_with_parent
 
@@ -32,7 +33,6 @@ SENTENCE_TRANSFORMERS, HLM = "sentence-transformers", "hlm"
 COMPILED, ONNX_RUNTIME, OPENVINO = "torch.compile", "onnxruntime", "openvino"
 BACKENDS = (SENTENCE_TRANSFORMERS, HLM, ONNX_RUNTIME, OPENVINO, COMPILED)
 TORCH_BACKENDS = (SENTENCE_TRANSFORMERS, COMPILED)  # the model is a SentenceTransformer
-ONNX_FILE = "onnx/model.onnx"  # in a folder of recipes/export.py, as on the Hub
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def load_system(
     def count_tokens(texts: list[str]) -> list[int]:
         from transformers import AutoTokenizer  # not before it is asked for: the runtime does without
 
-        tokenizer, prompt = AutoTokenizer.from_pretrained(model), _prompt(Path(model), "query")
+        tokenizer, prompt = AutoTokenizer.from_pretrained(model), EncoderFolder(model).prompt()
         return list(map(len, tokenizer([prompt + text for text in texts], truncation=True)["input_ids"]))
 
     return replace(made, count_tokens=count_tokens if Path(model).is_dir() else None)
@@ -164,17 +164,17 @@ def onnx_system(model: str, backend: str, prompt_name: str | None = "query") -> 
             normalisation, or a backend that is not installed.
     """
     folder = Path(model)
-    if not (folder / ONNX_FILE).is_file():
+    if not (folder / GRAPHS["fp32"]).is_file():
         raise HlmError(
-            f"backend '{backend}' needs {folder / ONNX_FILE}, found none; export the model with recipes/export.py"
+            f"backend '{backend}' needs {folder / GRAPHS['fp32']}, found none; export the model with recipes/export.py"
         )
     import numpy as np
     from transformers import AutoTokenizer
 
-    mode = _pooling(folder)
-    prompt = _prompt(folder, prompt_name)
+    files = EncoderFolder(folder)
+    mode, prompt = _pooling(files), files.prompt(prompt_name)
     tokenizer = AutoTokenizer.from_pretrained(str(folder), padding_side="right")
-    run, inputs = _session(folder / ONNX_FILE, backend)
+    run, inputs = _session(folder / GRAPHS["fp32"], backend)
 
     def encode(texts: list[str]) -> np.ndarray:
         tokens = tokenizer([prompt + text for text in texts], padding=True, truncation=True, return_tensors="np")
@@ -191,11 +191,6 @@ def onnx_system(model: str, backend: str, prompt_name: str | None = "query") -> 
         return list(map(len, tokenizer([prompt + text for text in texts], truncation=True)["input_ids"]))
 
     return System(encode, {"backend": backend, "dtype": "float32", "device": "cpu", "prompt": prompt}, count_tokens)
-
-
-def _prompt(folder: Path, prompt_name: str | None) -> str:
-    prompts = json.loads((folder / "config_sentence_transformers.json").read_text()).get("prompts") or {}
-    return prompts.get(prompt_name) or "" if prompt_name else ""
 
 
 def _session(path: Path, backend: str) -> tuple[Callable[[dict[str, np.ndarray]], np.ndarray], list[str]]:
@@ -219,20 +214,16 @@ def _session(path: Path, backend: str) -> tuple[Callable[[dict[str, np.ndarray]]
     return lambda tokens: session.run(["last_hidden_state"], tokens, options)[0], names
 
 
-def _pooling(folder: Path) -> str:
+def _pooling(files: EncoderFolder) -> str:
     """ "mean", "cls" or "lasttoken"."""
-    modules = json.loads((folder / "modules.json").read_text())
-    kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
+    kinds = [module.name for module in files.modules()]
     if kinds not in (["Transformer", "Pooling", "Normalize"], ["Transformer", "Pooling"]):
         raise HlmError(
-            f"{folder}: expected Transformer, Pooling, Normalize, found {', '.join(kinds)}; use backend 'hlm'"
+            f"{files.folder}: expected Transformer, Pooling, Normalize, found {', '.join(kinds)}; use backend 'hlm'"
         )
-    config = json.loads((folder / modules[1]["path"] / "config.json").read_text())
-    flags = {"mean": "mean_tokens", "cls": "cls_token", "lasttoken": "lasttoken"}
-    found = [mode for mode, flag in flags.items() if config.get(f"pooling_mode_{flag}")]
-    mode = config.get("pooling_mode", found[0] if len(found) == 1 else found)
-    if mode not in flags:
-        raise HlmError(f"{folder}: expected pooling of {', '.join(flags)}, found {mode}; use backend 'hlm'")
+    mode, known = files.pooling(), ("mean", "cls", "lasttoken")
+    if mode not in known:
+        raise HlmError(f"{files.folder}: expected pooling of {', '.join(known)}, found {mode}; use backend 'hlm'")
     return mode
 
 
@@ -291,10 +282,12 @@ def cold_starts(
         one; "processes" and "contaminated": how many there were; "over": "clean" or "all"; and the highest
         "other_load"}; nothing for 0 repeats.
     """
+    from hlm.progress import progress  # not above: a cold start runs this module, and would wait for tqdm
+
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in systems}
-    for _ in range(repeats):
-        for name, settings in systems.items():
-            found[name].append(cold_start(settings, query))
+    turns = [name for _ in range(repeats) for name in systems]
+    for name in progress(turns, what="cold starts", unit="start"):
+        found[name].append(cold_start(systems[name], query))
     medians = {}
     for name, starts in found.items():
         if starts:

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 from hlm.artefacts import HlmError
+from hlm.encoders.folder import LIMITS, MODULES, POOLING, EncoderFolder
 
 LEGACY_MODULES = ("Transformer", "Pooling", "Normalize", "Dense")
 
@@ -18,7 +19,7 @@ LEGACY_MODULES = ("Transformer", "Pooling", "Normalize", "Dense")
 def write_legacy_layout(folder: Path) -> None:
     """Rewrites modules.json, the pooling flags and the limit of tokens of a saved folder, in place and as often as one
     likes; loading it gives equal vectors."""
-    path = folder / "modules.json"
+    path = folder / MODULES
     modules = json.loads(path.read_text())
     for module in modules:
         name = module["type"].rsplit(".", 1)[-1]
@@ -34,17 +35,11 @@ def write_legacy_layout(folder: Path) -> None:
 def _write_token_limit(folder: Path) -> None:
     """text-embeddings-inference does not start without `max_seq_length` in sentence_bert_config.json, and vLLM reads it
     only beside `do_lower_case`; newer sentence-transformers keep the limit with the tokenizer alone."""
-    tokenizer, model = (json.loads((folder / name).read_text()) for name in ("tokenizer_config.json", "config.json"))
-    # As sentence-transformers finds it: the tokenizer of a model without a limit says 10^30.
-    limits = [
-        config.get(name) for config, name in ((tokenizer, "model_max_length"), (model, "max_position_embeddings"))
-    ]
-    limits = [limit for limit in limits if limit is not None and limit > 0]
-    path = folder / "sentence_bert_config.json"
-    config = json.loads(path.read_text())
-    if limits:
-        config = {"max_seq_length": int(min(limits)), "do_lower_case": False, **config}
-    path.write_text(json.dumps(config, indent=2) + "\n")
+    files = EncoderFolder(folder)
+    longest, config = files.longest(), files.json(LIMITS)
+    if longest is not None:
+        config = {"max_seq_length": longest, "do_lower_case": False, **config}
+    (folder / LIMITS).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _write_pooling_flags(path: Path) -> None:
@@ -54,13 +49,10 @@ def _write_pooling_flags(path: Path) -> None:
         mode = [mode]
     if mode is None:
         return  # the flags are there already
-    flags = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens",
-             "mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-             "weightedmean": "weightedmean_tokens", "lasttoken": "lasttoken"}  # fmt: skip
-    unknown = set(mode) - set(flags)
+    unknown = set(mode) - set(POOLING)
     if unknown:
-        raise HlmError(f"{path}: expected pooling among {', '.join(flags)}, found {', '.join(sorted(unknown))}")
+        raise HlmError(f"{path}: expected pooling among {', '.join(POOLING)}, found {', '.join(sorted(unknown))}")
     config["word_embedding_dimension"] = config.pop("embedding_dimension", config.get("word_embedding_dimension"))
-    for name, flag in flags.items():
+    for name, flag in POOLING.items():
         config[f"pooling_mode_{flag}"] = name in mode
     path.write_text(json.dumps(config, indent=2) + "\n")

@@ -1,9 +1,8 @@
-"""Teacher and student as `SentenceTransformer`: loading, encoding, LoRA, saving, and the fingerprint of an encoder."""
+"""Teacher and student as `SentenceTransformer`: loading, encoding, saving, and the fingerprint of an encoder."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +13,14 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from tqdm import tqdm
 
 from hlm.artefacts import HlmError, atomic_folder, write_manifest
+from hlm.encoders.families import has_shifted_positions, longest_text
 from hlm.encoders.fingerprint import fingerprint
+from hlm.encoders.folder import MODULES, EncoderFolder
 from hlm.encoders.layout import write_legacy_layout
-from hlm.fields import REMEDY, field
+from hlm.progress import progress
 from hlm.texts import as_texts, well_formed
 
 logger = logging.getLogger(__name__)
@@ -93,7 +95,7 @@ def find_encoder(name_or_path: str) -> str:
     source = resolve(str(name_or_path))
     folder = Path(source)
     if folder.is_dir():
-        if not (folder / "modules.json").is_file():
+        if not (folder / MODULES).is_file():
             raise HlmError(
                 f"expected a sentence-transformers folder at {folder}, found no modules.json; a bare backbone would be "
                 "loaded with mean pooling and no normalisation: save the whole SentenceTransformer there"
@@ -129,7 +131,7 @@ def load_encoder(
         raise HlmError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
     source = find_encoder(name_or_path)
     if Path(source).is_dir():
-        _check_modules(Path(source) / "modules.json")
+        _check_modules(EncoderFolder(source))
     try:
         model = SentenceTransformer(
             source, device=device, revision=revision, model_kwargs={"dtype": DTYPES[dtype]}, trust_remote_code=False
@@ -148,28 +150,27 @@ def load_encoder(
         model.append(Normalize())  # every vector of HLM has length 1; the flag is part of what is saved
     if max_seq_length is not None:
         model.max_seq_length = max_seq_length
+    config = model[0].model.config
+    longest, limit = longest_text(config), model.max_seq_length
+    if has_shifted_positions(config) and longest is not None and (limit is None or limit > longest):
+        model.max_seq_length = longest  # sentence-transformers counts rows that stand for no token
     return model.eval()
 
 
-def _check_modules(path: Path) -> None:
+def _check_modules(files: EncoderFolder) -> None:
     """Refuses modules other than sentence-transformers' own: their types name what is imported.
 
     Raises:
         HlmError: another module, or no list of modules.
     """
-    try:
-        listed = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise HlmError(f"{path}: expected a list of modules, found none ({error}); {REMEDY}") from error
     homes = ("sentence_transformers.models", "sentence_transformers.sentence_transformer.modules")
     known = {f"{home}.{name}" for home in homes for name in modules.__all__}
     known |= {f"{part.__module__}.{part.__name__}" for part in (getattr(modules, name) for name in modules.__all__)}
-    for number in range(len(field({"modules": listed}, list, "modules", where=path))):
-        kind, _ = (field(listed[number], str, name, where=path) for name in ("type", "path"))
-        if kind not in known:
+    for module in files.modules():
+        if module.type not in known:
             raise HlmError(
-                f"{path}: expected a module of sentence-transformers, found {kind!r}; nothing of another package is "
-                "loaded: use a model without code of its own"
+                f"{files.folder / MODULES}: expected a module of sentence-transformers, found {module.type!r}; nothing "
+                "of another package is loaded: use a model without code of its own"
             )
 
 
@@ -236,6 +237,7 @@ def encode(
     prompt_name: str | None = None,
     dim: int | None = None,
     batch_tokens: int = 4096,
+    bar: tqdm | None = None,
 ) -> np.ndarray:
     """Encodes texts in batches of similar length.
 
@@ -243,6 +245,7 @@ def encode(
         prompt_name: "query" or "document": the prompt of that role goes before every text.
         dim: Keep the first `dim` values and normalise again (Matryoshka); None keeps all.
         batch_tokens: Padded tokens a batch holds at the most.
+        bar: Counts the texts, instead of a bar of this call's own.
 
     Returns:
         float32 (len(texts), dim), rows L2-normalised, in the order of `texts`.
@@ -260,23 +263,27 @@ def encode(
     was_training = model.training
     model.eval()
     ids = tokenise(model, texts, prompt_of(model, prompt_name))
+    batches = token_batches(np.array([len(tokens) for tokens in ids]), batch_tokens)
+    own = progress(what="encode", unit="text", total=len(texts), shown=bar is None and len(batches) > 1)
     before: tuple[np.ndarray, Callable[[], np.ndarray]] | None = None
-    for rows in token_batches(np.array([len(tokens) for tokens in ids]), batch_tokens):
-        features = pad(model, [ids[row] for row in rows])
-        vectors = model({name: _sent(value, model.device) for name, value in features.items()})["sentence_embedding"]
-        vectors = torch.nn.functional.normalize(vectors.float()[:, : dim or width], dim=-1)
-        started = rows, _fetched(vectors)
-        if before:  # a GPU computes this batch while the one before is dealt with
-            out[before[0]] = before[1]()
-        before = started
-    out[before[0]] = before[1]()
+    with own:
+        for rows in batches:
+            features = pad(model, [ids[row] for row in rows])
+            vectors = model({name: sent(value, model.device) for name, value in features.items()})["sentence_embedding"]
+            vectors = torch.nn.functional.normalize(vectors.float()[:, : dim or width], dim=-1)
+            started = rows, _fetched(vectors)
+            if before:  # a GPU computes this batch while the one before is dealt with
+                out[before[0]] = before[1]()
+            before = started
+            (own if bar is None else bar).update(len(rows))
+        out[before[0]] = before[1]()
     model.train(was_training)
     return out
 
 
-def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """On the device; to a GPU without waiting for what it still computes."""
-    if device.type != "cuda":
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on `device`; to a GPU without waiting for what it still computes."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
@@ -295,68 +302,6 @@ def _fetched(vectors: torch.Tensor) -> Callable[[], np.ndarray]:
         return host.numpy()
 
     return wait
-
-
-def add_lora(model: SentenceTransformer, *, rank: int, alpha: int, dropout: float = 0.0) -> SentenceTransformer:
-    """Wraps the backbone in a LoRA adapter on all its linear layers, in place; only the adapter trains.
-
-    Raises:
-        HlmError: a rank below 1.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    if rank < 1:
-        raise HlmError(f"lora_rank: expected at least 1, found {rank}")
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules="all-linear",
-        exclude_modules=r".*pooler.*",  # BERT's pooler takes no part in mean pooling: it would get no gradient
-        task_type="FEATURE_EXTRACTION",
-    )
-    model[0].model = get_peft_model(model[0].model, config)
-    leave_casts_to_autocast(model)
-    return model
-
-
-def leave_casts_to_autocast(model: torch.nn.Module) -> None:
-    """Under autocast, keeps PEFT from casting every input of an adapter to fp32, which autocast would cast back: two
-    copies that change no bit. Layers that read one input then keep it once for the backward pass."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    def ask(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        layer.cast_input_dtype_enabled = not torch.is_autocast_enabled(inputs[0].device.type)
-
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.register_forward_pre_hook(ask)
-
-
-def enable_gradient_checkpointing(model: SentenceTransformer) -> None:
-    """Recomputes activations in the backward pass. Under LoRA the frozen embeddings' output must ask for gradients, or
-    nothing below the first recomputed block would get any."""
-    backbone = model[0].model
-    backbone.enable_input_require_grads()
-    backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-def weaken_lora(model: SentenceTransformer, weight: float) -> None:
-    """Keeps the share `weight` (0 to 1) of what LoRA learnt, in place: merged, the model lies on the line between the
-    backbone (0) and the tuned model (1). Half-way is often better than either on queries unlike those trained on
-    (WiSE-FT, arXiv 2109.01903)."""
-    if not 0 < weight <= 1:
-        raise HlmError(f"expected a weight above 0 and up to 1, found {weight}; 1 keeps all that was learnt")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_B." in name:
-                parameter.mul_(weight)
-
-
-def merge_lora(model: SentenceTransformer) -> SentenceTransformer:
-    """Folds the adapter into the weights, in place; to be done before any vector is kept."""
-    model[0].model = model[0].model.merge_and_unload()
-    return model
 
 
 def save_encoder(
@@ -382,14 +327,6 @@ def save_encoder(
         if beside is not None:
             beside(aside)
         write_manifest(aside, kind, encoder=fingerprint(model), dim=model.get_embedding_dimension(), **manifest)
-
-
-def is_causal(model: SentenceTransformer) -> bool:
-    """Whether a token attends to those before it alone. `is_causal` false in the configuration takes that from a model
-    whose layers are made for it."""
-    backbone = model[0].model
-    made_for_it = any(getattr(module, "is_causal", False) for module in backbone.modules())
-    return made_for_it and getattr(backbone.config, "is_causal", True) is not False
 
 
 def add_head(model: SentenceTransformer, student: np.ndarray, teacher: np.ndarray) -> SentenceTransformer:

@@ -1,7 +1,7 @@
 """Pruning: which layers and FFN units stay, and the surgery that leaves a smaller model of the same architecture.
 
-BERT-style backbones (`encoder.layer`) and Qwen3-style ones (`layers`, gated FFN) are known. The cut model is a stock
-one: it is saved and loaded like any other.
+Backbones of the families in `hlm.encoders.families` can be cut. The cut model is a stock one: it is saved and loaded
+like any other.
 """
 
 from __future__ import annotations
@@ -17,44 +17,10 @@ from torch import nn
 from transformers import AutoModel, PretrainedConfig
 
 from hlm.artefacts import HlmError
+from hlm.encoders.families import check_layers, depth_of, family_of, ffn_parts, ffn_width_of, layers_of, set_cut
 from hlm.encoders.loading import pad, tokenise
 
 METHODS = ("middle_skip", "norm_ratio")
-# Found by `layers`. Other gated backbones have that too, but with per-layer parts that a cut would leave behind.
-GATED = ("qwen2", "qwen3", "llama", "mistral")
-
-
-def layers_of(backbone: nn.Module) -> nn.ModuleList:
-    """The transformer layers, in order.
-
-    Args:
-        backbone: `model[0].model`: BERT-style (`encoder.layer`: BERT, RoBERTa, XLM-R, MPNet, ...) or one of `GATED`.
-
-    Raises:
-        HlmError: any other backbone, by its class.
-    """
-    layers = getattr(getattr(backbone, "encoder", None), "layer", None)
-    if layers is None and getattr(getattr(backbone, "config", None), "model_type", None) in GATED:
-        layers = getattr(backbone, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
-        raise HlmError(
-            f"expected a BERT-style backbone (encoder.layer) or one of {', '.join(GATED)}, "
-            f"found {type(backbone).__name__}; choose such a student"
-        )
-    return layers
-
-
-def ffn_parts(layer: nn.Module) -> tuple[list[nn.Linear], nn.Linear]:
-    """The projections into the FFN's units (their rows are the units) and the one out of them (its columns are).
-
-    Raises:
-        HlmError: a layer with another FFN.
-    """
-    if hasattr(layer, "mlp") and hasattr(layer.mlp, "gate_proj"):
-        return [layer.mlp.gate_proj, layer.mlp.up_proj], layer.mlp.down_proj
-    if hasattr(layer, "intermediate"):
-        return [layer.intermediate.dense], layer.output.dense
-    raise HlmError(f"expected a BERT- or Qwen3-style FFN, found {type(layer).__name__}; leave the FFN width unset")
 
 
 def layer_norm_ratios(model: SentenceTransformer, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
@@ -82,8 +48,8 @@ def layer_norm_ratios(model: SentenceTransformer, texts: Sequence[str], batch_si
 def ffn_activations(model: SentenceTransformer, texts: Sequence[str], batch_size: int = 64) -> list[np.ndarray]:
     """Scores FFN units on calibration queries: mean over real tokens of |unit| as the last projection reads it.
 
-    That is |act(gate) x up| in a gated FFN (arXiv 2605.23572) and |act(unit)| in a BERT-style one. Units with the
-    smallest mean go first.
+    That is |act(gate) x up| in a gated FFN (arXiv 2605.23572) and |act(unit)| in another. Units with the smallest mean
+    go first.
 
     Returns:
         For each layer float64 (FFN width,).
@@ -91,7 +57,8 @@ def ffn_activations(model: SentenceTransformer, texts: Sequence[str], batch_size
     Raises:
         HlmError: as `layer_norm_ratios`.
     """
-    out = [ffn_parts(layer)[1] for layer in layers_of(model[0].model)]
+    backbone = model[0].model
+    out = [ffn_parts(backbone, layer)[1] for layer in layers_of(backbone)]
     return _token_means(model, texts, batch_size, out, lambda args, kwargs, output: args[0].float().abs())
 
 
@@ -189,46 +156,23 @@ def prune(
         HlmError: layers that are not there or not ascending, an FFN wider than the model's or without one score a unit,
             or LoRA adapters that are not merged.
     """
-    found = layers_of(model[0].model)
-    layers = list(range(len(found))) if layers is None else list(layers)
-    if not layers or layers != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= len(found):
-        nearest = sorted({number for number in layers if 0 <= number < len(found)}) or [0]
-        raise HlmError(
-            f"layers: expected ascending numbers within 0..{len(found) - 1} (the model has {len(found)}), found "
-            f"{layers}; the nearest that works is {nearest}"
-        )
+    layers = list(range(len(layers_of(model[0].model)))) if layers is None else list(layers)
+    check_layers(model[0].model.config, layers)
     if hasattr(model[0].model, "peft_config"):
         raise HlmError("expected a model without LoRA adapters, found some; merge them before the cut")
-    width = model[0].model.config.intermediate_size
-    if ffn_width is not None:
-        _within("FFN width", ffn_width, width)
-    if ffn_width is None or ffn_width == width:
-        ffn_width = None
-    elif activations is None:
-        raise HlmError(
-            f"FFN width {ffn_width} of {width}: expected activations to choose units by, found none; pass those of "
-            "ffn_activations(), or leave the width unset"
-        )
-    elif [np.shape(units) for units in activations] != [(width,)] * len(found):
-        raise HlmError(
-            f"expected activations of {len(found)} layers x {width} units, found shapes "
-            f"{[np.shape(units) for units in activations]}; score the very model that is cut"
-        )
-
+    units = None if ffn_width is None else _units_that_stay(model[0].model, ffn_width, activations)
     model = copy.deepcopy(model)
     backbone = model[0].model
-    config, found = backbone.config, layers_of(backbone)
+    found = layers_of(backbone)
     kept = [found[number] for number in layers]
-    if ffn_width is not None:
+    if units is not None:
         for number, layer in zip(layers, kept, strict=True):
-            _cut_ffn(layer, np.sort(np.argsort(-np.asarray(activations[number]), kind="stable")[:ffn_width]))
-        config.intermediate_size = ffn_width
+            _cut_ffn(backbone, layer, units[number])
+        set_cut(backbone.config, ffn_width=ffn_width)
     if len(kept) < len(found):
+        set_cut(backbone.config, layers)
         del found[:]
         found.extend(kept)
-        config.num_hidden_layers = len(kept)
-        if getattr(config, "layer_types", None):
-            config.layer_types = [config.layer_types[number] for number in layers]
         for number, layer in enumerate(kept):
             # Key-value caches and saving go by this number.
             for module in layer.modules():
@@ -237,19 +181,42 @@ def prune(
     return model
 
 
-def _cut_ffn(layer: nn.Module, units: np.ndarray) -> None:
-    into, out = ffn_parts(layer)
-    index = torch.from_numpy(units).to(out.weight.device)
+def _units_that_stay(
+    backbone: nn.Module, ffn_width: int, activations: Sequence[np.ndarray] | None
+) -> list[np.ndarray] | None:
+    """The `ffn_width` most active units of every layer, ascending; None where all stay."""
+    width, depth = ffn_width_of(backbone.config), depth_of(backbone.config)
+    _within("FFN width", ffn_width, width)
+    if ffn_width == width:
+        return None
+    if activations is None:
+        raise HlmError(
+            f"FFN width {ffn_width} of {width}: expected activations to choose units by, found none; pass those of "
+            "ffn_activations(), or leave the width unset"
+        )
+    if [np.shape(units) for units in activations] != [(width,)] * depth:
+        raise HlmError(
+            f"expected activations of {depth} layers x {width} units, found shapes "
+            f"{[np.shape(units) for units in activations]}; score the very model that is cut"
+        )
+    return [np.sort(np.argsort(-np.asarray(scores), kind="stable")[:ffn_width]) for scores in activations]
 
-    def cut_down(parameter: nn.Parameter, dim: int) -> nn.Parameter:
+
+def _cut_ffn(backbone: nn.Module, layer: nn.Module, units: np.ndarray) -> None:
+    into, out = ffn_parts(backbone, layer)
+    width = out.in_features
+
+    def cut_down(parameter: nn.Parameter, dim: int, rows: np.ndarray) -> nn.Parameter:
+        index = torch.from_numpy(rows).to(parameter.device)
         return nn.Parameter(parameter.detach().index_select(dim, index), requires_grad=parameter.requires_grad)
 
     for linear in into:
-        linear.weight = cut_down(linear.weight, 0)
+        rows = np.concatenate([units + start for start in range(0, linear.out_features, width)])
+        linear.weight = cut_down(linear.weight, 0, rows)
         if linear.bias is not None:
-            linear.bias = cut_down(linear.bias, 0)
-        linear.out_features = len(units)
-    out.weight = cut_down(out.weight, 1)
+            linear.bias = cut_down(linear.bias, 0, rows)
+        linear.out_features = len(rows)
+    out.weight = cut_down(out.weight, 1, units)
     out.in_features = len(units)
     if hasattr(layer, "mlp") and hasattr(layer.mlp, "intermediate_size"):
         layer.mlp.intermediate_size = len(units)
@@ -265,10 +232,13 @@ def cut(
         ffn: FFN units a layer keeps; None keeps all.
         texts: calibration queries.
     """
-    count = len(layers_of(model[0].model))
+    config = model[0].model.config
+    count = depth_of(config)
     if isinstance(layers, int):
         _within("layers", layers, count)  # before the calibration, which takes its time
         scores = layer_norm_ratios(model, texts) if method == "norm_ratio" else None
+        if scores is not None and family_of(config).first_stays:
+            scores[0] = np.inf
         layers = keep_layers(count, layers, method, scores)
     activations = ffn_activations(model, texts) if ffn is not None else None
     return prune(model, layers=layers, ffn_width=ffn, activations=activations)
@@ -319,13 +289,10 @@ def cut_config(config: PretrainedConfig, layers: int | None = None, ffn_width: i
     """
     config = copy.deepcopy(config)
     if layers is not None:
-        _within("layers", layers, config.num_hidden_layers)
-        config.num_hidden_layers = layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:layers]
+        _within("layers", layers, depth_of(config))
     if ffn_width is not None:
-        _within("FFN width", ffn_width, config.intermediate_size)
-        config.intermediate_size = ffn_width
+        _within("FFN width", ffn_width, ffn_width_of(config))
+    set_cut(config, None if layers is None else range(layers), ffn_width)
     return config
 
 

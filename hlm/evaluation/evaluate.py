@@ -17,6 +17,7 @@ from hlm.evaluation.inputs import find_inputs, read_systems
 from hlm.evaluation.kept_runs import cached_run, check_runs, run_path, write_parquet
 from hlm.evaluation.metrics import Run, bm25_run, check_judgements, dense_run, relevance_threshold
 from hlm.evaluation.report import STUDENTS, build_report, command_line, environment, plot
+from hlm.progress import progress
 from hlm.report_files import claimed_report, write_report
 from hlm.report_types import Report
 from hlm.settings import defaults_of, keywords
@@ -162,15 +163,16 @@ def open_catalogue(
         # Named after what it holds: another model or corpus gets a folder of its own.
         corpus = data.corpus.select_columns(["_id", "title", "text"])
         folder = Path(config.output) / "stores" / f"{name}-{encoder}-{source}"
-        write_store(
-            folder,
-            lambda start, stop: ((row["_id"], document_text(row)) for row in corpus.select(range(start, stop))),
-            lambda texts: encode(model, texts, prompt_name="document"),
-            dim=model.get_embedding_dimension(),
-            encoder=encoder,
-            source=source,
-            n_rows=len(data.corpus),
-        )
+        with progress(what=f"encode the documents with {name}", unit="text", total=len(data.corpus)) as bar:
+            write_store(
+                folder,
+                lambda start, stop: ((row["_id"], document_text(row)) for row in corpus.select(range(start, stop))),
+                lambda texts: encode(model, texts, prompt_name="document", bar=bar),
+                dim=model.get_embedding_dimension(),
+                encoder=encoder,
+                source=source,
+                n_rows=len(data.corpus),
+            )
         store = VectorStore.open(folder)
     store.check(encoder=encoder, source=source)
     return Catalogue(store)

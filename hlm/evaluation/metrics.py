@@ -18,6 +18,7 @@ import pytrec_eval
 from hlm.artefacts import HlmError
 from hlm.data.contract import Row, document_text
 from hlm.data.words import count_words, terms
+from hlm.progress import progress
 from hlm.report_types import Recovery
 from hlm.vectors.index import Index
 
@@ -320,7 +321,7 @@ def bm25_run(
         raise HlmError(f"k: expected 1 or more, found {k}")
     vocabulary: dict[str, int] = {}
     ids, documents = [], []
-    for row in corpus:
+    for row in progress(corpus, what="BM25: read the corpus", unit="document"):
         ids.append(row["_id"])
         # The dictionary's own integers are shared: a token costs 8 bytes, not 40.
         words = tokenise(document_text(row), stem=stem, single=True)
@@ -331,7 +332,7 @@ def bm25_run(
     engine.index((documents, vocabulary), create_empty_token=False, show_progress=False)
     del documents
     run = {}
-    for query, text in queries:
+    for query, text in progress(queries, what="BM25: search", unit="query"):
         known = [vocabulary[word] for word in tokenise(text, stem=stem) if word in vocabulary]
         scores = engine.get_scores(known) if known else np.zeros(0, np.float32)
         rows = np.flatnonzero(scores > 0)

@@ -20,8 +20,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from hlm.artefacts import HlmError
+from hlm.encoders.families import depth_of, family_of, ffn_width_of, layers_of
 from hlm.encoders.loading import DTYPES, resolve
-from hlm.encoders.pruning import cut_config, layers_of, planned_parameters
+from hlm.encoders.pruning import cut_config, planned_parameters
 from hlm.hub.cache import hub_file
 
 SHIPPED_OWNER = "qwen"  # of the shapes in hlm/shapes, as their Hub ids begin
@@ -107,14 +108,14 @@ class Shape:
             (layer,) = layers_of(AutoModel.from_config(one))
         heads = config.num_attention_heads
         return cls(
-            layers=layers or config.num_hidden_layers,
+            layers=layers or depth_of(config),
             hidden=config.hidden_size,
             heads=heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            ffn=one.intermediate_size,
+            ffn=ffn_width_of(one),
             linears=tuple((part.in_features, part.out_features) for part in layer.modules() if _linear(part)),
-            gated=hasattr(layer, "mlp"),
+            gated=family_of(config).gated,
             qk_norm=hasattr(getattr(layer, "self_attn", None), "q_norm"),
             parameters=total,
             embeddings=total - body,

@@ -15,7 +15,8 @@ import torch
 from transformers import PretrainedConfig
 
 from hlm.artefacts import HlmError
-from hlm.encoders.pruning import check_cascade, cut_config, keep_layers
+from hlm.encoders.families import check_layers
+from hlm.encoders.pruning import check_cascade, cut_config
 from hlm.planning.footprint import Shape, backbone_config
 from hlm.planning.hardware import GIB, Gpu, refuse
 from hlm.planning.phases import (
@@ -115,12 +116,10 @@ def cascade(config: PretrainedConfig, stages: list[dict[str, Any]]) -> list[tupl
     for number, stage in enumerate(stages, 1):
         layers, ffn = stage.get("layers"), stage.get("ffn")
         if isinstance(layers, list):
-            if max(layers) >= config.num_hidden_layers or min(layers) < 0 or layers != sorted(set(layers)):
-                nearest = keep_layers(config.num_hidden_layers, min(len(layers), config.num_hidden_layers))
-                raise HlmError(
-                    f"cascade, stage {number}: layers: expected ascending numbers within "
-                    f"0..{config.num_hidden_layers - 1}, found {layers}; the nearest that works is {nearest}"
-                )
+            try:
+                check_layers(config, layers)
+            except HlmError as error:
+                raise HlmError(f"cascade, stage {number}: {error}") from error
             layers = len(layers)
         try:
             shape = Shape.of(config, layers, ffn)

@@ -9,13 +9,14 @@ from typing import Any
 
 from hlm.artefacts import MANIFEST, HlmError, read_manifest
 from hlm.benchmark import report as latency_report
+from hlm.encoders.families import depth_field
+from hlm.encoders.folder import EncoderFolder
 from hlm.evaluation.report import SYSTEMS
 from hlm.redaction import portable, public, public_manifest
 from hlm.report_types import LatencyReport, Recovery, Report
 
 PARTS = ("corpus", "queries", "unlabelled")
 QRELS = ("train", "dev", "test")
-POOLING = {"mean_tokens": "mean", "cls_token": "cls", "lasttoken": "last token"}
 SUFFIXES = (".parquet", ".jsonl", ".tsv", ".csv")
 
 
@@ -26,27 +27,21 @@ def data_name(source: str, repo: str | None) -> str:
 
 def encoder_facts(folder: str | Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """Width, pooling, prompts, limit of tokens, head and parameters, as the folder's files say."""
-    folder = Path(folder)
-    modules = _json(folder / "modules.json")
-    pooling = next(module for module in modules if module["type"].endswith("Pooling"))
-    flags = _json(folder / pooling["path"] / "config.json")
-    modes = [name for name, on in flags.items() if name.startswith("pooling_mode_") and on]
-    if modes not in ([f"pooling_mode_{name}"] for name in POOLING):
-        raise HlmError(f"{folder}: expected mean, cls or last-token pooling, found {', '.join(modes) or 'none'}")
-    settings = _json(folder / "config_sentence_transformers.json")
-    prompts = settings.get("prompts") or {}
-    architecture = _json(folder / "config.json")
-    limit = _json(folder / "sentence_bert_config.json").get("max_seq_length")
+    files = EncoderFolder(folder)
+    pooling = files.pooling()
+    if pooling not in ("mean", "cls", "lasttoken"):
+        raise HlmError(f"{folder}: expected mean, cls or last-token pooling, found {pooling}")
+    architecture = files.json("config.json")
     return {
         "encoder": manifest["encoder"],
         "dim": manifest["dim"],
-        "pooling": POOLING[modes[0].removeprefix("pooling_mode_")],
-        "prompt": prompts.get("query") or "",
-        "prompts": prompts,
-        "limit": limit or _json(folder / "tokenizer_config.json").get("model_max_length"),
-        "dense": next((module["path"] for module in modules if module["type"].endswith("Dense")), None),
+        "pooling": pooling.replace("lasttoken", "last token"),
+        "prompt": files.prompt(),
+        "prompts": files.prompts(),
+        "limit": files.longest(),
+        "dense": next(iter(files.heads()), None),
         "architecture": (architecture.get("architectures") or [architecture.get("model_type")])[0],
-        "layers": architecture.get("num_hidden_layers"),
+        "layers": architecture.get(depth_field(architecture)),
     }
 
 

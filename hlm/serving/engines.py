@@ -18,6 +18,7 @@ import numpy as np
 from hlm.artefacts import HlmError
 from hlm.extras import extras_named
 from hlm.forks import keep_for_ever, tell_after_fork
+from hlm.integrity import file_state
 from hlm.serving.bulk import Run
 
 if TYPE_CHECKING:
@@ -62,15 +63,6 @@ class _Graph:
                     )
                 self._run, _ = self._load(self._path)
             return self._run
-
-
-def file_state(path: Path) -> tuple[int, int, int] | None:
-    """What tells a file from one that takes its place; None where there is none."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def onnxruntime(path: Path, threads: int) -> tuple[Run, int]:
@@ -209,12 +201,12 @@ def torch_model(model: SentenceTransformer) -> tuple[Run, int]:
     `hlm.serving.fused.FusedQwen3` texts of up to the longest of `hlm.serving.cuda_graphs.LENGTHS`."""
     import torch
 
-    from hlm.encoders.loading import is_causal
+    from hlm.encoders.families import is_causal
     from hlm.serving.cuda_graphs import LENGTHS, CudaGraphs
     from hlm.serving.fused import FusedQwen3
 
     model.eval()
-    causal = is_causal(model)
+    causal = is_causal(model[0].model)
     backbone, *modules = model
     fused = FusedQwen3(model, LENGTHS[-1]) if FusedQwen3.fits(model) else None
 

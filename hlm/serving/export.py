@@ -28,6 +28,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from hlm.artefacts import MANIFEST, HlmError, amend_manifest, fingerprint_file
+from hlm.encoders.families import FAMILIES
+from hlm.encoders.folder import GRAPHS
 from hlm.encoders.loading import load_encoder, pad, prompt_of, tokenise
 from hlm.serving.online_graph import LookupGraph, OnlineGraph, lookup_pays
 
@@ -37,7 +39,6 @@ CHATTY = (
     "onnxruntime.quantization.matmul_nbits_quantizer",
 )  # fmt: skip
 
-FP32_FILE, LOOKUP_FILE, INT8_FILE = "onnx/model.onnx", "onnx/model_lookup.onnx", "onnx/model_quantized.onnx"
 # fp32 sums in another order: components of unit vectors differ by some 1e-7 to 1e-6.
 FP32_TOLERANCE = 1e-4
 # Of weights. More lie in a file of their own, which sessions map and share instead of holding each a copy; and
@@ -111,10 +112,19 @@ def _exported(model: SentenceTransformer, folder: Path, *, int8: bool, lookup: b
     model[0].model.set_attn_implementation("eager")  # sdpa becomes the same arithmetic in 24 nodes more
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".onnx.") as aside:
-        paths = {"fp32": Path(aside) / Path(FP32_FILE).name}
-        _save(_traced(model), paths["fp32"])
+        paths = {"fp32": Path(aside) / Path(GRAPHS["fp32"]).name}
+        try:
+            traced = _traced(model)
+        except Exception as error:  # torch.export, torch.onnx and the model's own code raise whatever they raise
+            first = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
+            raise HlmError(
+                f"expected a backbone that torch {torch.__version__} can trace, found "
+                f"'{model[0].model.config.model_type}' ({first}); families that are known to work: "
+                f"{', '.join(FAMILIES)}"
+            ) from error
+        _save(traced, paths["fp32"])
         if lookup and lookup_pays(model):
-            paths["lookup"] = Path(aside) / Path(LOOKUP_FILE).name
+            paths["lookup"] = Path(aside) / Path(GRAPHS["lookup"]).name
             _save(_traced(model, lookup=True), paths["lookup"], external=True)
         facts = {name: _differences(model, path) | {"tolerance": FP32_TOLERANCE} for name, path in paths.items()}
         found = max(fact["max_abs_difference"] for fact in facts.values())
@@ -124,10 +134,10 @@ def _exported(model: SentenceTransformer, folder: Path, *, int8: bool, lookup: b
                 f"of {found:.2g}; this architecture does not export truly with this torch ({torch.__version__})"
             )
         if int8:
-            paths["int8"] = Path(aside) / Path(INT8_FILE).name
+            paths["int8"] = Path(aside) / Path(GRAPHS["int8"]).name
             quantise(paths["fp32"], paths["int8"])
             facts["int8"] = _differences(model, paths["int8"])
-        for file in {LOOKUP_FILE, INT8_FILE} - {f"onnx/{path.name}" for path in paths.values()}:
+        for file in {GRAPHS[name] for name in GRAPHS.keys() - paths.keys()}:
             for leftover in (folder / file, folder / f"{file}_data"):  # of an earlier student
                 leftover.unlink(missing_ok=True)
         for name in reversed(facts):  # fp32 last: where it is, all are
@@ -220,6 +230,6 @@ def _differences(model: SentenceTransformer, path: Path) -> dict[str, float]:
             expected = model(dict(features))["sentence_embedding"].numpy()
         feed = {name: value.numpy() for name, value in features.items() if name in inputs}
         (found,) = session.run(["sentence_embedding"], feed)
-        largest = max(largest, float(np.abs(found - expected).max()))
-        smallest = min(smallest, float((found * expected).sum(axis=1).min()))
-    return {"max_abs_difference": largest, "min_cosine": smallest}
+        largest = np.maximum(largest, np.abs(found - expected).max())  # NaN stays NaN, which `max` would lose
+        smallest = np.minimum(smallest, (found * expected).sum(axis=1).min())
+    return {"max_abs_difference": float(largest), "min_cosine": float(smallest)}

@@ -15,7 +15,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
-from hlm.encoders.loading import is_causal
+from hlm.encoders.families import Family, depth_of, ffn_width_of, is_causal, known, reaches
 
 # Look-ups are worth their tables where these have at most so many bytes, and stand for this share of the weights that
 # a token is multiplied by.
@@ -32,25 +32,38 @@ class OnlineGraph(torch.nn.Module):
         super().__init__()
         self.model = copy.deepcopy(model)
         backbone = self.model[0].model
-        if type(backbone).__name__ == "BertModel":
+        family = known(backbone.config)
+        if family is not None and family.lookups:
             _fold_biases(backbone)
             backbone.embeddings = _BertEmbeddings(backbone.embeddings)
         for name, module in list(self.model.named_modules()):
-            if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-                self.model.set_submodule(name, _RMSNorm(module.weight, module.variance_epsilon))
-        self.causal = is_causal(model)
+            if type(module).__name__.endswith("RMSNorm") and (found := _rms_norm(module, family)):
+                self.model.set_submodule(name, found)
+        self.causal = is_causal(backbone)
+        self.reaches = reaches(backbone.config, model.max_seq_length)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         lowest = torch.finfo(torch.float32).min / 2  # two of them add up to a number still
         present = attention_mask.float()
         hidden = ((1 - present) * lowest)[:, None, None, :]
+        length = input_ids.shape[1]
         if self.causal:
-            length = input_ids.shape[1]
             hidden = hidden + torch.full((length, length), lowest).triu(1)
-        states = self._backbone(input_ids, hidden)
+        masks = {kind: self._within(hidden, reach, length, lowest) for kind, reach in self.reaches.items()}
+        alike = len(set(self.reaches.values())) == 1
+        states = self._backbone(input_ids, next(iter(masks.values())) if alike else masks)
         return states, self._pooled(states, attention_mask, (present[:, None, :] @ states).squeeze(1))
 
-    def _backbone(self, input_ids: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
+    def _within(self, hidden: torch.Tensor, reach: int | None, length: int, lowest: float) -> torch.Tensor:
+        """The mask without what is more than `reach` tokens away; no place is masked more than twice."""
+        if reach is None:
+            return hidden
+        hidden = hidden + torch.full((length, length), lowest).tril(-reach - 1)
+        return hidden if self.causal else hidden + torch.full((length, length), lowest).triu(reach + 1)
+
+    def _backbone(self, input_ids: torch.Tensor, hidden: Any) -> torch.Tensor:
+        """`hidden`: what is added to the scores of attention, float32 (batch, 1, 1 or length, length); of a model whose
+        layers are of several kinds one for each, by name."""
         features: dict[str, Any] = {"input_ids": input_ids, "attention_mask": hidden}
         if "token_type_ids" in inspect.signature(self.model[0].model.forward).parameters:
             features["token_type_ids"] = torch.zeros(1, 1, dtype=torch.int64)  # one row for all: a constant
@@ -86,6 +99,15 @@ class LookupGraph(OnlineGraph):
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         states = self._backbone(input_ids, None)
         return self._pooled(states, torch.ones_like(input_ids), states.sum(1))
+
+
+def _rms_norm(module: torch.nn.Module, family: Family | None) -> _RMSNorm | None:
+    """The same norm as ONNX Runtime knows it; None of one that is not known."""
+    if hasattr(module, "variance_epsilon"):
+        return _RMSNorm(module.weight, module.variance_epsilon)
+    if family is not None and family.norm_offset:
+        return _RMSNorm(torch.nn.Parameter(module.weight.detach() + family.norm_offset), module.eps)
+    return None
 
 
 class _RMSNorm(torch.nn.Module):
@@ -218,14 +240,15 @@ def _fold_biases(backbone: torch.nn.Module) -> None:
 
 def lookup_share(config: Any) -> float:
     """Share of the multiply-adds of a token, attention's scores aside, that the first layer's look-ups stand for."""
-    layers, hidden, ffn = config.num_hidden_layers, config.hidden_size, config.intermediate_size
+    layers, hidden, ffn = depth_of(config), config.hidden_size, ffn_width_of(config)
     return 3 * hidden / (layers * (4 * hidden + 2 * ffn))
 
 
 def lookup_pays(model: SentenceTransformer) -> bool:
     """Whether the tables are of a BERT, small enough, and save a tenth of the multiply-adds."""
     config = model[0].model.config
-    if type(model[0].model).__name__ != "BertModel" or lookup_share(config) < LOOKUP_SHARE:
+    family = known(config)
+    if family is None or not family.lookups or lookup_share(config) < LOOKUP_SHARE:
         return False
     rows = config.vocab_size + config.max_position_embeddings
     return rows * 3 * config.hidden_size * 4 <= LOOKUP_BYTES

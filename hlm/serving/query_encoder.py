@@ -17,13 +17,13 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from hlm.artefacts import MANIFEST, HlmError
-from hlm.integrity import read_steadily
+from hlm.encoders.folder import GRAPHS, cutting
+from hlm.integrity import file_state, read_steadily
 from hlm.machine import cores, instructions
 from hlm.serving import engines as backends
 from hlm.serving.bulk import Batch, Run, SideBySide, cut_by_length
-from hlm.serving.engines import file_state
 from hlm.serving.long_texts import first_ids, whole_characters
-from hlm.serving.student_files import GRAPHS, StudentFiles, cutting
+from hlm.serving.student_files import StudentFiles
 from hlm.serving.word_cache import WordCache
 from hlm.texts import as_texts, well_formed
 

@@ -33,6 +33,7 @@ from hlm.encoders.loading import check_device, devices
 from hlm.outputs import resolved
 from hlm.planning.plan import check_step
 from hlm.redaction import is_secret
+from hlm.training.bar import REPLACED, TrainingBar
 from hlm.training.batches import GroupedBatches
 from hlm.training.checkpoints import (
     IDENTITY,
@@ -148,6 +149,9 @@ class RecipeTrainer(SentenceTransformerTrainer):
             loss=_Trained(model),
             callbacks=[_Epochs(self), *(callbacks or [])],
         )
+        for shown in REPLACED:
+            self.remove_callback(shown)
+        self.add_callback(TrainingBar())
         if self.is_fsdp_enabled:
             if all(parameter.requires_grad for parameter in model.parameters()):
                 raise HlmError("FSDP shards a teacher under LoRA; a student fits every GPU: launch with DDP instead")

@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hlm.artefacts import MANIFEST, HlmError, check_graph, read_manifest
+from hlm.artefacts import MANIFEST, HlmError, read_manifest
+from hlm.encoders.folder import EncoderFolder
 from hlm.fields import field, optional, read_json
-from hlm.integrity import check_files, read_steadily
+from hlm.integrity import read_steadily
 
 # torch and faiss are imported where they are used: a refusal by manifest alone comes at once.
 if TYPE_CHECKING:
@@ -129,15 +130,8 @@ def verify_student(folder: str | Path) -> SentenceTransformer:
 def _verified(folder: Path) -> SentenceTransformer:
     from hlm.encoders.loading import fingerprint, load_encoder
 
-    manifest, where = read_student(folder), folder / MANIFEST
-    records = optional(manifest, dict, "files", where=where) or {}  # none in a student of an older version
-    check_files(folder, records, records)
-    graphs = optional(manifest, dict, "onnx", where=where) or {}
-    for name, record in graphs.items():
-        if isinstance(record, dict):
-            for part in ("file", "fingerprint"):
-                field(manifest, str, "onnx", name, part, where=where)
-            check_graph(folder, record)
+    manifest = read_student(folder)
+    EncoderFolder(folder).check_all()  # of a student of an older version nothing is told
     config = folder / "config.json"
     dtype = optional(read_json(config), str, "dtype", where=config)
     dtype = dtype or optional(read_json(config), str, "torch_dtype", where=config) or "float32"  # before transformers 5

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from hlm.artefacts import MANIFEST, HlmError, fingerprint_json, read_manifest
 from hlm.fields import field, optional
-from hlm.integrity import read_steadily
+from hlm.integrity import file_state, read_steadily
 from hlm.vectors.store_writer import (
     KEY,
     KIND,
@@ -93,7 +93,7 @@ class VectorStore:
         for number, record in enumerate(manifest["shards"]):
             for name, entry in files(number, record).items():
                 with _open_file(folder / name) as file:
-                    states[name] = _state(file)
+                    states[name] = file_state(file.fileno())
                     if (found := os.fstat(file.fileno()).st_size) != entry["bytes"]:
                         raise HlmError(
                             f"{folder / name}: expected {entry['bytes']} bytes, found {found} bytes; {REMEDY}"
@@ -240,7 +240,7 @@ class VectorStore:
     def _file(self, shard: int, name: str) -> BinaryIO:
         """A file of a shard, which is the one that was there when the store was opened, or has the same content."""
         file = _open_file(self.folder / name)
-        if _state(file) != self._states[name]:
+        if file_state(file.fileno()) != self._states[name]:
             expected = files(shard, self.manifest["shards"][shard])[name]["sha256"]
             if hashlib.file_digest(file, "sha256").hexdigest() != expected:
                 file.close()
@@ -316,11 +316,6 @@ def _open_file(path: Path) -> BinaryIO:
         return open(path, "rb")
     except OSError as error:
         raise HlmError(f"expected to read {path}, found {error.strerror}; make it readable for this user") from error
-
-
-def _state(file: BinaryIO) -> list[int]:
-    status = os.fstat(file.fileno())
-    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns]
 
 
 def _vectors_offset(file: BinaryIO, path: Path, shape: tuple[int, int]) -> int:

@@ -115,6 +115,6 @@ def test_frozen_vectors_on_a_device_are_those_of_the_store(tmp_path):
     rows = np.array([299, 0, 7, 7])
     expected = matryoshka(torch.from_numpy(store.gather(rows)), 32)
     assert torch.equal(frozen.gather(rows), expected)
-    frozen.table = frozen._copied()
+    frozen.table = frozen.copied()
     assert frozen.table.shape == (300, 32) and frozen.table.dtype == torch.float16
     assert torch.equal(frozen.gather(rows), expected) and torch.equal(frozen.gather(torch.from_numpy(rows)), expected)

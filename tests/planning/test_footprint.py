@@ -14,10 +14,10 @@ from live_bytes import LiveBytes
 from peft import LoraConfig, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModel, BertConfig, DistilBertConfig, Qwen3Config
+from transformers import AutoModel, BertConfig, Qwen3Config
 
 from hlm.artefacts import HlmError
-from hlm.encoders.loading import leave_casts_to_autocast
+from hlm.encoders.lora import leave_casts_to_autocast
 from hlm.encoders.pruning import cut_config, parameter_counts
 from hlm.planning.footprint import (
     Precision,
@@ -200,8 +200,6 @@ def test_what_cannot_be_is_refused():
         Shape.of(config_of("qwen3"), layers=4)
     with pytest.raises(HlmError, match="nearest that works is 160"):
         Shape.of(config_of("qwen3"), ffn_width=161)
-    with pytest.raises(HlmError, match="BERT-style"):
-        Shape.of(DistilBertConfig(n_layers=2, dim=32, hidden_dim=64, n_heads=4, vocab_size=100))
     with pytest.raises(HlmError, match="dtype: .*'int8'"):
         Precision("int8")
     with pytest.raises(HlmError, match="lora_rank: .*0"):

@@ -113,8 +113,18 @@ def test_steps_run_in_order_and_once(house, capfd, monkeypatch):
         (lambda: Path("runs/x/report.json").unlink(), ["evaluate"]),
         (lambda: Path("runs/x/.steps/align.json").write_text("{"), ["align"]),
     ],
-    ids=["yaml", "last", "script", "library", "another room", "outside", "by hand", "artefact gone", "report gone",
-         "record broken"],
+    ids=[
+        "yaml",
+        "last",
+        "script",
+        "library",
+        "another room",
+        "outside",
+        "by hand",
+        "artefact gone",
+        "report gone",
+        "record broken",
+    ],
 )
 def test_what_changed_runs_again(house, change, again):
     run()

@@ -15,8 +15,8 @@ from safetensors.numpy import load_file
 import hlm
 from hlm.artefacts import HlmError, read_manifest
 from hlm.data.contract import load
+from hlm.encoders.families import layers_of
 from hlm.encoders.loading import encode, fingerprint, load_encoder
-from hlm.encoders.pruning import layers_of
 from hlm.steps import TeacherConfig
 from hlm.training.losses import qwen3_contrastive
 from hlm.training.teacher import Batches, Pairs

@@ -81,9 +81,9 @@ def test_garbage_weights_are_what_is_left_to_refuse(garbage, catalogue_200, tmp_
 
 
 def test_a_backbone_of_another_family_is_not_refused(tmp_path, caplog):
-    from transformers import DistilBertConfig
+    from transformers import DebertaV2Config
 
-    DistilBertConfig(dim=32, n_layers=2, n_heads=2, hidden_dim=64).save_pretrained(tmp_path)
+    DebertaV2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2).save_pretrained(tmp_path)
     caplog.set_level("INFO")
     settings = {"student": str(tmp_path), "cascade": [], "max_seq_length": None}
     planner.check_step("align", settings, gpu=Gpu("Tiny-GPU", 2**20, 0.0))

@@ -9,13 +9,12 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import BertConfig
 
 import hlm.serving.online_graph
-from hlm.artefacts import HlmError, check_graph
+from hlm.artefacts import HlmError
+from hlm.encoders.folder import GRAPHS, graph_files
 from hlm.encoders.loading import add_head, load_encoder, pad, save_encoder, tokenise
+from hlm.integrity import check_files
 from hlm.serving.export import (
-    FP32_FILE,
     FP32_TOLERANCE,
-    INT8_FILE,
-    LOOKUP_FILE,
     export,
     export_model,
 )
@@ -56,9 +55,9 @@ def test_both_files_give_the_models_vectors(name, request, tmp_path):
     assert facts["fp32"]["max_abs_difference"] <= FP32_TOLERANCE and facts["int8"]["min_cosine"] > 0.97
     model = load_encoder(folder, device="cpu")
     texts = ["red shoe", "", "used laptop with a black cable " * 20, "ü 靴"]
-    found, expected = vectors(tmp_path / FP32_FILE, model, texts)
+    found, expected = vectors(tmp_path / GRAPHS["fp32"], model, texts)
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    found, expected = vectors(tmp_path / INT8_FILE, model, texts)
+    found, expected = vectors(tmp_path / GRAPHS["int8"], model, texts)
     assert (found * expected).sum(axis=1).min() > 0.97 and np.abs(found - expected).max() > 1e-5
     assert sorted(path.name for path in (tmp_path / "onnx").iterdir()) == ["model.onnx", "model_quantized.onnx"]
 
@@ -69,15 +68,17 @@ def test_many_weights_lie_beside_the_graph_and_go_when_they_are_few_again(tiny_b
     facts = export_model(model, tmp_path)
     names = ["model.onnx", "model.onnx_data", "model_quantized.onnx", "model_quantized.onnx_data"]
     assert sorted(path.name for path in (tmp_path / "onnx").iterdir()) == names
-    for file, record in ((FP32_FILE, facts["fp32"]), (INT8_FILE, facts["int8"])):
+    for name, record in facts.items():
+        file = GRAPHS[name]
         assert record["file"] == file and record["data"]["file"] == f"{file}_data"
-        check_graph(tmp_path, record)
+        told = graph_files(name, record, tmp_path)
+        check_files(tmp_path, told, told)
         found, expected = vectors(tmp_path / file, model, ["red shoe", "kettle without cable"])
         assert (found * expected).sum(axis=1).min() > 0.97
         with open(tmp_path / f"{file}_data", "r+b") as weights:
             weights.write(b"changed")
         with pytest.raises(HlmError, match="onnx_data: expected content"):
-            check_graph(tmp_path, record)
+            check_files(tmp_path, told, told)
     monkeypatch.undo()
     assert "data" not in export_model(model, tmp_path)["fp32"]
     assert sorted(path.name for path in (tmp_path / "onnx").iterdir()) == names[::2]
@@ -90,10 +91,10 @@ def test_a_head_and_cls_pooling_are_in_the_graph(tiny_bert, tmp_path):
     generator = np.random.default_rng(0)
     add_head(model, *(generator.standard_normal((64, width)).astype(np.float32) for width in (32, 48)))
     export_model(model, tmp_path, int8=False)
-    found, expected = vectors(tmp_path / FP32_FILE, model, ["red shoe", "kettle without cable"])
+    found, expected = vectors(tmp_path / GRAPHS["fp32"], model, ["red shoe", "kettle without cable"])
     assert found.shape == (2, 48)
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert not (tmp_path / INT8_FILE).exists()
+    assert not (tmp_path / GRAPHS["int8"]).exists()
 
 
 @pytest.mark.parametrize("largest_shift", [hlm.serving.online_graph.LARGEST_SHIFT, 0.0])
@@ -108,10 +109,10 @@ def test_biases_that_others_can_stand_for_leave_the_graph_and_not_the_model(
             torch.nn.init.normal_(weight, std=0.1)
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     export_model(model, tmp_path, int8=False)
-    found, expected = vectors(tmp_path / FP32_FILE, model, ["red shoe", "kettle without cable"])
+    found, expected = vectors(tmp_path / GRAPHS["fp32"], model, ["red shoe", "kettle without cable"])
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
-    graph = onnx.load(str(tmp_path / FP32_FILE)).graph
+    graph = onnx.load(str(tmp_path / GRAPHS["fp32"])).graph
     names = " ".join(value.name for value in graph.initializer)
     assert names.count("query.bias") == names.count("intermediate.dense.bias") == 6
     assert not any(f"{name}.bias" in names for name in ("key", "value")) and "token_type" not in names
@@ -124,12 +125,14 @@ def test_look_ups_in_place_of_the_first_projections(layers, largest_shift, tiny_
     monkeypatch.setattr("hlm.serving.online_graph.LARGEST_SHIFT", largest_shift)
     model = shallow(tiny_bert, layers)
     facts = export_model(model, tmp_path)
-    assert list(facts) == ["fp32", "lookup", "int8"] and facts["lookup"]["file"] == LOOKUP_FILE
+    assert list(facts) == ["fp32", "lookup", "int8"] and facts["lookup"]["file"] == GRAPHS["lookup"]
     assert facts["lookup"]["max_abs_difference"] <= facts["lookup"]["tolerance"] == FP32_TOLERANCE
-    check_graph(tmp_path, facts["lookup"])
+    told = graph_files("lookup", facts["lookup"], tmp_path)
+    assert list(told) == [GRAPHS["lookup"], f"{GRAPHS['lookup']}_data"]
+    check_files(tmp_path, told, told)
     for texts in (["red shoe", "shoe red", "red red"], [""], ["kettle without cable " * 99], ["ü 靴"]):
-        np.testing.assert_allclose(*vectors(tmp_path / LOOKUP_FILE, model, texts), atol=1e-5)
-    graphs = [onnx.load(str(tmp_path / file)).graph for file in (FP32_FILE, LOOKUP_FILE)]
+        np.testing.assert_allclose(*vectors(tmp_path / GRAPHS["lookup"], model, texts), atol=1e-5)
+    graphs = [onnx.load(str(tmp_path / file)).graph for file in (GRAPHS["fp32"], GRAPHS["lookup"])]
     products = [sum(node.op_type == "MatMul" for node in graph.node) for graph in graphs]
     assert products == [8 * layers + 1, 6 * layers - 3]
     assert sum(node.op_type == "MultiHeadAttention" for node in graphs[1].node) == layers
@@ -146,7 +149,7 @@ def test_look_ups_under_other_modules(pooling, tiny_bert, tmp_path):
     generator = np.random.default_rng(0)
     add_head(model, *(generator.standard_normal((64, width)).astype(np.float32) for width in (32, 48)))
     assert export_model(model, tmp_path, int8=False)["lookup"]["max_abs_difference"] <= FP32_TOLERANCE
-    np.testing.assert_allclose(*vectors(tmp_path / LOOKUP_FILE, model, ["red shoe", "shoe red"]), atol=1e-5)
+    np.testing.assert_allclose(*vectors(tmp_path / GRAPHS["lookup"], model, ["red shoe", "shoe red"]), atol=1e-5)
 
 
 def test_look_ups_are_made_where_they_pay(tiny_bert, tiny_qwen3, monkeypatch):
@@ -167,7 +170,7 @@ def test_a_model_that_was_made_bidirectional_stays_so(tiny_qwen3, tmp_path):
     causal, model = (load_encoder(tiny_qwen3, device="cpu") for _ in range(2))
     model[0].model.config.is_causal = False
     assert export_model(model, tmp_path, int8=False)["fp32"]["max_abs_difference"] <= FP32_TOLERANCE
-    found, expected = vectors(tmp_path / FP32_FILE, model, ["red shoe", "kettle without cable"])
+    found, expected = vectors(tmp_path / GRAPHS["fp32"], model, ["red shoe", "kettle without cable"])
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert np.abs(found - causal.encode(["red shoe", "kettle without cable"])).max() > 1e-3
 
@@ -177,7 +180,7 @@ def test_padding_on_the_left_gives_the_same_vectors(tiny_qwen3, tmp_path):
     export_model(model, tmp_path, int8=False)
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
-    session = onnxruntime.InferenceSession(str(tmp_path / FP32_FILE), options)
+    session = onnxruntime.InferenceSession(str(tmp_path / GRAPHS["fp32"]), options)
     kinds = [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
     assert kinds.count("SimplifiedLayerNormalization") == 6 * 4 + 1  # each norm in one step
     short, long = (np.array(ids) for ids in tokenise(model, ["red shoe", "used laptop with a black cable"]))
