@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hlm.training.teacher import train_teacher
     from hlm.vectors.embed import embed
     from hlm.vectors.faiss_index import AdIndex
+    from hlm.vectors.index import open_index
     from hlm.vectors.lineage import verify
     from hlm.vectors.store import VectorStore
 
@@ -39,6 +40,7 @@ __all__ = [
     "export",
     "load_data",
     "load_encoder",
+    "open_index",
     "prune",
     "publish",
     "refine",
@@ -58,6 +60,7 @@ _PLACES = {
     "export": "publishing.online_folder",
     "load_data": "data.contract:load",
     "load_encoder": "encoders.loading",
+    "open_index": "vectors.index",
     "prune": "training.prune",
     "publish": "publishing.release",
     "refine": "training.refine",

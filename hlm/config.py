@@ -14,15 +14,16 @@ import os
 import sys
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
-from huggingface_hub.utils import enable_progress_bars
 from transformers.hf_argparser import HfArgumentParser
-from transformers.utils import logging as transformers_logging
 
 from hlm.artefacts import HlmError
 from hlm.endings import tell_launcher, told_ending
+from hlm.help_text import FLAGS, help_text
+from hlm.progress import AboveBars
+from hlm.quiet import quiet_others
 from hlm.settings import arms, build, check_required, closest, coerce, hints_of, read_yaml
 
 
@@ -31,7 +32,7 @@ def parse(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[An
 
     Fields are flat keys of one YAML mapping and `--field value` on the command line. Fields that are a dict or a list
     of anything but scalars are given as JSON on the command line, or entry by entry (see `Pairs`). `--help` prints the
-    fields and exits.
+    fields of the first dataclass and exits, `--help-all` those of all.
 
     Args:
         dataclass_types: dataclasses without a field in common, e.g. a recipe's own and
@@ -53,8 +54,12 @@ def given(*dataclass_types: type, argv: Sequence[str] | None = None) -> dict[str
     """What `parse` fills the dataclasses from: the checked values of the file and of the command line, no defaults. For
     a step that takes these settings as plain arguments (`hlm.settings.keywords`)."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if asked := set(FLAGS) & set(argv):
+        everything = any("all" in flag for flag in asked)
+        print(help_text(Path(sys.argv[0]).name, dataclass_types, everything=everything))
+        raise SystemExit(0)
     hints = hints_of(*dataclass_types)
-    parser = _Parser(dataclass_types, allow_abbrev=False)
+    parser = _Parser(dataclass_types, allow_abbrev=False, add_help=False)
     parser.add_argument("--config", help="YAML file with defaults for the fields below; flags win")
     pairs = {action.dest for action in parser._actions if isinstance(action, Pairs)}
     for action in parser._actions:
@@ -62,9 +67,6 @@ def given(*dataclass_types: type, argv: Sequence[str] | None = None) -> dict[str
             action.type = None
         elif action.dest in hints and _needs_json(hints[action.dest]):
             action.type, action.nargs, action.choices = _json_value, None, None
-    if {"-h", "--help"} & set(argv):
-        parser.print_help()
-        raise SystemExit(0)
     # Only what was typed may come back from argparse: defaults are filled in by the dataclasses themselves, so that
     # "given on the command line" and "left at its default" stay apart.
     for action in parser._actions:
@@ -74,7 +76,7 @@ def given(*dataclass_types: type, argv: Sequence[str] | None = None) -> dict[str
         flag = word.split("=")[0]
         known = flag.lstrip("-").replace("-", "_")
         near = closest(known, [*hints, "config"], prefix="--")
-        raise HlmError(f"command line: unknown argument '{flag}'{near}; --help lists all")
+        raise HlmError(f"command line: unknown argument '{flag}'{near}; --help-all lists all")
 
     typed = vars(namespace)
     config_path = typed.pop("config", None)
@@ -99,12 +101,16 @@ def run_recipe(main: Callable[[], object]) -> None:
         level=logging.WARNING if is_main else logging.ERROR,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         datefmt="%Y-%m-%d %H:%M:%S",
+        handlers=[AboveBars()],
         force=True,
     )
     # Our own loggers speak at INFO; HTTP clients and the like would drown them at that level.
     for name in ("hlm", "recipes", "__main__"):
         logging.getLogger(name).setLevel(logging.INFO if is_main else logging.ERROR)
-    _hush()
+    quiet_others()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
     try:
         main()
         sys.stdout.flush()
@@ -114,17 +120,6 @@ def run_recipe(main: Callable[[], object]) -> None:
             tell_launcher(line)
             print(line, *_of_the_launcher(), sep="\n", file=sys.stderr, flush=True)
         raise SystemExit(status) from error
-
-
-def _hush() -> None:
-    """Switches off bars for files that load in a second, and a warning for forks that tokenise, which ours do not."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    transformers_logging.disable_progress_bar()
-    if not HF_HUB_DISABLE_PROGRESS_BARS:
-        enable_progress_bars()  # downloads take long: theirs stay, and transformers switches them off with its own
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
 
 
 def _of_the_launcher() -> list[str]:
@@ -176,7 +171,7 @@ class Pairs(argparse.Action):
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         # argparse would print the usage (hundreds of flags with the trainer's) and exit.
-        raise HlmError(f"command line: {message}; --help lists all arguments")
+        raise HlmError(f"command line: {message}; --help-all lists all")
 
 
 def _json_value(text: str) -> Any:

@@ -66,5 +66,5 @@ def _offered(library: Path) -> dict[str, str]:
     """Public name -> module, from the imports for type checkers in the library's `__init__`."""
     init = library / "__init__.py"
     tree = ast.parse(init.read_text(encoding="utf-8")) if init.is_file() else ast.Module([], [])
-    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
-    return {alias.asname or alias.name: node.module for node in nodes for alias in node.names}
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return {alias.asname or alias.name: node.module or "" for node in nodes for alias in node.names}

@@ -14,9 +14,7 @@ from hlm.artefacts import HlmError, write_json
 from hlm.fields import check_type, optional, read_json
 from hlm.locks import locked
 from hlm.outputs import os_errors, resolved
-from hlm.report_types import LatencyReport, Report
-
-SCHEMA_VERSION = 1  # what files without a version hold as well
+from hlm.report_types import SCHEMA_VERSION, LatencyReport, Report
 
 # The report -> what is written beside it. The report comes first and says whose the others are.
 FILES = {"report.json": ("report.png", "per_query.parquet"), "latency.json": ("latency.png",)}

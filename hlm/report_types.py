@@ -6,6 +6,8 @@ Keys that are named after a cut-off, such as "ndcg@10", are in mappings; `hlm.re
 
 from typing import Any, Literal, NotRequired, TypedDict
 
+SCHEMA_VERSION = 1  # of both files; what files without a version hold as well
+
 
 class Recovery(TypedDict):
     """Student over teacher: 1.0 is the teacher's figure."""

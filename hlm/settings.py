@@ -104,7 +104,7 @@ def _signature(dataclass_types: tuple[type, ...], step: Callable[..., Any]) -> i
 
 def hints_of(*dataclass_types: type) -> dict[str, Any]:
     """Field -> type of everything that can be set in these dataclasses."""
-    hints = {}
+    hints: dict[str, Any] = {}
     for dataclass_type in dataclass_types:
         resolved = get_type_hints(dataclass_type)
         hints |= {item.name: resolved[item.name] for item in dataclasses.fields(dataclass_type) if item.init}
@@ -172,7 +172,7 @@ def read_yaml(path: str, hints: dict[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         where = f"{path}, line {lines.get(str(key), '?')}"
         if key not in hints:
-            raise HlmError(f"{where}: unknown key '{key}'{closest(str(key), hints)}; --help lists all")
+            raise HlmError(f"{where}: unknown key '{key}'{closest(str(key), hints)}; --help-all lists all")
         checked[key] = coerce(value, hints[key], f"{where}: {key}")
     return checked
 
@@ -184,7 +184,7 @@ def build(dataclass_type: type[T], given: dict[str, Any]) -> T:
         HlmError: a missing setting, or a value that the dataclass' own check refuses.
     """
     check_required(dataclass_type, given)
-    values = {item.name: given[item.name] for item in dataclasses.fields(dataclass_type) if item.name in given}
+    values = {name: given[name] for name in defaults_of(dataclass_type) if name in given}
     try:
         return dataclass_type(**values)
     except HlmError:

@@ -5,21 +5,17 @@
 Under `output`: latency.json and latency.png. Exit status 1 says that a budget was not kept, 3 that of a budget neither
 this nor the opposite can be said, as its figure is undefined or other processes took the CPUs. Without weights:
 
-    python recipes/benchmark.py --random_weights --output runs/shapes \
+    python recipes/benchmark.py --random_weights --output runs/shapes \\
         --shape Qwen/Qwen3-Embedding-8B:dtype=bfloat16 --shape Qwen/Qwen3-Embedding-0.6B:layers=4,ffn=768
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import random
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -30,12 +26,12 @@ from hlm.benchmark.budgets import BUDGETS, check_budgets, gate, read_budgets
 from hlm.benchmark.floor import Work, floor_of, measure_rates, work_of
 from hlm.benchmark.latency import Block, derive, measure, new_words, ratios, summarise
 from hlm.benchmark.quality import agreements, measured_quality, quality, same_encoders, searchable
+from hlm.benchmark.queries import catalogue_queries, drawn
 from hlm.benchmark.random_weights import RANDOM_IDS, Derivation, shape_config, shape_systems
 from hlm.benchmark.report import format_table, plot
 from hlm.benchmark.systems import HLM, SENTENCE_TRANSFORMERS, TORCH_BACKENDS, System, cold_starts, load_system
 from hlm.config import Pairs, parse, run_recipe
 from hlm.data.contract import RetrievalData, load
-from hlm.data.sample_catalogue import write_catalogue
 from hlm.encoders.loading import check_device, find_encoder
 from hlm.encoders.qwen_tokenizer import find_tokenizer
 from hlm.evaluation.metrics import length_slice
@@ -43,7 +39,7 @@ from hlm.evaluation.report import command_line, environment
 from hlm.machine import facts
 from hlm.planning.footprint import backbone_config
 from hlm.report_files import claimed_report, read_report, write_latency
-from hlm.report_types import Environment, LatencyReport, MeasuredSystem, Quality, Report
+from hlm.report_types import SCHEMA_VERSION, Environment, LatencyReport, MeasuredSystem, Quality, Report
 from hlm.settings import closest, read_section
 from hlm.vectors.store import VectorStore
 
@@ -68,7 +64,7 @@ class BenchmarkConfig:
     revision: str | None = field(default=None, metadata={"help": "Hub revision of the data"})
     split: str = field(default="test", metadata={"help": "its queries are sampled"})
     queries: int = field(default=200, metadata={"help": "size of the sample"})
-    seed: int = 0
+    seed: int = field(default=0, metadata={"help": "draws the sample and the order of the queries"})
     output: str = field(default="runs/quickstart", metadata={"help": "folder for latency.json and latency.png"})
     report: str | None = field(default=None, metadata={"help": "report.json of recipes/evaluate.py: quality"})
     corpus: str | None = field(default=None, metadata={"help": "store of ad vectors: overlap@10 of equal models"})
@@ -84,7 +80,7 @@ class BenchmarkConfig:
     batch_sizes: list[int] = field(default_factory=lambda: [8, 32, 128], metadata={"help": "beside 1"})
     cold_starts: int = field(default=3, metadata={"help": "fresh processes for each system; the median is reported"})
     max_other_load: float = field(default=0.05, metadata={"help": "share of the CPUs others may take in a clean block"})
-    device: str | None = None
+    device: str | None = field(default=None, metadata={"help": "cpu or cuda; null: a GPU where there is one"})
 
 
 @dataclass
@@ -298,21 +294,11 @@ def check_figures(
 
 
 def read_queries(config: BenchmarkConfig) -> tuple[list[str], RetrievalData | None]:
-    """A sample of the split's queries, drawn by `seed`, in the data's order; and the data, where some are named."""
-    if config.queries < 1:
-        raise HlmError(f"queries: expected 1 or more, found {config.queries}")
+    """A sample of the split's queries, or of the sample catalogue's; and the data, where some are named."""
     if config.data is None:
-        loaded = None
-        with tempfile.TemporaryDirectory() as folder:
-            data = Path(folder) / "data"
-            write_catalogue(data, ads=200, unlabelled=10, train_queries=10, dev_queries=10, test_queries=200, seed=0)
-            texts = [json.loads(line)["text"] for line in (data / "queries.jsonl").read_text().splitlines()]
-    else:
-        loaded = load(config.data, revision=config.revision, splits=(config.split,), skip_bad_rows=config.skip_bad_rows)
-        texts = [text for _, text in loaded.split_queries(config.split)]
-    if len(texts) > config.queries:
-        texts = [texts[place] for place in sorted(random.Random(config.seed).sample(range(len(texts)), config.queries))]
-    return texts, loaded
+        return drawn(catalogue_queries(), config.queries, config.seed), None
+    data = load(config.data, revision=config.revision, splits=(config.split,), skip_bad_rows=config.skip_bad_rows)
+    return drawn([text for _, text in data.split_queries(config.split)], config.queries, config.seed), data
 
 
 def load_systems(config: BenchmarkConfig, entries: dict[str, Entry]) -> tuple[dict[str, System], dict[str, Derivation]]:
@@ -385,6 +371,7 @@ def build_report(
     slices = [length_slice(query) for query in queries]
     settings = ("repeats", "block_s", "batch_sizes", "cold_starts", "max_other_load", "seed")
     return {
+        "schema_version": SCHEMA_VERSION,
         "data": config.data or "the sample catalogue",
         "split": config.split,
         "queries": len(queries),

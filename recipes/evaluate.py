@@ -10,16 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hlm.config import given, run_recipe
-from hlm.evaluation.evaluate import evaluate
+from hlm.evaluation.evaluate import SCRIPT, evaluate
 from hlm.evaluation.report import command_line, format_table
 from hlm.steps import EvaluateConfig
-
-COMMAND = "recipes/evaluate.py"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     settings = given(EvaluateConfig, argv=argv)
-    report = evaluate(**settings, command=command_line(COMMAND, argv))
+    report = evaluate(**settings, command=command_line(SCRIPT, argv))
     if report is not None:
         print(format_table(report))
 

@@ -39,6 +39,7 @@ from hlm.encoders.qwen_tokenizer import find_tokenizer
 from hlm.evaluation.report import command_line, environment
 from hlm.machine import facts
 from hlm.planning.settings import Assumptions, read_steps
+from hlm.training.trainer import TrainingArguments
 
 HOME = Path(__file__).resolve().parent.parent
 CONFIGS = HOME / "recipes" / "configs" / "qwen3-8b-190m"
@@ -205,7 +206,7 @@ def check_file(output: Path) -> Path:
 
 
 def make_setting(tiny: bool, device: str) -> Setting:
-    steps = read_steps(str(CONFIGS))
+    steps = read_steps(CONFIGS, TrainingArguments)
     if not tiny:
         (sizes,) = parse(Assumptions, argv=["--config", str(CONFIGS / "plan.yaml")])
         student = shape_config("Qwen/Qwen3-Embedding-0.6B", layers=4, ffn=768)

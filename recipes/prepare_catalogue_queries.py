@@ -26,6 +26,7 @@ from hlm.data.contract import RetrievalData, iterate, load
 from hlm.data.keywords import Catalogue, Keyword
 from hlm.data.spelling import canonical, normalise, spellings, words_of
 from hlm.data.tables import find_table, read_rows
+from hlm.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class PrepareConfig:
         default=200, metadata={"help": "a dev query lists all its products; those with more are left out"}
     )
     passes: int = field(default=20, metadata={"help": "most rounds over the catalogue, one drawn query a product each"})
-    seed: int = 0
+    seed: int = field(default=0, metadata={"help": "the same seed derives the same queries"})
 
     def __post_init__(self) -> None:
         for name in ("train_queries", "dev_queries", "unlabelled_queries", "max_positives", "passes"):
@@ -109,29 +110,31 @@ def derive(
     dev: list[Keyword] = []
     unlabelled: list[Keyword] = []
     tries: Counter[str] = Counter()
-    for keyword in _keywords(catalogue, data, config):
-        tries["all"] += 1
-        if keyword is None:
-            tries["met a product without the fields"] += 1
-            continue
-        if keyword.text in seen or not keyword.text:
-            tries["gave a query that was there"] += 1
-            continue
-        if spellings(keyword.text) & judged:
-            tries["gave a judged query"] += 1
-            continue
-        seen.add(keyword.text)
-        # By canonical form, so that "usb hubs" is on the same side as "usb hub".
-        if _share(canonical(keyword.text), config.seed) < dev_share:
-            if 0 < len(keyword.rows) <= config.dev_max_relevant and len(dev) < config.dev_queries:
-                dev.append(keyword)
-            continue
-        if keyword.rows and len(train) < config.train_queries:
-            train.append(keyword)
-        if len(unlabelled) < config.unlabelled_queries:
-            unlabelled.append(keyword)
-        elif len(train) == config.train_queries and len(dev) == config.dev_queries:
-            return train, dev, unlabelled
+    with progress(what="derive queries", unit="query", total=config.unlabelled_queries) as bar:
+        for keyword in _keywords(catalogue, data, config):
+            tries["all"] += 1
+            if keyword is None:
+                tries["met a product without the fields"] += 1
+                continue
+            if keyword.text in seen or not keyword.text:
+                tries["gave a query that was there"] += 1
+                continue
+            if spellings(keyword.text) & judged:
+                tries["gave a judged query"] += 1
+                continue
+            seen.add(keyword.text)
+            # By canonical form, so that "usb hubs" is on the same side as "usb hub".
+            if _share(canonical(keyword.text), config.seed) < dev_share:
+                if 0 < len(keyword.rows) <= config.dev_max_relevant and len(dev) < config.dev_queries:
+                    dev.append(keyword)
+                continue
+            if keyword.rows and len(train) < config.train_queries:
+                train.append(keyword)
+            if len(unlabelled) < config.unlabelled_queries:
+                unlabelled.append(keyword)
+                bar.update()
+            elif len(train) == config.train_queries and len(dev) == config.dev_queries:
+                return train, dev, unlabelled
     found = f"{len(train)} train, {len(dev)} dev, {len(unlabelled)} unlabelled queries"
     why = _why_few(catalogue, data, config, tries)
     if not train or not dev:

@@ -35,6 +35,7 @@ from hlm.config import parse, run_recipe
 from hlm.data.readers import not_read
 from hlm.data.sources import shards, streamed
 from hlm.data.tables import identifier, read_rows
+from hlm.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +184,7 @@ def write_tables(rows: Rows, folder: Path, config: PrepareEsciConfig) -> Counter
             name: stack.enter_context(open(folder / f"{name}.jsonl", "w", encoding="utf-8"))
             for name in ("corpus", "queries", "qrels/train", "qrels/dev", "qrels/test")
         }
-        for place, row in rows:
+        for place, row in progress(rows, what="read the source", unit="row"):
             absent = [name for name in (*COLUMNS, "split") if name not in row]
             if config.small_version and "small_version" not in row:
                 absent.append("small_version")
@@ -248,7 +249,7 @@ def write_unlabelled(folder: Path, general: Rows) -> int:
     seen: set[str] = set()
     with open(folder / "unlabelled.jsonl", "w", encoding="utf-8") as file:
         for kind, rows in (("domain", read_rows(folder / "queries.jsonl")), ("general", general)):
-            for place, row in rows:
+            for place, row in progress(rows, what=f"write the {kind} queries", unit="query"):
                 if not isinstance(row.get("text"), str) or not row["text"].strip():
                     column = row.get("column", "text")
                     raise HlmError(

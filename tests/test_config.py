@@ -1,4 +1,6 @@
+import dataclasses
 import logging
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -9,7 +11,9 @@ import pytest
 
 from hlm.artefacts import HlmError
 from hlm.config import Pairs, parse, run_recipe
+from hlm.help_text import SHOWN
 from hlm.settings import read_section
+from hlm.training.trainer import TrainingArguments
 
 
 @dataclass
@@ -148,12 +152,41 @@ def test_a_dataclass_own_check_becomes_one_error():
         parse(Checked, argv=["--size", "0"])
 
 
-def test_help_shows_every_field(capsys):
+def printed_help(capsys, *arguments) -> str:
     with pytest.raises(SystemExit) as stop:
-        parse(Settings, argv=["--help"])
-    printed = capsys.readouterr().out
+        parse(*arguments[:-1], argv=[arguments[-1]])
     assert stop.value.code == 0
-    assert "where the products are" in printed and "--cascade" in printed and "--config" in printed
+    return capsys.readouterr().out
+
+
+def test_help_shows_every_field_with_its_type_and_default(capsys):
+    printed = printed_help(capsys, Settings, "--help")
+    assert "--config FILE" in printed
+    for field_, value, text in (
+        ("corpus", "TEXT", "where the products are (required)"),
+        ("layers", "N ...", "(default: 4)"),
+        ("cascade", "JSON", ""),
+        ("sizes", "JSON", ""),
+        ("kind", "flat|ivf", "(default: flat)"),
+        ("rate", "X", ""),
+        ("steps", "N", "(default: 10)"),
+        ("shuffle", "true|false", "(default: true)"),
+    ):
+        assert f"  --{field_} {value}\n" + (f"        {text}\n" if text else "") in printed, field_
+    assert printed_help(capsys, Settings, "-h") == printed_help(capsys, Settings, "--help-all") == printed
+    assert "--limits, --limit NAME=VALUE" in printed_help(capsys, Gate, "--help")
+
+
+def test_help_leaves_the_trainers_settings_to_help_all(capsys):
+    short = printed_help(capsys, Settings, TrainingArguments, "--help")
+    assert "--corpus TEXT" in short and "--help-all lists all 1" in short and "--weight_decay" not in short
+    assert short.index("--corpus") < short.index("--learning_rate") and len(short.splitlines()) < 40
+    long = printed_help(capsys, Settings, TrainingArguments, "--help-all")
+    for field_ in dataclasses.fields(TrainingArguments):
+        assert (f"\n  --{field_.name} " in long) is field_.init
+    assert long.index("--corpus") < long.index("--learning_rate")
+    for name in re.findall(r"--(\w+)", SHOWN):
+        assert f"\n  --{name} " in long
 
 
 def test_trainer_arguments_share_the_file(yaml_file, tmp_path):

@@ -98,7 +98,7 @@ def test_an_exported_student_encodes(house):
 @pytest.mark.parametrize(
     ("code", "package", "extra"),
     [
-        ("from hlm import AdIndex", "pyarrow", "index"),
+        ("from hlm import AdIndex", "faiss", "index"),
         ("hlm.align", "torch", "train"),
         ("hlm.QueryEncoder.from_pretrained('student')", "onnx_ir", "train"),
         ("hlm.QueryEncoder.from_pretrained('online', device='cuda')", "torch", "train"),

@@ -1,14 +1,18 @@
 """The README says nothing that does not run: its table, its commands, its file tree, its code."""
 
+import dataclasses
 import importlib
 import json
 import re
 import shlex
 import shutil
+import tomllib
+import xml.etree.ElementTree
 from pathlib import Path
 
 import pytest
 import yaml
+from test_architecture import FLOORS
 
 from hlm import cli
 from hlm.artefacts import HlmError
@@ -16,12 +20,19 @@ from hlm.benchmark.budgets import INCONCLUSIVE
 from hlm.config import parse
 from hlm.steps import STEPS
 from hlm.training.trainer import TrainingArguments
-from results.measure import render_readme
+from recipes import quickstart
+from results.measure import draw_quality, render_readme
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 SCRIPTS = {name: step.script for name, step in STEPS.items()}  # step -> the recipe it runs
-COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines() if line]
+
+
+def commands_of(text: str) -> list[str]:
+    return [line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines() if line]
+
+
+COMMANDS = commands_of(README)
 
 
 def test_the_table_is_rendered_from_the_results():
@@ -35,6 +46,10 @@ def test_commands_name_what_exists(command):
     words = shlex.split(command)
     if words[0] in ("source", "hlm"):
         return
+    if words[0] == "pip":
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        assert words[:2] == ["pip", "install"] and set(re.findall(r"\w+", words[2])) <= extras.keys()
+        return
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
         return
@@ -45,7 +60,8 @@ def test_commands_name_what_exists(command):
     assert (ROOT / script).is_file()
     for flag in ("--config", "--configs"):
         if flag in words:
-            assert (ROOT / words[words.index(flag) + 1]).exists()
+            path = words[words.index(flag) + 1]
+            assert (ROOT / path).exists()
 
 
 SMALL = {
@@ -87,7 +103,7 @@ def test_the_recipes_commands_run_in_their_order(tiny_bert, tmp_path, monkeypatc
         shrink(path, tiny_bert)
     monkeypatch.chdir(tmp_path)
     ran = 0
-    for command in COMMANDS:
+    for command in commands_of(README.split("## Run it")[1]):
         words = shlex.split(command)
         if words[0] == "hlm":
             status = cli.main(words[1:])
@@ -111,14 +127,76 @@ def test_the_recipes_commands_run_in_their_order(tiny_bert, tmp_path, monkeypatc
     assert (tmp_path / "runs/quickstart/report.json").is_file()
 
 
-def test_the_tree_names_what_exists():
-    tree = README.split("## Where things are")[1]
-    library = tree[: tree.index("\nrecipes/")]
-    names = re.findall(r"\b([a-z_]+\.py)\b", library)
-    assert {path.name for path in (ROOT / "hlm").glob("*.py")} - {"__init__.py"} == set(names)
-    folders = re.findall(r"^  ([a-z]+)/", library, re.M)
-    assert {path.parent.name for path in (ROOT / "hlm").glob("*/__init__.py")} == set(folders)
+def test_ones_own_data_in_five_steps(tiny_bert, catalogue_200, tmp_path, monkeypatch, capsys):
+    part = README.split("## Your own data in five steps")[1].split("\n## ")[0]
+    assert re.findall(r"^(\d)\. ", part, re.M) == list("12345")
+    init, plan, run, search = commands_of(part)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(shlex.split(init)[1:]) == 0
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    (tmp_path / "runs/mine/data").symlink_to(catalogue_200)
+    (tmp_path / "mine/make_catalogue.yaml").unlink()
+    for path in (tmp_path / "mine").glob("*.yaml"):
+        shrink(path, tiny_bert)
+    assert cli.main(shlex.split(plan)[1:]) == 0, capsys.readouterr().err
+    # The steps themselves run in `test_the_recipes_commands_run_in_their_order`, from the same files.
+    configs = Path(shlex.split(run)[-1])
+    jobs = quickstart.read_jobs(configs)
+    assert [job.name for job in jobs] == [
+        name for name, step in STEPS.items() if (configs / f"{name}.yaml").is_file() and not step.by_name
+    ]
+    assert {"teacher", "embed", "align", "refine", "evaluate", "export"} < {job.name for job in jobs}
+    outputs = {str(job.output) for job in jobs}
+    assert all(output == "runs/mine" or output.startswith("runs/mine/") for output in outputs)
+    words = shlex.split(search)
+    assert words[words.index("--student") + 1] in outputs and words[words.index("--corpus") + 1] == "runs/mine/data"
+    assert words[words.index("--index") + 1] == "runs/mine/vectors/index"
+
+
+def test_the_tree_names_the_folders_floor_by_floor():
+    tree = README.split("## Where things are")[1].split("```")[1]
+    library = tree[: tree.index("\n  *.py")]
+    floors = [set(re.findall(r"^  ([a-z]+)/", floor, re.M)) for floor in library.split("\n\n")]
+    assert floors == FLOORS, "the groups of folders in the README's tree, and tests/test_architecture.py"
+    beside = re.findall(r"^([\w.]+)/? ", tree, re.M)
+    assert len(beside) > 6 and all((ROOT / name).exists() for name in beside)
     assert all((ROOT / name).exists() for name in re.findall(r"\b(?:hlm|tests)/[\w/]+\.py", tree))
+
+
+PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_sentences_are_short(name):
+    text = re.sub(r"<!-- results:begin.*results:end -->|```.*?```|^\|.*$|^#.*$", "", PAGES[name], flags=re.S | re.M)
+    text = re.sub(r"!?\[([^]]*)\]\([^)]*\)", r"\1", text)
+    for paragraph in re.split(r"\n\s*\n|\n(?=\s*[-*\d]+\.? )", text):
+        for sentence in re.split(r"(?<=[.!?:])\s+(?=[A-Z`\d])", " ".join(paragraph.split())):
+            words = [word for word in sentence.split() if re.search(r"\w", word)]
+            assert len(words) <= 25, f"{name}: {len(words)} words: {sentence}"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_and_pictures_lead_somewhere(name):
+    headings = {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-")
+                for line in re.findall(r"^#+ (.*)$", PAGES[name], re.M)}  # fmt: skip
+    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[name]):
+        if not target.startswith("https://"):
+            path, _, anchor = target.partition("#")
+            assert (ROOT / path).exists() and (path or anchor in headings), target
+
+
+def test_pictures_follow_light_and_dark_and_are_what_the_results_say():
+    assert draw_quality.picture() == (ROOT / "results/quickstart.svg").read_text(), (
+        "run results/measure/draw_quality.py"
+    )
+    for path in re.findall(r"\]\((\S+\.svg)\)", README):
+        text = (ROOT / path).read_text()
+        root = xml.etree.ElementTree.fromstring(text)
+        assert "prefers-color-scheme: dark" in text and root.find("{*}title").text
+        light, dark = text.split("@media")
+        coloured = set(re.findall(r"(\.?[a-z]+) \{[^}]*(?:fill|stroke): *#", light))
+        assert coloured <= set(re.findall(r"(\.?[a-z]+) \{", dark.split("</style>")[0])), path
 
 
 def test_the_code_runs(tiny_bert, catalogue_200, tmp_path, monkeypatch):
@@ -151,7 +229,47 @@ def test_every_config_parses_for_its_recipe():
         assert yaml.safe_load(path.read_text())
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.py")), ids=lambda path: path.stem)
+def test_help_explains_every_setting_of_a_recipe(path, capsys, monkeypatch):
+    if path.stem in ("__init__", "quickstart"):  # these have no dataclass
+        return
+    own = config_types(path.stem)[0]
+    assert [one.name for one in dataclasses.fields(own) if not one.metadata.get("help")] == []
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr("sys.argv", [path.name])
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"recipes.{path.stem}").main(["--help"])
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: {path.name} ") and max(map(len, printed.splitlines())) <= 120
+    assert all(f"  --{one.name}" in printed for one in dataclasses.fields(own))
+    assert "--weight_decay" not in printed
+
+
 def test_results_are_reports_of_the_agreed_shape():
     for name in render_readme.TITLES:
         report = json.loads((ROOT / "results" / f"{name}.json").read_text())["report"]
         assert {"dataset", "split", "k", "systems", "recovery", "overlap@10", "slices", "environment"} <= set(report)
+
+
+CONTRIBUTING = PAGES["CONTRIBUTING.md"]
+
+
+def test_contributing_names_the_floors():
+    floors = re.findall(r"^\d\. (`.*`)$", CONTRIBUTING, re.M)
+    assert [set(re.findall(r"`([a-z]+)`", floor)) for floor in floors] == FLOORS
+
+
+def test_contributing_names_files_that_exist_and_what_is_in_them():
+    for path in re.findall(r"`((?:hlm|tests|recipes|results)/[\w/.]*|\w+\.(?:md|toml|txt))`", CONTRIBUTING):
+        assert (ROOT / path).exists(), path
+    named = re.findall(r"`(\w+)`\s+in\s+`([\w/]+\.py)`", CONTRIBUTING)
+    assert len(named) > 6
+    for name, path in named:
+        assert re.search(rf"\b{name}\b", (ROOT / path).read_text()), f"{name} in {path}"
+
+
+def test_a_feature_takes_three_files_at_most():
+    rows = re.findall(r"^\| an? .*? \| (.*) \| (.*) \|$", CONTRIBUTING, re.M)
+    assert len(rows) == 5
+    for files, test in rows:
+        assert 1 <= len(files.split(", ")) <= 3 and re.fullmatch(r"`<?tests/[\w/]+\.py>?`", test)

@@ -7,14 +7,8 @@ from pathlib import Path
 import pytest
 
 from hlm.artefacts import HlmError
-from hlm.report_files import (
-    SCHEMA_VERSION,
-    checked_report,
-    read_latency,
-    read_report,
-    write_latency,
-    write_report,
-)
+from hlm.report_files import checked_report, read_latency, read_report, write_latency, write_report
+from hlm.report_types import SCHEMA_VERSION
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 REPORTS = {name: json.loads((RESULTS / f"{name}.json").read_text())["report"] for name in ("quickstart", "electronics")}

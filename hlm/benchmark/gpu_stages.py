@@ -23,7 +23,8 @@ from transformers import PretrainedConfig
 from hlm.benchmark.gpu_inputs import SEED, made_encoder, made_store, made_texts, token_table
 from hlm.benchmark.gpu_timing import facts, peaks, planned_of, report, reset_peak, run_steps, this_gpu, timed
 from hlm.benchmark.gpu_work import align_work, embed_work, lora_work, loss_flops, refine_work
-from hlm.encoders.loading import add_lora, enable_gradient_checkpointing, encode, pad, token_batches, tokenise
+from hlm.encoders.loading import encode, pad, token_batches, tokenise
+from hlm.encoders.lora import add_lora, enable_gradient_checkpointing
 from hlm.planning.footprint import Shape, forward_flops, training_flops
 from hlm.planning.settings import Assumptions
 from hlm.training.frozen import FrozenVectors

@@ -20,6 +20,7 @@ import numpy as np
 from hlm.artefacts import HlmError
 from hlm.evaluation.metrics import length_slice
 from hlm.machine import other_load, read_counters
+from hlm.progress import progress
 from hlm.report_types import BlockRecord
 
 logger = logging.getLogger(__name__)
@@ -89,18 +90,20 @@ def measure(
     for name, encode in systems.items():
         _warm_up(name, encode, queries, sizes, block_s)
     blocks = []
-    for repeat in range(repeats):
-        order = list(range(len(queries)))
-        random.Random(f"{seed} {repeat}").shuffle(order)
-        for size in sizes:
-            for place in range(len(names)):
-                name = names[(place + repeat) % len(names)]
-                blocks.append(_run_block(Block(name, repeat, size), systems[name], queries, order, block_s))
-                load = blocks[-1].other_load
-                blocks[-1].contaminated = load is not None and load > max_other_load
-        found = [block for block in blocks if block.repeat == repeat]
-        flagged = sum(block.contaminated for block in found)
-        logger.info("repeat %d of %d: %d of %d blocks contaminated", repeat + 1, repeats, flagged, len(found))
+    with progress(what="measure", unit="block", total=repeats * len(sizes) * len(names)) as bar:
+        for repeat in range(repeats):
+            order = list(range(len(queries)))
+            random.Random(f"{seed} {repeat}").shuffle(order)
+            for size in sizes:
+                for place in range(len(names)):
+                    name = names[(place + repeat) % len(names)]
+                    blocks.append(_run_block(Block(name, repeat, size), systems[name], queries, order, block_s))
+                    load = blocks[-1].other_load
+                    blocks[-1].contaminated = load is not None and load > max_other_load
+                    bar.update()  # between two blocks: it takes part in no measurement
+            found = [block for block in blocks if block.repeat == repeat]
+            flagged = sum(block.contaminated for block in found)
+            logger.info("repeat %d of %d: %d of %d blocks contaminated", repeat + 1, repeats, flagged, len(found))
     return blocks
 
 

@@ -282,10 +282,12 @@ def cold_starts(
         one; "processes" and "contaminated": how many there were; "over": "clean" or "all"; and the highest
         "other_load"}; nothing for 0 repeats.
     """
+    from hlm.progress import progress  # not above: a cold start runs this module, and would wait for tqdm
+
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in systems}
-    for _ in range(repeats):
-        for name, settings in systems.items():
-            found[name].append(cold_start(settings, query))
+    turns = [name for _ in range(repeats) for name in systems]
+    for name in progress(turns, what="cold starts", unit="start"):
+        found[name].append(cold_start(systems[name], query))
     medians = {}
     for name, starts in found.items():
         if starts:

@@ -24,6 +24,7 @@ from hlm.artefacts import HlmError, fingerprint_texts
 from hlm.data.readers import SUFFIXES, Row, qrels_row
 from hlm.data.sources import folder_tables, hub_tables
 from hlm.data.tables import TEXTS, Table, checked_dataset, checked_file, identifier
+from hlm.progress import progress
 
 if TYPE_CHECKING:
     import datasets
@@ -76,7 +77,8 @@ class RetrievalData:
             raise HlmError(f"{self.source} has no '{part}' table; add {part}.jsonl or another source")
         if part not in self._fingerprints:
             columns = [c for c in ("_id", "title", "text", "oracle") if c in dataset.column_names]
-            rows = iterate(dataset.select_columns(columns))
+            table = iterate(dataset.select_columns(columns))
+            rows = progress(table, what=f"fingerprint {part}", unit="row", total=len(dataset))
             self._fingerprints[part] = fingerprint_texts(value for row in rows for value in _encoder_fields(row))
         return self._fingerprints[part]
 

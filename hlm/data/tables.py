@@ -22,6 +22,7 @@ from hlm.artefacts import HlmError, fingerprint_json
 from hlm.data.readers import COMPRESSIONS, SUFFIXES, TREC, Row, is_read, read_rows, suffix_of
 from hlm.extras import extras_named
 from hlm.outputs import make_once
+from hlm.progress import progress
 
 if TYPE_CHECKING:
     import datasets
@@ -159,7 +160,7 @@ def _check_rows(table: Table, part: str, skip_bad_rows: bool) -> tuple[dict[str,
     columns = dict.fromkeys((("_id",) if has_id else ()) + texts, pa.string())
     extra: dict[str, pa.DataType] = {}
     rows = left_out = 0
-    for place, row in table.rows():
+    for place, row in progress(table.rows(), what=f"check {part}", unit="row"):
         rows += 1
         where = f"{table.name}, {place}"
         if (has_id and "_id" not in row) or not any(name in row for name in texts):
@@ -207,7 +208,7 @@ def _write_arrow(table: Table, part: str, columns: dict[str, pa.DataType], left_
     schema = pa.schema(list(columns.items()), metadata={_LEFT_OUT: str(left_out)})
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         pending: list[Row] = []
-        for _, row in table.rows():
+        for _, row in progress(table.rows(), what=f"read {part}", unit="row"):
             if left_out and _empty(row, TEXTS[part]):
                 continue
             pending.append({name: _cell(name, row.get(name), kind) for name, kind in columns.items()})

@@ -1,4 +1,4 @@
-"""Teacher and student as `SentenceTransformer`: loading, encoding, LoRA, saving, and the fingerprint of an encoder."""
+"""Teacher and student as `SentenceTransformer`: loading, encoding, saving, and the fingerprint of an encoder."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from tqdm import tqdm
 
 from hlm.artefacts import HlmError, atomic_folder, write_manifest
 from hlm.encoders.families import has_shifted_positions, longest_text
 from hlm.encoders.fingerprint import fingerprint
 from hlm.encoders.folder import MODULES, EncoderFolder
 from hlm.encoders.layout import write_legacy_layout
+from hlm.encoders.padding import right_padded
+from hlm.progress import progress
 from hlm.texts import as_texts, well_formed
 
 logger = logging.getLogger(__name__)
@@ -235,6 +238,7 @@ def encode(
     prompt_name: str | None = None,
     dim: int | None = None,
     batch_tokens: int = 4096,
+    bar: tqdm | None = None,
 ) -> np.ndarray:
     """Encodes texts in batches of similar length.
 
@@ -242,6 +246,7 @@ def encode(
         prompt_name: "query" or "document": the prompt of that role goes before every text.
         dim: Keep the first `dim` values and normalise again (Matryoshka); None keeps all.
         batch_tokens: Padded tokens a batch holds at the most.
+        bar: Counts the texts, instead of a bar of this call's own.
 
     Returns:
         float32 (len(texts), dim), rows L2-normalised, in the order of `texts`.
@@ -259,23 +264,26 @@ def encode(
     was_training = model.training
     model.eval()
     ids = tokenise(model, texts, prompt_of(model, prompt_name))
+    batches = token_batches(np.array([len(tokens) for tokens in ids]), batch_tokens)
+    own = progress(what="encode", unit="text", total=len(texts), shown=bar is None and len(batches) > 1)
     before: tuple[np.ndarray, Callable[[], np.ndarray]] | None = None
-    for rows in token_batches(np.array([len(tokens) for tokens in ids]), batch_tokens):
-        features = pad(model, [ids[row] for row in rows])
-        vectors = model({name: _sent(value, model.device) for name, value in features.items()})["sentence_embedding"]
-        vectors = torch.nn.functional.normalize(vectors.float()[:, : dim or width], dim=-1)
-        started = rows, _fetched(vectors)
-        if before:  # a GPU computes this batch while the one before is dealt with
-            out[before[0]] = before[1]()
-        before = started
-    out[before[0]] = before[1]()
+    with right_padded(model), own:
+        for rows in batches:
+            features = {name: sent(value, model.device) for name, value in pad(model, [ids[n] for n in rows]).items()}
+            vectors = model(features)["sentence_embedding"].float()[:, : dim or width]
+            started = rows, _fetched(torch.nn.functional.normalize(vectors, dim=-1))
+            if before:  # a GPU computes this batch while the one before is dealt with
+                out[before[0]] = before[1]()
+            before = started
+            (own if bar is None else bar).update(len(rows))
+        out[before[0]] = before[1]()
     model.train(was_training)
     return out
 
 
-def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """On the device; to a GPU without waiting for what it still computes."""
-    if device.type != "cuda":
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on `device`; to a GPU without waiting for what it still computes."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
@@ -294,68 +302,6 @@ def _fetched(vectors: torch.Tensor) -> Callable[[], np.ndarray]:
         return host.numpy()
 
     return wait
-
-
-def add_lora(model: SentenceTransformer, *, rank: int, alpha: int, dropout: float = 0.0) -> SentenceTransformer:
-    """Wraps the backbone in a LoRA adapter on all its linear layers, in place; only the adapter trains.
-
-    Raises:
-        HlmError: a rank below 1.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    if rank < 1:
-        raise HlmError(f"lora_rank: expected at least 1, found {rank}")
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules="all-linear",
-        exclude_modules=r".*pooler.*",  # BERT's pooler takes no part in mean pooling: it would get no gradient
-        task_type="FEATURE_EXTRACTION",
-    )
-    model[0].model = get_peft_model(model[0].model, config)
-    leave_casts_to_autocast(model)
-    return model
-
-
-def leave_casts_to_autocast(model: torch.nn.Module) -> None:
-    """Under autocast, keeps PEFT from casting every input of an adapter to fp32, which autocast would cast back: two
-    copies that change no bit. Layers that read one input then keep it once for the backward pass."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    def ask(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        layer.cast_input_dtype_enabled = not torch.is_autocast_enabled(inputs[0].device.type)
-
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.register_forward_pre_hook(ask)
-
-
-def enable_gradient_checkpointing(model: SentenceTransformer) -> None:
-    """Recomputes activations in the backward pass. Under LoRA the frozen embeddings' output must ask for gradients, or
-    nothing below the first recomputed block would get any."""
-    backbone = model[0].model
-    backbone.enable_input_require_grads()
-    backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-def weaken_lora(model: SentenceTransformer, weight: float) -> None:
-    """Keeps the share `weight` (0 to 1) of what LoRA learnt, in place: merged, the model lies on the line between the
-    backbone (0) and the tuned model (1). Half-way is often better than either on queries unlike those trained on
-    (WiSE-FT, arXiv 2109.01903)."""
-    if not 0 < weight <= 1:
-        raise HlmError(f"expected a weight above 0 and up to 1, found {weight}; 1 keeps all that was learnt")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_B." in name:
-                parameter.mul_(weight)
-
-
-def merge_lora(model: SentenceTransformer) -> SentenceTransformer:
-    """Folds the adapter into the weights, in place; to be done before any vector is kept."""
-    model[0].model = model[0].model.merge_and_unload()
-    return model
 
 
 def save_encoder(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from dataclasses import replace
@@ -12,13 +13,15 @@ from hlm.artefacts import fingerprint_texts
 from hlm.data.contract import RetrievalData, document_text, load
 from hlm.encoders.loading import check_device, encode, fingerprint, load_encoder
 from hlm.encoders.pruning import parameter_counts
+from hlm.evaluation.bm25 import bm25_run
 from hlm.evaluation.inputs import find_inputs, read_systems
 from hlm.evaluation.kept_runs import cached_run, check_runs, run_path, write_parquet
-from hlm.evaluation.metrics import Run, bm25_run, check_judgements, dense_run, relevance_threshold
-from hlm.evaluation.report import STUDENTS, build_report, environment, plot
+from hlm.evaluation.metrics import Run, check_judgements, dense_run, relevance_threshold
+from hlm.evaluation.report import STUDENTS, build_report, command_line, environment, plot
+from hlm.progress import progress
 from hlm.report_files import claimed_report, write_report
 from hlm.report_types import Report
-from hlm.settings import keywords
+from hlm.settings import defaults_of, keywords
 from hlm.steps import EvaluateConfig, System
 from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.lineage import check_student
@@ -26,16 +29,18 @@ from hlm.vectors.store import VectorStore, write_store
 
 logger = logging.getLogger(__name__)
 
+SCRIPT = "recipes/evaluate.py"
+
 
 @keywords(EvaluateConfig)
-def evaluate(config: EvaluateConfig, *, command: str = "hlm.evaluate(...)") -> Report | None:
+def evaluate(config: EvaluateConfig, *, command: str | None = None) -> Report | None:
     """Searches a dataset's catalogue with every system and compares what they find.
 
     Every setting of `EvaluateConfig` is a keyword. What a rerun need not do again is kept beside the report, in `runs`
     and `stores`.
 
     Args:
-        command: what makes this report again, for its record.
+        command: what makes this report again, for its record; None: the recipe's script with these settings.
 
     Returns:
         The report, as it stands in `output`/report.json, beside report.png and per_query.parquet. None in all but the
@@ -51,7 +56,18 @@ def evaluate(config: EvaluateConfig, *, command: str = "hlm.evaluate(...)") -> R
     stores = find_inputs(systems)
     with claimed_report(config.output, "report.json") as output:
         check_runs(output, systems)
+        command = command or command_line(SCRIPT, flags_of(config))
         return _evaluate(replace(config, output=str(output)), systems, stores, command)
+
+
+def flags_of(config: EvaluateConfig) -> list[str]:
+    """The settings as words of the script's command line."""
+    words = []
+    for name, default in defaults_of(EvaluateConfig).items():
+        value = getattr(config, name)
+        if value != default:
+            words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
+    return words
 
 
 def _evaluate(
@@ -141,21 +157,23 @@ def open_catalogue(
     source = data.fingerprint("corpus")
     if name in STUDENTS:
         catalogue = Catalogue(store) if store else teacher
+        assert catalogue is not None, "find_inputs refuses a student without a teacher's vectors"
         check_student(system.model, catalogue.store.encoder)
         return catalogue
     if store is None:
         # Named after what it holds: another model or corpus gets a folder of its own.
         corpus = data.corpus.select_columns(["_id", "title", "text"])
         folder = Path(config.output) / "stores" / f"{name}-{encoder}-{source}"
-        write_store(
-            folder,
-            lambda start, stop: ((row["_id"], document_text(row)) for row in corpus.select(range(start, stop))),
-            lambda texts: encode(model, texts, prompt_name="document"),
-            dim=model.get_embedding_dimension(),
-            encoder=encoder,
-            source=source,
-            n_rows=len(data.corpus),
-        )
+        with progress(what=f"encode the documents with {name}", unit="text", total=len(data.corpus)) as bar:
+            write_store(
+                folder,
+                lambda start, stop: ((row["_id"], document_text(row)) for row in corpus.select(range(start, stop))),
+                lambda texts: encode(model, texts, prompt_name="document", bar=bar),
+                dim=model.get_embedding_dimension(),
+                encoder=encoder,
+                source=source,
+                n_rows=len(data.corpus),
+            )
         store = VectorStore.open(folder)
     store.check(encoder=encoder, source=source)
     return Catalogue(store)

@@ -36,7 +36,7 @@ from hlm.evaluation.metrics import (
 )
 from hlm.machine import cores
 from hlm.redaction import without_secret_options
-from hlm.report_types import Environment, Recovery, Report
+from hlm.report_types import SCHEMA_VERSION, Environment, Recovery, Report
 
 # Rows of every table, in this order. Students search the teacher's index with a query encoder of their own.
 SYSTEMS = ("bm25", "backbone", "teacher", "pruned", "aligned", "student", "contrastive_only")
@@ -106,6 +106,7 @@ def build_report(
             for by, groups in _groups(qrels, texts, kinds).items()
         }
     report: Report = {
+        "schema_version": SCHEMA_VERSION,
         "dataset": dataset,
         "split": split,
         "k": k,

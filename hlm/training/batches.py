@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hlm.artefacts import HlmError, atomic_file, fingerprint_json
 from hlm.encoders.loading import pad_id, pad_rows, tokenise
+from hlm.progress import progress
 
 BLOCK = 8192  # texts tokenised at a time
 
@@ -105,11 +106,13 @@ def _tokenised(
     model: SentenceTransformer, texts: Sequence[str], prompt: str
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(token ids one after another, number of them in each text), int32, block by block."""
-    for start in range(0, len(texts), BLOCK):
-        ids = tokenise(model, list(texts[start : start + BLOCK]), prompt)
-        lengths = np.fromiter(map(len, ids), dtype=np.int32, count=len(ids))
-        flat = np.fromiter((token for row in ids for token in row), dtype=np.int32, count=int(lengths.sum()))
-        yield flat, lengths
+    with progress(what="tokenise", unit="text", total=len(texts)) as bar:
+        for start in range(0, len(texts), BLOCK):
+            ids = tokenise(model, list(texts[start : start + BLOCK]), prompt)
+            lengths = np.fromiter(map(len, ids), dtype=np.int32, count=len(ids))
+            flat = np.fromiter((token for row in ids for token in row), dtype=np.int32, count=int(lengths.sum()))
+            yield flat, lengths
+            bar.update(len(ids))
 
 
 def _tokenizer(model: SentenceTransformer) -> str:

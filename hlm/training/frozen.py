@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hlm.encoders.loading import sent
 from hlm.training.losses import matryoshka
 from hlm.vectors.store import VectorStore
 
@@ -29,13 +30,13 @@ class FrozenVectors:
 
     def __init__(self, store: VectorStore, width: int, device: torch.device) -> None:
         self.store, self.width, self.device = store, width, device
-        self.table = self._copied() if device.type == "cuda" and self._fits() else None
+        self.table = self.copied() if device.type == "cuda" and self._fits() else None
 
     def _fits(self) -> bool:
         free, _ = torch.cuda.mem_get_info(self.device)
         return BYTES * len(self.store) * self.width <= SHARE * free
 
-    def _copied(self) -> Tensor:
+    def copied(self) -> Tensor:
         table = torch.empty(len(self.store), self.width, dtype=torch.float16, device=self.device)
         for start, block in self.store.iter_blocks():
             half = torch.from_numpy(block[:, : self.width].astype(np.float16))  # exact: fp16 is what is stored
@@ -44,9 +45,11 @@ class FrozenVectors:
         return table
 
     def gather(self, rows: np.ndarray | Tensor) -> Tensor:
-        """The vectors of these row numbers (n,), int64. Rows that lie on the device already need no copy to it."""
-        if self.table is None:
-            rows = rows.cpu().numpy() if isinstance(rows, Tensor) else rows
-            return matryoshka(torch.from_numpy(self.store.gather(rows)), self.width).to(self.device)
-        rows = torch.as_tensor(rows).to(self.device, non_blocking=True)
-        return matryoshka(self.table[rows], self.width)
+        """The vectors of these row numbers (n,), int64.
+
+        Row numbers on the host cost no wait, wherever the vectors lie; those on a GPU do where the map is read.
+        """
+        if self.table is not None:
+            return matryoshka(self.table[sent(torch.as_tensor(rows), self.device)], self.width)
+        rows = rows.cpu().numpy() if isinstance(rows, Tensor) else rows
+        return sent(matryoshka(torch.from_numpy(self.store.gather(rows)), self.width), self.device)

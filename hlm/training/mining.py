@@ -23,6 +23,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from hlm.artefacts import HlmError
+from hlm.progress import progress
 from hlm.training.losses import id_mask, matryoshka
 from hlm.vectors.store import VectorStore
 
@@ -55,7 +56,9 @@ def top_k_documents(
     best = [
         (part.new_empty(len(part), 0), torch.empty(len(part), 0, dtype=torch.long, device=device)) for part in parts
     ]
-    for start, block in store.iter_blocks(rows_per_block):
+    count = -(-len(store) // rows_per_block)
+    blocks = progress(store.iter_blocks(rows_per_block), what="search all documents", unit="block", total=count)
+    for start, block in blocks:
         documents = torch.from_numpy(block[:, :width]).to(device)
         if width < store.dim:
             documents = matryoshka(documents, width)

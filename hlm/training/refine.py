@@ -7,21 +7,23 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import TrainerCallback
 
 from hlm.data.contract import load
-from hlm.encoders.loading import encode, fingerprint, load_encoder, prompt_of, save_encoder
+from hlm.encoders.loading import encode, fingerprint, load_encoder, prompt_of, save_encoder, sent
 from hlm.identity import PATHS, as_config, up_to_date
 from hlm.settings import keywords
 from hlm.steps import RefineConfig
 from hlm.training.batches import TokenTable
 from hlm.training.dev_retrieval import DevRetrieval
+from hlm.training.frozen import FrozenVectors
 from hlm.training.gradcache import gather_with_gradient, loss_of_chunks
 from hlm.training.inputs import kept_pairs
-from hlm.training.losses import id_mask, l2_alignment, matryoshka, refinement_contrastive
+from hlm.training.losses import id_mask, l2_alignment, refinement_contrastive
 from hlm.training.mining import (
     gather_rows,
     padded_rows,
@@ -76,7 +78,7 @@ def _refine(config: RefineConfig, args: TrainingArguments) -> None:
     model = load_encoder(config.student)
     queries = VectorStore.open(Path(config.vectors) / "queries")
     queries.check(encoder=documents.encoder, source=data.fingerprint("queries"))
-    identity = {
+    identity: dict[str, Any] = {
         "inputs": {"student": fingerprint(model), "teacher": documents.encoder, "vectors": documents.fingerprint}
         | {"queries": queries.fingerprint, "qrels": data.fingerprint("qrels/train")}
         | {"qrels/dev": data.fingerprint("qrels/dev")},
@@ -85,7 +87,7 @@ def _refine(config: RefineConfig, args: TrainingArguments) -> None:
     if up_to_date(config.output, "student", identity, paths=PATHS):
         return
     set_dropout(model, config.dropout)
-    refinement = Refinement(model, data, documents, queries, config, args.seed)
+    refinement = Refinement(model, data, documents, queries, config, args)
     trainer = RecipeTrainer(
         model,
         args,
@@ -106,11 +108,16 @@ def _refine(config: RefineConfig, args: TrainingArguments) -> None:
 
 
 class Refinement:
-    """Pairs, pool and masks as row numbers of the store, and the loss over them."""
+    """Pairs, pool and masks as row numbers of the store, and the loss over them.
 
-    def __init__(self, model, data, documents, queries, config: RefineConfig, seed: int) -> None:
-        self.model, self.documents, self.config, self.seed = model, documents, config, seed
-        self.width = model.get_embedding_dimension()
+    A step never waits for a GPU where there is one process: tables are looked up by the row numbers that the host has,
+    and what is found is sent. Several processes have to agree on the pool and read one another's positives once.
+    """
+
+    def __init__(self, model, data, documents, queries, config: RefineConfig, args: TrainingArguments) -> None:
+        self.model, self.documents, self.config, self.seed = model, documents, config, args.seed
+        self.width, self.device = model.get_embedding_dimension(), args.device
+        self.ads = FrozenVectors(documents, self.width, self.device)
         triples = kept_pairs(data, config.min_score)
         number = {name: row for row, name in enumerate(dict.fromkeys(query for query, _, _ in triples))}
         rows = documents.rows_of([document for _, document, _ in triples])
@@ -122,19 +129,19 @@ class Refinement:
         self.texts = [texts[name] for name in number]
         self.tokens = TokenTable(model, self.texts, prompt_of(model, "query"))
         self.teacher_queries, self.teacher_rows = queries, queries.rows_of(list(number))
+        if config.alignment_weight:
+            self.targets = FrozenVectors(queries, self.width, self.device)
         self.excluded = padded_rows(self.known)
         self.teacher_top = torch.full((len(number), 1), -1)
         if config.mask_top:
             self.teacher_top = self.searched(self.teachers_best, config.mask_top)
         self.negatives = torch.full((len(number), config.hard_negatives), -1)
-        self.whole = config.pool >= len(documents)
-        if self.whole:
-            self.pool_rows = np.arange(len(documents))
-            self.pool = self.vectors(self.pool_rows)
+        self.pool: tuple[torch.Tensor, torch.Tensor] | None = None
+        if config.pool >= len(documents):
+            self.pool = self.pooled(np.arange(len(documents)))
 
-    def vectors(self, rows: np.ndarray) -> torch.Tensor:
-        """float32 (rows, student's width): frozen ad vectors from the store."""
-        return matryoshka(torch.from_numpy(self.documents.gather(rows)), self.width)
+    def pooled(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        return sent(torch.from_numpy(rows), self.device), self.ads.gather(rows)
 
     def refresh(self) -> None:
         """Mines hard negatives with the student as it is now."""
@@ -161,14 +168,14 @@ class Refinement:
         never = [{*one, *top} for one, top in zip(known, self.teacher_top[rows].tolist(), strict=True)]
         return select_hard_negatives(scores, found, limits, never, self.config.hard_negatives)
 
-    def draw(self, positive_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def draw(self, positives: np.ndarray, positive_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The step's pool: ids (M,) and vectors (M, width). The positives of the whole batch, on all devices, seed the
         draw: every device and a resumed run draw alike."""
-        if not self.whole:
-            generator = np.random.default_rng((self.seed, *gather_with_gradient(positive_ids).tolist()))
-            self.pool_rows = np.sort(generator.choice(len(self.documents), self.config.pool, replace=False))
-            self.pool = self.vectors(self.pool_rows)
-        return torch.from_numpy(self.pool_rows), self.pool
+        if self.pool:
+            return self.pool
+        everywhere = gather_with_gradient(positive_ids) if torch.distributed.is_initialized() else positives
+        generator = np.random.default_rng((self.seed, *everywhere.tolist()))
+        return self.pooled(np.sort(generator.choice(len(self.documents), self.config.pool, replace=False)))
 
     def loss(self, model, batch: dict) -> torch.Tensor:
         def contrast(queries):
@@ -177,13 +184,14 @@ class Refinement:
         return loss_of_chunks(model, [batch["query"]], contrast, cached=bool(self.config.cache_chunk))
 
     def contrast(self, queries: torch.Tensor, batch: dict) -> torch.Tensor:
-        device = batch["query_ids"].device
-        query_ids, positive_ids = batch["query_ids"].cpu(), batch["positive_ids"].cpu()
-        pool_ids, pool = self.draw(batch["positive_ids"])
-        negative_ids = self.negatives[query_ids]
+        rows, positives = batch["rows"]
+        pool_ids, pool = self.draw(positives, batch["positive_ids"])
+        top, excluded, negative_ids = (
+            sent(table[rows], self.device) for table in (self.teacher_top, self.excluded, self.negatives)
+        )
         hard = None
-        if negative_ids.shape[1]:
-            hard = self.vectors(negative_ids.clamp(min=0).view(-1).numpy()).view(*negative_ids.shape, -1)
+        if self.config.hard_negatives:
+            hard = self.ads.gather(self.negatives[rows].clamp(min=0).view(-1).numpy()).view(*negative_ids.shape, -1)
         together = {}
         if self.config.query_query:
             together = {"use_query_query": True, "query_ids": batch["query_ids"]}
@@ -195,21 +203,22 @@ class Refinement:
                 }
         loss = refinement_contrastive(
             queries,
-            self.vectors(positive_ids.numpy()).to(device),
-            pool.to(device),
-            positive_ids=positive_ids.to(device),
-            pool_ids=pool_ids.to(device),
-            mask=id_mask(self.teacher_top[query_ids], pool_ids).to(device),
-            negatives=None if hard is None else hard.to(device),
-            negative_ids=None if hard is None else negative_ids.to(device),
-            excluded_ids=self.excluded[query_ids].to(device),
+            self.ads.gather(positives),
+            pool,
+            positive_ids=batch["positive_ids"],
+            pool_ids=pool_ids,
+            mask=id_mask(top, pool_ids),
+            negatives=hard,
+            negative_ids=None if hard is None else negative_ids,
+            excluded_ids=excluded,
             temperature=self.config.temperature,
             margin=self.config.margin,
             **together,
         )
         if self.config.alignment_weight:
-            teacher = torch.from_numpy(self.teacher_queries.gather(self.teacher_rows[query_ids.numpy()])).to(device)
-            loss = loss + self.config.alignment_weight * l2_alignment(queries, matryoshka(teacher, self.width))
+            loss = loss + self.config.alignment_weight * l2_alignment(
+                queries, self.targets.gather(self.teacher_rows[rows])
+            )
         return loss
 
 
@@ -226,6 +235,7 @@ class Collate:
         chunk = self.chunk or len(rows)
         return {
             "query": [self.tokens.features(query[start : start + chunk]) for start in range(0, len(rows), chunk)],
+            "rows": (query.copy(), positive.copy()),  # numpy: they stay on the host
             "query_ids": torch.from_numpy(query.copy()),
             "positive_ids": torch.from_numpy(positive.copy()),
         }

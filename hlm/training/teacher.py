@@ -17,18 +17,10 @@ from torch.distributed.tensor import DTensor
 
 from hlm.artefacts import HlmError, fingerprint_json
 from hlm.data.contract import RetrievalData, document_text, iterate, load
-from hlm.encoders.loading import (
-    add_lora,
-    enable_gradient_checkpointing,
-    encode,
-    fingerprint,
-    load_encoder,
-    merge_lora,
-    prompt_of,
-    save_encoder,
-    weaken_lora,
-)
+from hlm.encoders.loading import encode, fingerprint, load_encoder, prompt_of, save_encoder
+from hlm.encoders.lora import add_lora, enable_gradient_checkpointing, merge_lora, weaken_lora
 from hlm.identity import PATHS, as_config, up_to_date
+from hlm.progress import progress
 from hlm.settings import keywords
 from hlm.steps import TeacherConfig
 from hlm.training.batches import TokenTable
@@ -162,18 +154,20 @@ def mine(model, pairs: Pairs, config: TeacherConfig, folder: str, source: str) -
         return np.zeros((len(pairs.queries), 0), dtype=np.int64)
     logger.info("mining with the backbone: %d queries, %d documents", len(pairs.queries), len(pairs.documents))
     state = PartialState()
-    write_store(
-        folder,
-        lambda start, stop: ((str(row), pairs.documents[row]) for row in range(start, stop)),
-        partial(encode, model, prompt_name="document"),
-        dim=model.get_embedding_dimension(),
-        encoder=fingerprint(model),
-        source=source,
-        n_rows=len(pairs.documents),
-        shard_rows=8192,
-        process_index=state.process_index,
-        num_processes=state.num_processes,
-    )
+    share = -(-len(pairs.documents) // state.num_processes)
+    with progress(what="encode the documents", unit="text", total=share) as bar:
+        write_store(
+            folder,
+            lambda start, stop: ((str(row), pairs.documents[row]) for row in range(start, stop)),
+            partial(encode, model, prompt_name="document", bar=bar),
+            dim=model.get_embedding_dimension(),
+            encoder=fingerprint(model),
+            source=source,
+            n_rows=len(pairs.documents),
+            shard_rows=8192,
+            process_index=state.process_index,
+            num_processes=state.num_processes,
+        )
     state.wait_for_everyone()
     rows = shared_rows(len(pairs.queries))
     found = np.zeros((0, config.hard_negatives), dtype=np.int64)

@@ -30,9 +30,11 @@ from transformers.trainer_utils import rotate_checkpoints
 from hlm.artefacts import HlmError, claimed, write_json
 from hlm.config import check_processes
 from hlm.encoders.loading import check_device, devices
+from hlm.encoders.padding import leave_out_masks
 from hlm.outputs import resolved
 from hlm.planning.plan import check_step
 from hlm.redaction import is_secret
+from hlm.training.bar import REPLACED, TrainingBar
 from hlm.training.batches import GroupedBatches
 from hlm.training.checkpoints import (
     IDENTITY,
@@ -138,6 +140,7 @@ class RecipeTrainer(SentenceTransformerTrainer):
         callbacks: list | None = None,
     ) -> None:
         self.keys, self.group, self.step_loss = keys, group, step_loss
+        leave_out_masks(model)  # every batch comes from `pad_rows`
         self.extra_state = extra_state or {}
         super().__init__(
             model=model,
@@ -148,6 +151,9 @@ class RecipeTrainer(SentenceTransformerTrainer):
             loss=_Trained(model),
             callbacks=[_Epochs(self), *(callbacks or [])],
         )
+        for shown in REPLACED:
+            self.remove_callback(shown)
+        self.add_callback(TrainingBar())
         if self.is_fsdp_enabled:
             if all(parameter.requires_grad for parameter in model.parameters()):
                 raise HlmError("FSDP shards a teacher under LoRA; a student fits every GPU: launch with DDP instead")

@@ -14,7 +14,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from sentence_transformers import SentenceTransformer
-from tqdm.auto import tqdm
 
 from hlm.artefacts import MANIFEST, HlmError, check_output, read_manifest
 from hlm.config import check_processes
@@ -22,6 +21,7 @@ from hlm.data.contract import document_text, load, query_text
 from hlm.encoders.loading import encode, fingerprint, load_encoder
 from hlm.planning.footprint import encoder_width
 from hlm.planning.plan import check_dim
+from hlm.progress import progress
 from hlm.settings import keywords
 from hlm.steps import PARTS, EmbedConfig
 from hlm.vectors import canaries
@@ -30,8 +30,8 @@ from hlm.vectors.store import VectorStore, check_store_output, pending_shards, w
 
 logger = logging.getLogger(__name__)
 
-# Texts between two steps of the progress bar. A constant, because in bf16 it decides which texts share a batch and so
-# the last bits of the vectors.
+# Texts encoded at a time. A constant, because in bf16 it decides which texts share a batch and so the last bits of the
+# vectors.
 TEXTS_PER_STEP = 4096
 
 
@@ -104,11 +104,11 @@ def write_part(
     mine = [n for n in pending_shards(folder, **plan) if n % process.num_processes == process.process_index]
     left = sum(min(config.shard_rows, len(table) - n * config.shard_rows) for n in mine)
     encode_part = partial(encode, model, prompt_name=prompt_name, dim=config.dim, batch_tokens=config.batch_tokens)
-    with tqdm(desc=f"embed {part}", total=left, unit="text", disable=not (process.is_main_process and left)) as bar:
+    with progress(what=f"embed {part}", unit="text", total=left) as bar:
         write_store(
             folder,
             records_of(table, part, config.oracle),
-            stepwise(encode_part, bar),
+            stepwise(partial(encode_part, bar=bar)),
             process_index=process.process_index,
             num_processes=process.num_processes,
             **plan,
@@ -181,19 +181,17 @@ def records_of(table: datasets.Dataset, part: str, oracle: bool) -> Callable[[in
     return records
 
 
-def stepwise(encode_texts: Callable[[list[str]], np.ndarray], bar: tqdm) -> Callable[[list[str]], np.ndarray]:
-    """The same encoding in steps that move the bar."""
+def stepwise(encode_texts: Callable[[list[str]], np.ndarray]) -> Callable[[list[str]], np.ndarray]:
+    """The same encoding in steps of `TEXTS_PER_STEP`."""
 
     def encode_shard(texts: list[str]) -> np.ndarray:
         vectors = encode_texts(texts[:TEXTS_PER_STEP])
-        bar.update(len(vectors))
         if len(texts) > TEXTS_PER_STEP:  # filled in place: joining the steps would hold the shard twice
             whole = np.empty((len(texts), vectors.shape[1]), dtype=np.float32)
             whole[:TEXTS_PER_STEP] = vectors
             for start in range(TEXTS_PER_STEP, len(texts), TEXTS_PER_STEP):
                 stop = min(start + TEXTS_PER_STEP, len(texts))
                 whole[start:stop] = encode_texts(texts[start:stop])
-                bar.update(stop - start)
             vectors = whole
         return vectors
 

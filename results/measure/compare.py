@@ -58,18 +58,18 @@ class CompareConfig:
     shape: str | None = field(default=None, metadata={"help": "align this Qwen3 shape as well, with random weights"})
     layers: int = field(default=4, metadata={"help": "of that shape"})
     ffn: int = field(default=768, metadata={"help": "of that shape"})
-    align_batch: int = field(default=128)
-    shape_batch: int = field(default=64)
-    refine_batch: int = field(default=256)
+    align_batch: int = field(default=128, metadata={"help": "queries in a batch of alignment"})
+    shape_batch: int = field(default=64, metadata={"help": "queries in a batch of that shape's alignment"})
+    refine_batch: int = field(default=256, metadata={"help": "pairs in a batch of refinement"})
     refine_config: str = field(
         default="recipes/configs/quickstart/refine.yaml", metadata={"help": "its other settings"}
     )
     min_score: int = field(default=3, metadata={"help": "lowest grade that makes a training pair"})
     steps: int = field(default=30, metadata={"help": f"of which the first {WARM_UP} are not counted"})
     refine_steps: int = field(default=10, metadata={"help": "as for steps; theirs encodes the ads and takes long"})
-    shape_steps: int = field(default=8)
+    shape_steps: int = field(default=8, metadata={"help": "as for steps"})
     rows: int = field(default=24000, metadata={"help": "unlabelled queries; memory a row is read against a quarter"})
-    repeats: int = field(default=3)
+    repeats: int = field(default=3, metadata={"help": "runs of each side, in turn; the median counts"})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

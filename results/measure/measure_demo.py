@@ -44,12 +44,12 @@ SEARCH = """query => new Promise((done, fail) => {
 @dataclass
 class MeasureDemoConfig:
     settings: str = field(default=str(APP / "config.json"), metadata={"help": "what the demo shows"})
-    output: str = "results/demo.json"
+    output: str = field(default="results/demo.json", metadata={"help": "file for the figures"})
     screenshot: str | None = field(default=None, metadata={"help": "PNG of the page with its first ads"})
-    chromium: str = "/usr/bin/chromium"
+    chromium: str = field(default="/usr/bin/chromium", metadata={"help": "the browser"})
     starts: int = field(default=3, metadata={"help": "fresh starts of the app; each is reported"})
     repeats: int = field(default=50, metadata={"help": "searches in the browser"})
-    clients: int = 20
+    clients: int = field(default=20, metadata={"help": "clients that search at once"})
     seconds: float = field(default=60.0, metadata={"help": "how long the clients ask"})
 
 

@@ -48,12 +48,14 @@ CGROUPS = Path("/sys/fs/cgroup")
 @dataclass
 class MeasureMemoryConfig:
     student: str = field(default="runs/quickstart/pruned", metadata={"help": "what is aligned: a folder or a Hub id"})
-    output: str = field(default="results/memory.json")
-    rows: list[int] = field(default_factory=lambda: [500_000, 1_000_000, 2_000_000, 5_000_000])
+    output: str = field(default="results/memory.json", metadata={"help": "file for the figures"})
+    rows: list[int] = field(
+        default_factory=lambda: [500_000, 1_000_000, 2_000_000, 5_000_000], metadata={"help": "sizes of the query log"}
+    )
     dim: int = field(default=384, metadata={"help": "width of the teacher's vectors, the student's or more"})
     limit_mib: int = field(default=1536, metadata={"help": "memory that alignment may take"})
     steps: int = field(default=200, metadata={"help": "of training, over rows from the whole log"})
-    batch: int = field(default=128)
+    batch: int = field(default=128, metadata={"help": "queries in a batch"})
     work: str | None = field(
         default=None, metadata={"help": "folder for the data, removed in the end; null: temporary"}
     )

@@ -53,7 +53,7 @@ KNOWN = {"modes": ["lfs", "xet"], "scenarios": ["first", "update", "pull"], "fau
 @dataclass
 class MeasurePublishConfig:
     release: str = field(metadata={"help": "config of recipes/publish.py: what is published and pulled"})
-    output: str = "results/hub.json"
+    output: str = field(default="results/hub.json", metadata={"help": "file for the figures"})
     modes: list[str] = field(default_factory=lambda: KNOWN["modes"], metadata={"help": "of upload and download"})
     scenarios: list[str] = field(
         default_factory=lambda: KNOWN["scenarios"],

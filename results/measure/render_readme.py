@@ -24,6 +24,13 @@ ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 RECOVERED = ("precision@10", "ndcg@10", "condensed_ndcg@10")
 TITLES = {"quickstart": "Sample catalogue", "electronics": "Electronics, judged by people"}
+METRICS = ["ndcg@10", "condensed_ndcg@10", "judged@10", "precision@10", "recall@100", "mrr@10", "overlap@10"]
+# What decides, for the README; results/README.md has all of it.
+SHORT = {
+    "quickstart": ["ndcg@10", "recall@100", "overlap@10"],
+    "electronics": ["ndcg@10", "condensed_ndcg@10", "judged@10"],
+}
+SHORT_LATENCY = ["system", "backend", "p50 ms", "p99 ms", "queries/s", "peak MiB"]
 # results/latency-<name>.json -> what it is
 LATENCY = {
     "quickstart": "The quickstart's student online, beside its teacher",
@@ -34,26 +41,28 @@ LATENCY = {
 }
 
 
-def table(report: Report) -> str:
-    """One report as Markdown: a row a system, recovery of the refined student below."""
-    columns = ["ndcg@10", "condensed_ndcg@10", "judged@10", "precision@10", "recall@100", "mrr@10", "overlap@10"]
+def table(report: Report, columns: list[str]) -> str:
+    """One report as Markdown: a row a system, with these columns where it has them."""
     columns = [name for name in columns if any(name in row for row in report["systems"].values())]
-    lines = ["| system | " + " | ".join(columns) + " | recovery of ndcg@10 | parameters (without embeddings) |"]
-    lines.append("|---|" + "---:|" * (len(columns) + 2))
+    rows = []
     for name, row in report["systems"].items():
         cells = [f"{row[column]:.3f}" if row.get(column) is not None else "-" for column in columns]
         size = "-"
         if row["params_total"]:
             size = f"{row['params_total'] / 1e6:.1f}M ({row['params_non_embedding'] / 1e6:.1f}M)"
         kept = report["recovery_by_system"].get(name, {}).get("ndcg@10")
-        lines.append(f"| {name} | " + " | ".join([*cells, percent(kept) if kept else "-", size]) + " |")
+        rows.append([name, *cells, percent(kept) if kept else "-", size])
+    return markdown(["system", *columns, "recovery of ndcg@10", "parameters (without embeddings)"], rows)
+
+
+def summary(report: Report) -> str:
+    """Recovery and overlap of the refined student."""
     found = [f"{metric} {percent(report['recovery'][metric])}" for metric in RECOVERED if metric in report["recovery"]]
-    if found:
-        lines.append("\nRecovery of the student: " + ", ".join(found) + ".")
-    lines += [f"\n{line}." for line in undefined(report)]
+    lines = ["Recovery of the student: " + ", ".join(found) + "."] if found else []
+    lines += [f"{line}." for line in undefined(report)]
     if (overlap := report["systems"].get("student", {}).get("overlap@10")) is not None:
-        lines.append(f"\nOf the student's ten best ads, {overlap:.1%} are among the teacher's ten.")
-    return "\n".join(lines)
+        lines.append(f"Of the student's ten best ads, {overlap:.1%} are among the teacher's ten.")
+    return "\n\n".join(lines)
 
 
 def percent(recovery: Recovery) -> str:
@@ -70,17 +79,21 @@ def block() -> str:
         if path.is_file():
             results = json.loads(path.read_text())
             report = checked_report(results["report"], path)
-            parts.append(f"### {title}\n\n{table(report)}\n\n{timing(results)}".rstrip())
+            parts += [f"### {title}", table(report, SHORT[name]), timing(results)]
         path = ROOT / "results" / f"latency-{name}.json"
         if path.is_file():
-            parts.append(latency_table(read_latency(path)))
-    return "\n\n".join(parts) or "Not measured yet."
+            parts.append(latency_table(read_latency(path), SHORT_LATENCY))
+    return "\n\n".join(filter(None, parts)) or "Not measured yet."
 
 
 def details() -> str:
     """results/README.md: every measurement with its notes and the command that takes it."""
     about = "Rendered by `measure/render_readme.py` from the JSON beside it; machine, versions and load are in that."
     parts = ["# Measured", about]
+    for name, title in TITLES.items():
+        if (found := read(name)) is not None:
+            report = checked_report(found["report"], ROOT / "results" / f"{name}.json")
+            parts += [f"## {title}", command(report), table(report, METRICS), summary(report), timing(found)]
     for name, title in LATENCY.items():
         path = ROOT / "results" / f"latency-{name}.json"
         if path.is_file():
@@ -203,18 +216,21 @@ def timing(results: dict[str, Any]) -> str:
     )
 
 
-def latency_table(latency: LatencyReport) -> str:
-    """latency.json as Markdown: the rows that recipes/benchmark.py prints."""
+def latency_table(latency: LatencyReport, columns: list[str] | None = None) -> str:
+    """latency.json as Markdown: the rows that recipes/benchmark.py prints; or these columns of them, and of what is
+    below only what they need."""
     header, *rows = latency_report.rows(latency)
-    lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
-    lines.insert(1, "|---|---|" + "---:|" * (len(header) - 2))
+    places = [header.index(name) for name in columns or header]
+    header, *rows = [[row[place] for place in places] for row in (header, *rows)]
+    text = markdown(header, rows).replace("|---|---:|", "|---|---|", 1)
     environment = latency["environment"]
+    ratios = "" if columns else f", ratios to {latency['reference']}"
     where = (
-        f"Tokenisation included, ratios to {latency['reference']}, over {latency['queries']} queries in one run on "
-        f"{environment['cores']} cores of {environment['cpu']}."
+        f"Tokenisation included{ratios}, over {latency['queries']} queries in one run on {environment['cores']} cores "
+        f"of {environment['cpu']}."
     )
-    known = [f"{sentence}." for sentence in latency_report.known_before(latency)]
-    return "\n".join([*lines, "", " ".join([where, *known])])
+    known = [f"{line}." for line in latency_report.known_before(latency) if not columns or "tokenised" in line]
+    return "\n".join([text, "", " ".join([where, *known])])
 
 
 def published(found: dict[str, Any]) -> str:

@@ -85,26 +85,8 @@ def build(config: DemoConfig, loading: Future[Demo]) -> gr.Blocks:
             logger.exception("search failed")
             return failure(error)
 
-    def start() -> tuple[gr.Dataset, str, str]:
-        try:
-            demo = loading.result()
-        except Exception as error:
-            return gr.Dataset(visible=False), "", failure(error)
-        label, queries = demo.examples
-        return gr.Dataset(samples=[[text] for text in queries], label=label), notice(demo.synthetic), table(demo.facts)
-
     def first_query(typed: str) -> str:
         return typed or (loading.result().examples[1][0] if loading.exception() is None else "")
-
-    def charts() -> tuple[str, str]:
-        drawn = []
-        for draw, name in ((demo_plots.quality_charts, "report"), (demo_plots.latency_charts, "latency")):
-            try:
-                drawn.append(draw(config.read_report(name)))
-            except Exception as error:  # a file of another version; the rest of the page does not depend on it
-                logger.exception("%s is not drawn", name)
-                drawn.append(failure(error))
-        return drawn[0], drawn[1]
 
     with gr.Blocks(title="Query to ad: teacher and student", analytics_enabled=False) as page:
         gr.Markdown(INTRO + (LIVE if config.teacher else STORED))
@@ -131,11 +113,33 @@ def build(config: DemoConfig, loading: Future[Demo]) -> gr.Blocks:
             event(**asks)
         private = {"api_visibility": "private"}
         examples.click(lambda row: row[0], examples, query, **private).then(**asks)
-        begun = page.load(start, None, [examples, noted, shown], **private)
+        begun = page.load(lambda: opening(loading), None, [examples, noted, shown], **private)
         begun.then(first_query, query, query, **private).then(**asks)
-        page.load(charts, None, [quality, latency], **private)
+        page.load(lambda: charts(config), None, [quality, latency], **private)
         gr.api(search, api_name="search", **ONE_AT_A_TIME)
     return page.queue(max_size=256)
+
+
+def opening(loading: Future[Demo]) -> tuple[gr.Dataset, str, str]:
+    """The examples, the notice and the table of facts, once all is loaded; or why it was not."""
+    try:
+        demo = loading.result()
+    except Exception as error:
+        return gr.Dataset(visible=False), "", failure(error)
+    label, queries = demo.examples
+    return gr.Dataset(samples=[[text] for text in queries], label=label), notice(demo.synthetic), table(demo.facts)
+
+
+def charts(config: DemoConfig) -> tuple[str, str]:
+    """Quality and latency of the run, as HTML."""
+    drawn = []
+    for draw, name in ((demo_plots.quality_charts, "report"), (demo_plots.latency_charts, "latency")):
+        try:
+            drawn.append(draw(config.read_report(name)))
+        except Exception as error:  # a file of another version; the rest of the page does not depend on it
+            logger.exception("%s is not drawn", name)
+            drawn.append(failure(error))
+    return drawn[0], drawn[1]
 
 
 def launch(config: DemoConfig, **options: Any) -> gr.Blocks:

@@ -16,6 +16,7 @@ from hlm.planning.hardware import GPUS
 from hlm.planning.settings import Assumptions, read_steps
 from hlm.training.frozen import FrozenVectors
 from hlm.training.losses import matryoshka
+from hlm.training.trainer import TrainingArguments
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "configs" / "qwen3-8b-190m"
 SIZES = Assumptions(
@@ -33,7 +34,7 @@ def tiny(hidden=32):
 
 @pytest.fixture(scope="module")
 def steps():
-    return read_steps(FOLDER)
+    return read_steps(FOLDER, TrainingArguments)
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +115,6 @@ def test_frozen_vectors_on_a_device_are_those_of_the_store(tmp_path):
     rows = np.array([299, 0, 7, 7])
     expected = matryoshka(torch.from_numpy(store.gather(rows)), 32)
     assert torch.equal(frozen.gather(rows), expected)
-    frozen.table = frozen._copied()
+    frozen.table = frozen.copied()
     assert frozen.table.shape == (300, 32) and frozen.table.dtype == torch.float16
     assert torch.equal(frozen.gather(rows), expected) and torch.equal(frozen.gather(torch.from_numpy(rows)), expected)

@@ -12,19 +12,16 @@ from transformers import AutoModel
 from hlm.artefacts import HlmError
 from hlm.encoders.loading import (
     add_head,
-    add_lora,
-    enable_gradient_checkpointing,
     encode,
     fingerprint,
     load_encoder,
-    merge_lora,
     pad,
     prompt_of,
     save_encoder,
     token_batches,
     tokenise,
-    weaken_lora,
 )
+from hlm.encoders.lora import add_lora, enable_gradient_checkpointing, merge_lora, weaken_lora
 
 TEXTS = ["red shoe", "a used black laptop with charger", "kettle", "steel saw and drill for wooden desk " * 6]
 
@@ -308,7 +305,7 @@ def test_casts_left_to_autocast_change_no_bit_and_keep_less(path, monkeypatch, d
     def step(peft_as_it_is: bool):
         with monkeypatch.context() as patch:
             if peft_as_it_is:
-                patch.setattr("hlm.encoders.loading.leave_casts_to_autocast", lambda model: None)
+                patch.setattr("hlm.encoders.lora.leave_casts_to_autocast", lambda model: None)
             torch.manual_seed(0)
             model = add_lora(load_encoder(path, dtype=dtype), rank=4, alpha=8).train()
         for module in model.modules():

@@ -11,17 +11,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from transformers import Qwen3Config, Qwen3Model
 
-from hlm.encoders.loading import (
-    add_lora,
-    encode,
-    fingerprint,
-    load_encoder,
-    merge_lora,
-    pad,
-    prompt_of,
-    save_encoder,
-    tokenise,
-)
+from hlm.encoders.loading import encode, fingerprint, load_encoder, pad, prompt_of, save_encoder, tokenise
+from hlm.encoders.lora import add_lora, merge_lora
 from hlm.encoders.pruning import cut
 from hlm.encoders.qwen_tokenizer import find_tokenizer
 from hlm.training.losses import matryoshka

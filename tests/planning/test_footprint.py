@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, BertConfig, Gemma3TextConfig, ModernBertConfig, Qwen3Config
 
 from hlm.artefacts import HlmError
-from hlm.encoders.loading import leave_casts_to_autocast
+from hlm.encoders.lora import leave_casts_to_autocast
 from hlm.encoders.pruning import cut_config, parameter_counts
 from hlm.planning.footprint import (
     Precision,

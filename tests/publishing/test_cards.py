@@ -12,7 +12,8 @@ from huggingface_hub import DatasetCardData, ModelCard, ModelCardData, RepoCard,
 
 from hlm import redaction
 from hlm.artefacts import HlmError
-from hlm.encoders.loading import add_head, add_lora, encode, fingerprint, load_encoder, merge_lora, save_encoder
+from hlm.encoders.loading import add_head, encode, fingerprint, load_encoder, save_encoder
+from hlm.encoders.lora import add_lora, merge_lora
 from hlm.publishing import cards
 from hlm.publishing.cards import dataset_card, eval_results, student_card, teacher_card
 from hlm.vectors.faiss_index import AdIndex

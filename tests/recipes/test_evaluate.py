@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+import hlm
 from hlm.artefacts import HlmError, write_manifest
 from hlm.data.contract import document_text, load
 from hlm.encoders.loading import encode, fingerprint, load_encoder
@@ -112,6 +114,17 @@ def all_systems(inputs):
         "backbone": str(inputs / "backbone"),
         "bm25": None,
     }
+
+
+def test_called_in_python_it_names_the_command_that_makes_it_again(inputs, tmp_path, capsys):
+    systems = {"teacher": {"model": inputs / "teacher", "corpus": inputs / "store"}, "student": inputs / "good"}
+    report = hlm.evaluate(inputs / "data", systems, output=tmp_path / "one", bootstrap_samples=200, incomplete=True)
+    assert report == json.loads((tmp_path / "one/report.json").read_text()) and capsys.readouterr().out == ""
+    script, *words = shlex.split(report["environment"]["command"])
+    assert script == "recipes/evaluate.py"
+    evaluate.main([*words, "--output", str(tmp_path / "two")])
+    again = json.loads((tmp_path / "two/report.json").read_text())
+    assert {**again, "environment": None} == {**report, "environment": None}
 
 
 def test_report_end_to_end(inputs, tmp_path, capsys):

@@ -48,7 +48,7 @@ def test_every_stage_runs_tiny_on_the_cpu(tmp_path):
     assert all(name in done.stdout for name in status)
 
 
-STAGES = '''
+STAGES = """
 import os, subprocess, sys, time
 sys.path.insert(0, {recipes!r})
 import gpu_check
@@ -69,7 +69,7 @@ stages = {{"machine": lambda *given: {{"measured": {{"agrees": True}}}}, "fails"
 gpu_check.STAGES = {{name: (stage, 2 if name == "hangs" else 99) for name, stage in stages.items()}}
 if __name__ == "__main__":
     gpu_check.main(["--tiny", "--minutes", "5", "--output", {output!r}])
-'''
+"""
 
 
 def test_stages_that_fail_or_hang_leave_the_others_alone(tmp_path):

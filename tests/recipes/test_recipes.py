@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+import hlm
 from hlm.artefacts import HlmError, read_manifest
 from hlm.data.contract import load
 from hlm.encoders.families import layers_of
@@ -113,6 +114,28 @@ def test_a_second_run_changes_nothing(house, caplog):
     align.main(align_arguments(house, house / "aligned", "--cascade", cascade))
     assert (house / "aligned/model.safetensors").stat().st_mtime_ns == before
     assert caplog.text.count("up to date") == 2
+
+
+def test_a_step_called_in_python_is_the_scripts(house, caplog):
+    """The same settings as keywords: nothing is made again; another setting would be another student."""
+    before = {path: path.stat().st_mtime_ns for path in house.rglob("*.safetensors")}
+    caplog.set_level("INFO")
+    training = {"per_device_train_batch_size": 32, "seed": 3, "learning_rate": 3e-3, "disable_tqdm": True}
+    best = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+    best |= {"metric_for_best_model": "dev_ndcg@10", "greater_is_better": True, "num_train_epochs": 2}
+    teacher = hlm.train_teacher(
+        house.backbone, house.data, house / "teacher", min_score=3, lora_rank=4, pairs_per_query=2,
+        queries_per_document=2, max_steps=6, save_strategy="steps", save_steps=2, **training,
+    )  # fmt: skip
+    vectors = hlm.embed(teacher, house.data, house / "vectors")
+    assert hlm.prune(teacher, house.data, vectors, house / "pruned", keep=2) == house / "pruned"
+    stages = ({"layers": 4, "epochs": 1}, {"layers": 2, "ffn": 32})
+    aligned = hlm.align(teacher, house.data, vectors, house / "aligned", cascade=stages, **training, **best)
+    student = hlm.refine(
+        aligned, house.data, vectors, house / "student", min_score=3, alignment_weight=0.5, **training, **best
+    )
+    assert student == house / "student" and caplog.text.count("up to date") == 8  # three stores, two stages
+    assert {path: path.stat().st_mtime_ns for path in house.rglob("*.safetensors")} == before
 
 
 def test_evaluation_reports_every_system(house, tmp_path, capsys):

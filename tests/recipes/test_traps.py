@@ -14,7 +14,8 @@ from transformers import AutoModel
 
 from hlm.artefacts import HlmError
 from hlm.data.contract import load
-from hlm.encoders.loading import add_head, add_lora, encode, fingerprint, load_encoder, merge_lora, save_encoder
+from hlm.encoders.loading import add_head, encode, fingerprint, load_encoder, save_encoder
+from hlm.encoders.lora import add_lora, merge_lora
 from hlm.steps import TeacherConfig
 from hlm.training.teacher import Pairs, mine
 from hlm.training.trainer import RecipeTrainer

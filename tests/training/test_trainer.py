@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from on_device import OnDevice
 from safetensors.numpy import load_file
 
 from hlm.artefacts import MANIFEST, HlmError
@@ -94,7 +95,7 @@ def test_what_goes_to_a_loader_worker_is_small_and_makes_the_same_batch(run, tmp
     def stop(trainer, *rest, **named):
         raise Made(trainer)
 
-    monkeypatch.setattr(MODULES[name], "train", stop)
+    monkeypatch.setattr(f"hlm.training.{name}.train", stop)
     with pytest.raises(Made) as made:
         MODULES[name].main(words(name, run, tmp_path / "made"))
     collate = made.value.args[0].data_collator
@@ -235,3 +236,35 @@ def test_the_teacher_itself_in_another_dtype_is_its_own_start(run, tmp_path):
 def test_the_trainer_never_waits_for_a_gpu_to_look_at_the_loss_and_fuses_the_optimizer(tmp_path):
     args = TrainingArguments(output_dir=str(tmp_path))
     assert args.logging_nan_inf_filter is False and args.optim == "adamw_torch_fused"
+
+
+@pytest.mark.parametrize("pool", ["64", "100000"])
+def test_a_refinement_step_reads_nothing_back_from_the_device(run, tmp_path, monkeypatch, pool):
+    def stop(trainer, *rest, **named):
+        raise Made(trainer)
+
+    monkeypatch.setattr("hlm.training.refine.train", stop)
+    more = ["--pool", pool, "--query_query", "true", "--alignment_weight", "0.5"]
+    with pytest.raises(Made) as made:
+        refine.main(words("refine", run, tmp_path / "made", *more))
+    trainer = made.value.args[0]
+    refinement = trainer.step_loss.__self__
+    refinement.refresh()
+    batch = trainer.data_collator([{"row": row} for row in range(8)])
+    vectors = trainer.model(dict(batch["query"][0]))["sentence_embedding"].detach()
+    expected = refinement.contrast(vectors, batch)
+
+    def placed(tensor, device=None):
+        return tensor.as_subclass(OnDevice)
+
+    for module in ("refine", "frozen"):
+        monkeypatch.setattr(f"hlm.training.{module}.sent", placed)
+    for frozen in (refinement.ads, refinement.targets):
+        frozen.table = placed(frozen.copied())
+    if refinement.pool:
+        refinement.pool = tuple(map(placed, refinement.pool))
+    with pytest.raises(AssertionError, match="tolist"):
+        placed(vectors).tolist()
+    ids = {name: placed(batch[name]) for name in ("query_ids", "positive_ids")}
+    found = refinement.contrast(placed(vectors), batch | ids)
+    assert torch.equal(found.as_subclass(torch.Tensor), expected)
