@@ -157,6 +157,7 @@ def open_catalogue(
     source = data.fingerprint("corpus")
     if name in STUDENTS:
         catalogue = Catalogue(store) if store else teacher
+        assert catalogue is not None, "find_inputs refuses a student without a teacher's vectors"
         check_student(system.model, catalogue.store.encoder)
         return catalogue
     if store is None:
