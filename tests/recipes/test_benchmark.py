@@ -10,8 +10,10 @@ import yaml
 from PIL import Image
 
 from hlm.artefacts import HlmError
+from hlm.benchmark import entries as benchmark_entries
 from hlm.benchmark import floor as latency_floor
 from hlm.benchmark import latency, random_weights
+from hlm.benchmark import run as benchmark_run
 from hlm.benchmark import systems as hlm_systems
 from hlm.benchmark.random_weights import (
     shape_config,
@@ -140,8 +142,8 @@ def test_cold_starts_of_every_model(run, inputs, tiny_qwen3, monkeypatch):
 
 
 def test_the_sample_follows_the_seed(catalogue_200):
-    config = benchmark.BenchmarkConfig(data=catalogue_200, queries=20)
-    taken = [benchmark.read_queries(replace(config, seed=seed))[0] for seed in (0, 0, 1)]
+    config = benchmark_entries.BenchmarkConfig(data=catalogue_200, queries=20)
+    taken = [benchmark_run.read_queries(replace(config, seed=seed))[0] for seed in (0, 0, 1)]
     assert taken[0] == taken[1] != taken[2] and len(set(taken[2])) == 20
 
 
@@ -199,7 +201,7 @@ def test_a_budget_on_an_undefined_recovery_is_inconclusive(run, inputs, tmp_path
 
 @pytest.mark.parametrize("name", ["latency.json", "latency.png"])
 def test_somebody_elses_file_is_not_overwritten(run, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(benchmark, "load_system", lambda **_: pytest.fail("loaded"))
+    monkeypatch.setattr(benchmark_entries, "load_system", lambda **_: pytest.fail("loaded"))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text("{}")
     with pytest.raises(HlmError, match=f"found {name} in .*/out, which HLM did not write"):
@@ -255,7 +257,7 @@ def test_as_a_script_an_unknown_budget_ends_at_once(monkeypatch, capsys):
     ],
 )
 def test_bad_input_is_refused_before_anything_is_measured(run, monkeypatch, systems, settings, words):
-    monkeypatch.setattr(benchmark, "load_system", lambda **_: pytest.fail("loaded"))
+    monkeypatch.setattr(benchmark_entries, "load_system", lambda **_: pytest.fail("loaded"))
     with pytest.raises(HlmError, match=words):
         run(systems=systems, **settings)
 
@@ -269,8 +271,8 @@ CONFIGS = Path(benchmark.__file__).parent / "configs"
     ids=lambda p: f"{p.parent.stem}/{p.stem}",
 )
 def test_shipped_configs_are_read(path):
-    (config,) = parse(benchmark.BenchmarkConfig, argv=["--config", str(path)])
-    entries = benchmark.read_entries(config)
+    (config,) = parse(benchmark_entries.BenchmarkConfig, argv=["--config", str(path)])
+    entries = benchmark_entries.read_entries(config)
     assert {config.reference, config.candidate} - {None} <= set(entries) and len(entries) > 1
     for entry in entries.values():
         if entry.shape:
@@ -341,7 +343,7 @@ def test_a_shape_is_served_under_torch_without_going_over_the_disk(run, tiny_qwe
 
 
 def test_without_tokenizer_and_data_it_says_so(run, tiny_qwen3, monkeypatch):
-    monkeypatch.setattr(benchmark, "find_tokenizer", lambda path: None)
+    monkeypatch.setattr(benchmark_entries, "find_tokenizer", lambda path: None)
     shape = {"shape": tiny_qwen3, "layers": 2}
     report = run(systems={"a": shape, "b": shape}, random_weights=True, data=None)
     assert report["data"] == "the sample catalogue" and len(report["lengths"]) > 1
