@@ -206,9 +206,9 @@ def on_gpu(found: dict[str, Any]) -> str:
         best = max(ours["queries_per_s"].values()), max(theirs["queries_per_s"].values())
         text += (
             f"\n\n{trial['note']} The 190M student took {ours['p50_ms']:.2f} ms, tokenisation included. "
-            f"The 8B teacher took {theirs['p50_ms']:.2f} ms as HLM serves it ({ratio:.0f}x) and "
-            f"{theirs['sentence_transformers_p50_ms']:.1f} ms under sentence-transformers ({beside:.0f}x). They encoded "
-            f"{best[0]:,} and {best[1]:,} queries a second ({best[0] / best[1]:.0f}x)."
+            f"The 8B teacher took {theirs['p50_ms']:.2f} ms as HLM serves it ({ratio:.0f}x), and "
+            f"{theirs['sentence_transformers_p50_ms']:.1f} ms under sentence-transformers ({beside:.0f}x). "
+            f"They encoded {best[0]:,} and {best[1]:,} queries a second ({best[0] / best[1]:.0f}x)."
         )
     return text
 
