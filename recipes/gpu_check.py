@@ -206,7 +206,7 @@ def check_file(output: Path) -> Path:
 
 
 def make_setting(tiny: bool, device: str) -> Setting:
-    steps = read_steps(str(CONFIGS), TrainingArguments)
+    steps = read_steps(CONFIGS, TrainingArguments)
     if not tiny:
         (sizes,) = parse(Assumptions, argv=["--config", str(CONFIGS / "plan.yaml")])
         student = shape_config("Qwen/Qwen3-Embedding-0.6B", layers=4, ffn=768)

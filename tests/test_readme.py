@@ -273,3 +273,8 @@ def test_a_feature_takes_three_files_at_most():
     assert len(rows) == 5
     for files, test in rows:
         assert 1 <= len(files.split(", ")) <= 3 and re.fullmatch(r"`<?tests/[\w/]+\.py>?`", test)
+
+
+def test_the_latency_on_a_gpu_is_the_measured_one():
+    measured = json.loads((ROOT / "results" / "gpu.json").read_text())["stages"]["online_190m"]["measured"]
+    assert f"{measured['p50_ms']:.2f} ms a query on one H200" in README.replace("\n", " ")

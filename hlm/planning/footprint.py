@@ -1,8 +1,9 @@
 """What one backbone costs, from its config alone: parameters, bytes of memory and FLOPs; no weights are needed.
 
-Bytes are those that autograd keeps for the backward pass, tensor by tensor, for BERT-style and Qwen3-style layers with
-SDPA (flash or memory-efficient: the scores of attention are not kept) and a padding mask. What the allocator rounds up
-and the CUDA context are not in them. One multiply-add counts as two FLOPs, padding counts as tokens.
+Bytes are those that autograd keeps for the backward pass, tensor by tensor, for BERT-style and Qwen3-style layers,
+and within a tenth for those of ModernBERT and Gemma 3. SDPA is taken (flash or memory-efficient: the scores of
+attention are not kept), and a padding mask. What the allocator rounds up and the CUDA context are not in them. One
+multiply-add counts as two FLOPs, padding counts as tokens.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ def encoder_width(name_or_path: str, *, revision: str | None = None) -> int:
 
 @dataclass(frozen=True)
 class Shape:
-    """What costs depend on. `linears` are (in, out) of one layer's linear layers; `embeddings` counts every table."""
+    """What costs depend on. `linears` are (in, out) of one layer's linear layers, `norms` counts those of its whole
+    width; `embeddings` counts every table."""
 
     layers: int
     hidden: int
@@ -91,6 +93,7 @@ class Shape:
     ffn: int
     linears: tuple[tuple[int, int], ...]
     gated: bool
+    norms: int
     qk_norm: bool
     parameters: int
     embeddings: int
@@ -103,9 +106,9 @@ class Shape:
             HlmError: a cut that grows, or a backbone that is not known.
         """
         total, body = planned_parameters(config, layers, ffn_width)
-        one = cut_config(config, 1, ffn_width)
+        few = cut_config(config, min(2, depth_of(config)), ffn_width)  # ModernBERT's first layer is unlike the others
         with torch.device("meta"):
-            (layer,) = layers_of(AutoModel.from_config(one))
+            layer = layers_of(AutoModel.from_config(few))[-1]
         heads = config.num_attention_heads
         return cls(
             layers=layers or depth_of(config),
@@ -113,9 +116,10 @@ class Shape:
             heads=heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            ffn=ffn_width_of(one),
+            ffn=ffn_width_of(few),
             linears=tuple((part.in_features, part.out_features) for part in layer.modules() if _linear(part)),
             gated=family_of(config).gated,
+            norms=sum(_norm(part, config.hidden_size) for part in layer.modules()),
             qk_norm=hasattr(getattr(layer, "self_attn", None), "q_norm"),
             parameters=total,
             embeddings=total - body,
@@ -133,6 +137,10 @@ class Shape:
 
 def _linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
+
+
+def _norm(module: nn.Module, width: int) -> bool:
+    return "Norm" in type(module).__name__ and getattr(module, "weight", torch.empty(0)).shape == (width,)
 
 
 @dataclass(frozen=True)
@@ -169,8 +177,8 @@ def saved_bytes(shape: Shape, sequence: int, precision: Precision) -> int:
     if shape.qk_norm:
         both = (shape.heads + shape.kv_heads) * shape.head_dim
         total += 4 * both + 4 * (shape.heads + shape.kv_heads) + (both * inner if trains else 0)
-    if shape.gated:  # two RMSNorms in fp32; gate, its activation and up
-        total += 2 * (4 * hidden + 4) + (2 * hidden * stream if trains else 0) + 3 * ffn * inner
+    if shape.gated:  # RMSNorms in fp32; gate, its activation and up
+        total += shape.norms * (4 * hidden + 4 + (hidden * stream if trains else 0)) + 3 * ffn * inner
     else:  # two LayerNorms with mean and deviation; what the activation reads
         total += 2 * hidden * stream + 4 * stream + ffn * inner
     # Inputs of the linear layers. Where a cast stands before a layer, each keeps a copy of its own; under autocast the
