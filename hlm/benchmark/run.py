@@ -49,8 +49,8 @@ def run(
     whole = {name: of for name, of in same_models(entries).items() if reads_texts(systems, name, of)}
     same = agreements(encoders, whole, queries, store, k=10)
     for name in measurable if evaluated else ():
-        given: Any = (data, config.split, store, evaluated)  # all are there, or none is asked for
-        qualities[name] = measured_quality(encoders[name], *given, name)
+        measured: Any = measured_quality  # its arguments are all there, or it is not asked for
+        qualities[name] = measured(encoders[name], data, config.split, store, evaluated, name)
     works = find_works(entries, systems, derived, queries)
     rates = measure_rates(list(works.values()), device=device_of(config), seconds=config.block_s)
     blocks = measure(
