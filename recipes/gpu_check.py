@@ -214,7 +214,7 @@ def make_setting(tiny: bool, device: str) -> Setting:
         "vocab_size": 500, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
         "intermediate_size": 64, "max_position_embeddings": 64,
     }  # fmt: skip
-    less = {
+    less: dict[str, Any] = {
         "per_device_train_batch_size": 4, "lora_rank": 4, "cache_chunk": 3, "max_seq_length": 16, "pool": 32,
         "hard_negatives": 2, "batch_tokens": 64,
     }  # fmt: skip
@@ -275,7 +275,7 @@ def run_stage(
         process.join()
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # with what it started
+            os.killpg(process.pid, signal.SIGKILL)  # type: ignore[arg-type]  # with what it started
         process.kill()
         process.join()
     if entry["status"] == "running":

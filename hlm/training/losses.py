@@ -258,7 +258,7 @@ def refinement_contrastive(
             parts.append(_masked(_hard_similarity(queries, negatives.detach()), false, limit))
         if use_query_query:
             (all_queries,) = _unit(all_queries)
-            parts.append(_masked(queries @ all_queries.T, query_ids[:, None] == all_query_ids, limit))
+            parts.append(_masked(queries @ all_queries.T, query_ids[:, None] == all_query_ids, limit))  # type: ignore[index]
         return _mean_negative_log_share(parts, temperature)
 
 
