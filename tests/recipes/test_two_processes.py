@@ -171,6 +171,8 @@ def forked(job: dict, record: Path) -> None:
     if job["environment"]:  # accelerate shards on accelerators alone: two CPU processes pass for two of them
         torch.distributed.init_process_group("gloo")
         PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+    if job["machines"] == 2:  # what each one's launcher says: the first process here, and the only one
+        os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     if os.environ["RANK"] != "0":
         hlm.training.trainer.save_file = None  # the first process alone writes what all share
     run(job["recipe"], job["words"], record, processes=2, kill=job["kill"])
@@ -214,14 +216,16 @@ def house(tmp_path_factory, catalogue_200, tiny_bert, tiny_qwen3):
         kill = KILLED[name] if suffix == " killed" else None
         environment = fsdp_environment() if name == "teacher sharded" else {}
         plan.append({"name": name + suffix, "recipe": settings[name][0], "words": words(name, output, 2),
-                     "kill": kill, "environment": environment, "port": free_port()})  # fmt: skip
-    for folder, upto in (("two/chain", None), ("two/chain killed", CHAIN_KILLED[0]), ("two/chain killed", None)):
+                     "kill": kill, "environment": environment, "machines": 1, "port": free_port()})  # fmt: skip
+    killed = [("two/chain killed", CHAIN_KILLED[0]), ("two/chain killed", None)]
+    for folder, upto in [("two/chain", None), *killed, ("two/machines", None)]:
         steps = chain(house, folder, catalogue_200, tiny_qwen3)
         for step in list(steps)[: list(steps).index(upto) + 1 if upto else None]:
             name, kill = Path(folder).name + (" at first" if upto else ""), CHAIN_KILLED[1] if step == upto else None
             environment = fsdp_environment() if step == "teacher" else {}  # sharded, as its launch file says
             plan.append({"name": f"{name} {step}", "recipe": step, "words": steps[step], "kill": kill,
-                         "environment": environment, "port": free_port()})  # fmt: skip
+                         "environment": environment, "machines": 2 if folder == "two/machines" else 1,
+                         "port": free_port()})  # fmt: skip
     (house / "two/plan.json").write_text(json.dumps(plan))
     alone("embed")
     (house / "vectors").symlink_to(house / "one/embed")
@@ -286,12 +290,18 @@ def test_killed_and_resumed_is_never_killed(house, name):
         assert (house / f"two/{name} killed" / path).read_bytes() == (never / path).read_bytes(), path
 
 
-def test_the_whole_recipe_killed_once_ends_in_the_same_student(house):
-    never, killed = house / "two/chain", house / "two/chain killed"
+@pytest.mark.parametrize("folder", ["chain killed", "machines"])
+def test_the_whole_recipe_ends_in_the_same_student(house, folder):
+    """Killed once, and on two machines of one process each."""
+    never, other = house / "two/chain", house / "two" / folder
     paths = [path.relative_to(never) for path in never.rglob("*.safetensors")]
     assert {path.parts[0] for path in paths} == set(RECIPES)
     for path in paths:
-        assert (killed / path).read_bytes() == (never / path).read_bytes(), path
+        assert (other / path).read_bytes() == (never / path).read_bytes(), path
+
+
+def test_the_whole_recipe_hands_over_its_own_and_ranks_agree(house):
+    never = house / "two/chain"
     teacher_of = [read_manifest(never / step, "student")["inputs"]["teacher"] for step in ("align", "refine")]
     assert teacher_of == [read_manifest(never / "teacher", "teacher")["encoder"]] * 2
     first, second = (load_file(house / f"two/chain refine.{rank}.safetensors") for rank in (0, 1))
