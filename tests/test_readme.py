@@ -245,6 +245,11 @@ def test_help_explains_every_setting_of_a_recipe(path, capsys, monkeypatch):
     assert "--weight_decay" not in printed
 
 
+def test_the_size_of_an_install_is_the_measured_one():
+    measured = json.loads((ROOT / "results/install.json").read_text())["environments"]["hlm"]
+    assert f"{measured['mib']:.0f} MiB in all and no torch" in README and measured["torch"] is False
+
+
 def test_results_are_reports_of_the_agreed_shape():
     for name in render_readme.TITLES:
         report = json.loads((ROOT / "results" / f"{name}.json").read_text())["report"]

@@ -326,7 +326,9 @@ def save_encoder(
         write_legacy_layout(aside)
         if beside is not None:
             beside(aside)
-        write_manifest(aside, kind, encoder=fingerprint(model), dim=model.get_embedding_dimension(), **manifest)
+        encoder = fingerprint(model)
+        write_manifest(aside, kind, encoder=encoder, dim=model.get_embedding_dimension(), **manifest)
+    logger.info("%s: %s %s", folder, kind, encoder)
 
 
 def add_head(model: SentenceTransformer, student: np.ndarray, teacher: np.ndarray) -> SentenceTransformer:

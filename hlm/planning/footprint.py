@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -22,8 +21,10 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from hlm.artefacts import HlmError
 from hlm.encoders.families import depth_of, family_of, ffn_width_of, layers_of
+from hlm.encoders.folder import MODULES, EncoderFolder
 from hlm.encoders.loading import DTYPES, resolve
 from hlm.encoders.pruning import cut_config, planned_parameters
+from hlm.fields import field, read_json
 from hlm.hub.cache import hub_file
 
 SHIPPED_OWNER = "qwen"  # of the shapes in hlm/shapes, as their Hub ids begin
@@ -38,8 +39,8 @@ def backbone_config(name_or_path: str) -> PretrainedConfig:
         HlmError: neither is there; names the shapes that are shipped.
     """
     source = resolve(str(name_or_path))
-    if (modules := Path(source) / "modules.json").is_file():
-        source = str(Path(source) / json.loads(modules.read_text())[0]["path"])
+    if (Path(source) / MODULES).is_file():
+        source = str(Path(source) / EncoderFolder(source).modules()[0].path)
     local = Path(source).exists()
     owner, _, name = source.lower().rpartition("/")
     shipped = {path.name.removesuffix(".json"): path for path in (files("hlm.planning") / "shapes").iterdir()}
@@ -67,16 +68,17 @@ def encoder_width(name_or_path: str, *, revision: str | None = None) -> int:
     """
     source = resolve(str(name_or_path))
 
-    def read(file: str) -> Any:
+    def found(file: str) -> Path | None:
         try:
             path = Path(source) / file if Path(source).is_dir() else hub_file(source, file, revision=revision)
         except HlmError:
             return None  # out of reach: `backbone_config` says what is missing
-        return json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else None
+        return path if path and path.is_file() else None
 
-    heads = [module["path"] for module in read("modules.json") or [] if module["type"].endswith(".Dense")]
-    if heads and (head := read(f"{heads[-1]}/config.json")):
-        return head["out_features"]
+    modules = found(MODULES)
+    heads = EncoderFolder(modules.parent).heads() if modules else []
+    if heads and (head := found(f"{heads[-1]}/config.json")):
+        return field(read_json(head), int, "out_features", where=head, least=1)
     return backbone_config(name_or_path).hidden_size
 
 

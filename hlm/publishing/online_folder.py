@@ -64,8 +64,15 @@ def _export(config: ExportConfig) -> None:
             facts["int8"][f"overlap@{config.k}"] = found
 
     save_encoder(model, config.output, "student", beside=beside, onnx=facts, **identity)
-    for precision, found in facts.items():
-        logger.info("%s: %s", precision, found)
+    for found in facts.values():
+        shared = found.get(f"overlap@{config.k}")
+        logger.info(
+            "%s/%s: cosine to the model's vectors at least %.6f%s",
+            config.output,
+            found["file"],
+            found["min_cosine"],
+            "" if shared is None else f", {shared:.1%} of the first {config.k} documents in common",
+        )
 
 
 def int8_overlap(config: ExportConfig, data: str, vectors: str, model: SentenceTransformer, folder: Path) -> float:

@@ -27,6 +27,7 @@ from hlm.vectors.lineage import open_fitting, read_student
 from hlm.vectors.store import VectorStore
 
 SPLITS = ("train", "dev", "test")
+LEFT_OUT = (".*", "__pycache__", "recipes", "model_cards")  # of the package: the last two lie within it in a wheel
 UNKNOWN = "0" * 40  # in a dry run, the commit that is not there yet
 
 
@@ -126,7 +127,7 @@ def stage_space(config: PublishConfig, repositories: dict, done: dict, home: Pat
             (home / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, home / name)
     package = Path(hlm.__file__).parent
-    shutil.copytree(package, home / "hlm", ignore=shutil.ignore_patterns(".*", "__pycache__"))
+    shutil.copytree(package, home / "hlm", ignore=shutil.ignore_patterns(*LEFT_OUT))
     student, dataset = done["student"], done["dataset"]
     commits = {"student": student.commit or UNKNOWN}
     ids: dict[str, str | None] = {"student": student.repo_id, "teacher": None}
