@@ -102,20 +102,22 @@ def online_teacher(setting: Setting, seconds: float, note: Note) -> dict[str, An
 def teacher_step(setting: Setting, seconds: float, note: Note) -> dict[str, Any]:
     step, steps = setting.steps["teacher"], 2 if setting.tiny else 8
     return gpu_stages.lora_step(
-        setting.teacher, step, setting.sizes, device=setting.device, steps=steps, seconds=0.6 * seconds
+        setting.teacher, step, setting.sizes, device=setting.device, steps=steps, seconds=0.6 * seconds, note=note
     )
 
 
 def embed_rate(setting: Setting, seconds: float, note: Note) -> dict[str, Any]:
     step = setting.steps["embed"]
-    return gpu_stages.store_rate(setting.teacher, step, setting.sizes, device=setting.device, seconds=0.6 * seconds)
+    return gpu_stages.store_rate(
+        setting.teacher, step, setting.sizes, device=setting.device, seconds=0.6 * seconds, note=note
+    )
 
 
 def align_rate(setting: Setting, seconds: float, note: Note) -> dict[str, Any]:
     steps = 4 if setting.tiny else 400
     return gpu_stages.align_rate(
         setting.student, setting.steps["align"], setting.sizes, teacher_width=setting.teacher.hidden_size,
-        device=setting.device, steps=steps, seconds=0.5 * seconds,
+        device=setting.device, steps=steps, seconds=0.5 * seconds, note=note,
     )  # fmt: skip
 
 
@@ -123,7 +125,7 @@ def refine_rate(setting: Setting, seconds: float, note: Note) -> dict[str, Any]:
     steps, documents = (4, 200) if setting.tiny else (400, 131_072)
     return gpu_stages.refine_rate(
         setting.student, setting.steps["refine"], setting.sizes, teacher_width=setting.teacher.hidden_size,
-        documents=documents, device=setting.device, steps=steps, seconds=0.4 * seconds,
+        documents=documents, device=setting.device, steps=steps, seconds=0.4 * seconds, note=note,
     )  # fmt: skip
 
 

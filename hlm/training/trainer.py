@@ -60,7 +60,11 @@ REPORTING |= {f"dataloader_{name}" for name in ("num_workers", "prefetch_factor"
 
 @dataclass
 class TrainingArguments(SentenceTransformerTrainingArguments):
-    """sentence-transformers' training arguments with this project's defaults; every one can be set in YAML."""
+    """sentence-transformers' training arguments with this project's defaults; every one can be set in YAML.
+
+    Left as they are: AdamW is fused; `dataloader_num_workers` is 0, as cutting a batch from memory maps takes a
+    millisecond or two while the GPU computes; DDP looks for unused parameters, since a BERT's pooler gets no gradient.
+    """
 
     dataloader_drop_last: bool = field(default=True)  # ranks must see equally many rows
     remove_unused_columns: bool = field(default=False)
