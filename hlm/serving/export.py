@@ -14,6 +14,7 @@ is ONNX Runtime's alone, reads texts of one length, so it has no `attention_mask
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import tempfile
@@ -68,7 +69,8 @@ def _quietly() -> Iterator[None]:
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        # torch 2.8 prints how many rules it applied.
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
