@@ -216,10 +216,14 @@ def search(options: argparse.Namespace) -> None:
 
     from hlm.data.contract import titles
     from hlm.serving.query_encoder import QueryEncoder
-    from hlm.vectors.faiss_index import AdIndex
     from hlm.vectors.index import Index
 
-    index = catalogue if isinstance(catalogue, Index) else AdIndex.build(catalogue, dim=student["dim"])
+    if isinstance(catalogue, Index):
+        index = catalogue
+    else:
+        from hlm.vectors.faiss_index import AdIndex
+
+        index = AdIndex.build(catalogue, dim=student["dim"])
     encoder = QueryEncoder.from_pretrained(source, revision=revision)
     scores, ids = index.search(encoder.encode(options.query), options.k)
     names = titles(options.corpus, ids) if options.corpus else [""] * len(ids)

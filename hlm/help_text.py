@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import inspect
+import os
 import re
 import shutil
 import sys
@@ -30,7 +31,7 @@ def help_text(program: str, dataclass_types: tuple[type, ...], *, everything: bo
     width = min(shutil.get_terminal_size().columns, 110)
     parts = [
         f"usage: {program} --config FILE [--SETTING VALUE ...]",
-        _about(own),
+        _about(program, own),
         "settings, as `name: value` in the file or as flags, which win:\n" + _settings(own, width),
     ]
     for other in others:
@@ -43,12 +44,13 @@ def help_text(program: str, dataclass_types: tuple[type, ...], *, everything: bo
     return "\n\n".join(part.strip("\n") for part in parts if part)
 
 
-def _about(dataclass_type: type) -> str:
-    """Its docstring; where dataclasses made it, that of its file."""
+def _about(program: str, dataclass_type: type) -> str:
+    """What the script says of itself; without one, as in a test, what the dataclass says."""
+    main = sys.modules["__main__"]
+    if os.path.basename(getattr(main, "__file__", None) or "") == program:
+        return inspect.cleandoc(main.__doc__ or "")
     text = dataclass_type.__doc__ or ""
-    if text.startswith(f"{dataclass_type.__name__}("):
-        text = sys.modules[dataclass_type.__module__].__doc__ or ""
-    return inspect.cleandoc(text)
+    return "" if text.startswith(f"{dataclass_type.__name__}(") else inspect.cleandoc(text)  # that is the signature
 
 
 def _settings(dataclass_type: type, width: int) -> str:

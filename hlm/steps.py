@@ -14,7 +14,7 @@ PARTS = ("corpus", "unlabelled", "queries")  # of a dataset; embed writes a stor
 
 @dataclass
 class CatalogueConfig:
-    """The sample catalogue."""
+    """Makes the sample catalogue: ads, judged queries and unlabelled queries, from a seed."""
 
     output: str = field(metadata={"help": "folder for the catalogue"})
     ads: int = field(default=10_000, metadata={"help": "ads in the catalogue"})
@@ -27,7 +27,7 @@ class CatalogueConfig:
 
 @dataclass
 class TeacherConfig:
-    """Phase 1: what is tuned, on which pairs, against which negatives."""
+    """Phase 1: LoRA fine-tunes the teacher contrastively on query-document pairs, merges it; saves both."""
 
     backbone: str = field(metadata={"help": "what is tuned: a folder, a Hub id or package:<package>/<folder in it>"})
     data: str = field(metadata={"help": "the dataset: a folder or a Hub id"})
@@ -65,7 +65,11 @@ class TeacherConfig:
 
 @dataclass
 class EmbedConfig:
-    """The teacher's vectors of a dataset, and the index over its ads."""
+    """Writes a teacher's vectors of ads and queries into stores, `output/{corpus,unlabelled,queries}`, and with `index`
+    an index over the ads.
+
+    A killed run goes on after the last whole shard, and a store that is up to date is left alone.
+    """
 
     model: str = field(metadata={"help": "the teacher: a folder, a Hub id or package:<package>/<folder in it>"})
     data: str = field(metadata={"help": "the dataset: a folder or a Hub id"})
@@ -92,7 +96,7 @@ class EmbedConfig:
 
 @dataclass
 class PruneConfig:
-    """Phase 2, the cut alone."""
+    """Phase 2, the cut alone: a student with fewer layers and narrower FFNs, without any training."""
 
     model: str = field(metadata={"help": "what is cut: a folder, a Hub id or package:..."})
     data: str = field(metadata={"help": "the dataset whose queries layers and FFN units are scored on"})
@@ -112,7 +116,11 @@ class PruneConfig:
 
 @dataclass
 class AlignConfig:
-    """Phase 2: the cuts, and what aligns the student to the teacher's query vectors."""
+    """Phase 2: prunes the student and aligns it to the frozen teacher's query vectors, cut by cut.
+
+    Each finished stage of `cascade` is kept in `output`.stages, so a killed run goes on where it was. Without a cascade
+    the student is aligned as it is.
+    """
 
     student: str = field(metadata={"help": "what the first stage starts from: a folder, a Hub id or package:..."})
     data: str = field(metadata={"help": "the dataset: a folder or a Hub id"})
@@ -146,7 +154,10 @@ class AlignConfig:
 
 @dataclass
 class RefineConfig:
-    """Phase 3: pairs, pool and negatives."""
+    """Phase 3: trains the student contrastively against the teacher's frozen ad vectors; no ad is encoded.
+
+    Started from a student that was never aligned, it is the paper's naive baseline.
+    """
 
     student: str = field(metadata={"help": "folder of the student to refine"})
     data: str = field(metadata={"help": "the dataset: a folder or a Hub id"})
@@ -174,7 +185,10 @@ class RefineConfig:
 
 @dataclass
 class EvaluateConfig:
-    """What is searched with, on which queries, and what is counted."""
+    """Searches the catalogue with every system: metrics, recovery with intervals, table, plot and report.json.
+
+    What a rerun need not do again is kept under `output`, in runs/ and stores/.
+    """
 
     data: str = field(metadata={"help": "folder or Hub id in the data contract"})
     systems: dict[str, Any] = field(
@@ -211,7 +225,10 @@ class System:
 
 @dataclass
 class ExportConfig:
-    """The online folder."""
+    """Writes the online folder: the student with its ONNX files, and what int8 costs on this data's queries.
+
+    It is what is published, and what `hlm.QueryEncoder` and the demo load.
+    """
 
     student: str = field(metadata={"help": "the student's folder"})
     output: str = field(metadata={"help": "the online folder"})
@@ -227,7 +244,10 @@ class ExportConfig:
 
 @dataclass
 class PublishConfig:
-    """What is published, where, and under which names."""
+    """Publishes a run on the Hub: its student, teacher's adapter, dataset with vectors and index, and the demo.
+
+    Everything is checked before anything is sent. The same run published twice changes nothing.
+    """
 
     student: str = field(metadata={"help": "the online folder: the student with its ONNX files"})
     vectors: str = field(metadata={"help": "the teacher's stores: corpus and queries, and index where it was built"})

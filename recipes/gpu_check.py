@@ -17,7 +17,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -31,9 +30,9 @@ from transformers import PretrainedConfig, Qwen3Config
 from hlm.artefacts import HlmError, write_json
 from hlm.benchmark import gpu_online, gpu_stages
 from hlm.benchmark.gpu_inputs import made_encoder, made_texts
+from hlm.benchmark.queries import catalogue_queries
 from hlm.benchmark.random_weights import random_backbone, random_encoder, shape_config
 from hlm.config import parse, run_recipe
-from hlm.data.sample_catalogue import write_catalogue
 from hlm.encoders.loading import check_device
 from hlm.encoders.qwen_tokenizer import find_tokenizer
 from hlm.evaluation.report import command_line, environment
@@ -73,7 +72,7 @@ class Setting:
             dtype = "bfloat16" if self.device == "cuda" else "float32"
             return made_encoder(config, dtype, self.device, 32), made_texts(20, 8, 30)
         backbone = random_backbone(config, "bfloat16", device=self.device)
-        return random_encoder(backbone, find_tokenizer(None), prompt=prompt), catalogue_queries()
+        return random_encoder(backbone, find_tokenizer(None), prompt=prompt), catalogue_queries()[-200:]
 
 
 def machine(setting: Setting, seconds: float, note: Note) -> dict[str, Any]:
@@ -206,7 +205,7 @@ def check_file(output: Path) -> Path:
 
 
 def make_setting(tiny: bool, device: str) -> Setting:
-    steps = read_steps(str(CONFIGS), TrainingArguments)
+    steps = read_steps(CONFIGS, TrainingArguments)
     if not tiny:
         (sizes,) = parse(Assumptions, argv=["--config", str(CONFIGS / "plan.yaml")])
         student = shape_config("Qwen/Qwen3-Embedding-0.6B", layers=4, ffn=768)
@@ -227,13 +226,6 @@ def make_setting(tiny: bool, device: str) -> Setting:
     return Setting(
         device, Qwen3Config(hidden_size=48, **shape), Qwen3Config(hidden_size=32, **shape), steps, sizes, True
     )
-
-
-def catalogue_queries() -> list[str]:
-    with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "data"
-        write_catalogue(data, ads=200, unlabelled=10, train_queries=10, dev_queries=10, test_queries=200, seed=0)
-        return [json.loads(line)["text"] for line in (data / "queries.jsonl").read_text().splitlines()][-200:]
 
 
 def run_stages(

@@ -47,9 +47,9 @@ def print_table(release: Release, tag: str | None) -> None:
     print(f"\n{'repository':<50} {'commit':<13} {'files':>5} {'bytes':>15}")
     for one in release.repositories.values():
         state = "" if one.changed else "  unchanged"
-        size = sum(one.files.values())
-        print(f"{one.repo_type + ' ' + one.repo_id:<50} {one.commit[:12]:<13} {len(one.files):>5} {size:>15,}{state}")
-        for line in one.changes.lines() if one.changes.any or one.changes.kept else ():
+        size, commit = sum(one.files.values()), (one.commit or "")[:12]
+        print(f"{one.repo_type + ' ' + one.repo_id:<50} {commit:<13} {len(one.files):>5} {size:>15,}{state}")
+        for line in one.changes.lines() if one.changes and (one.changes.any or one.changes.kept) else ():
             print(f"  {line}")
     print(f"collection {release.collection}" + (f", tag {tag}" if tag else ""))
 

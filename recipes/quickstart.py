@@ -35,6 +35,7 @@ from hlm.locks import locked
 from hlm.machine import cores
 from hlm.processes import Supervisor
 from hlm.report_files import check_report
+from hlm.settings import hints_of, read_yaml
 from hlm.steps import PARTS, STEPS, Step
 
 RECIPES = Path(__file__).resolve().parent
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     records: dict[str, dict[str, Any]] = {}
     with alone(home), Supervisor() as supervisor:
         for job in jobs:  # before the first one has worked for an hour
-            check_output_of(job)
+            check(job)
         before = ""
         for job in jobs:
             path = home / ".steps" / f"{job.name}.json"
@@ -108,8 +109,11 @@ def read_jobs(configs: Path) -> list[Job]:
     return jobs
 
 
-def check_output_of(job: Job) -> None:
-    """Refuses what the step would refuse of its output, once it is its turn."""
+def check(job: Job) -> None:
+    """Refuses what the step would refuse of its settings and its output, once it is its turn. The trainer's arguments
+    are left to the step: to know them takes seconds."""
+    if job.step.settings and not job.step.trains:
+        read_yaml(str(job.config), hints_of(job.step.settings))
     try:
         if job.step.is_report:
             check_report(job.output, job.step.writes)

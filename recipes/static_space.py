@@ -24,6 +24,7 @@ from hlm.config import parse, run_recipe
 from hlm.data.contract import iterate, load
 from hlm.demo.comparison import ad_texts, is_synthetic, stored_teacher
 from hlm.demo.examples import choose_examples
+from hlm.encoders.folder import GRAPHS
 from hlm.serving.query_encoder import QueryEncoder
 from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.lineage import open_fitting, read_student
@@ -40,7 +41,7 @@ LIBRARY = {
     "onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify.wasm": "ort-wasm-simd-threaded.asyncify.wasm",
     "onnxruntime-web/package.json": "onnxruntime-web.package.json",  # names its licence, MIT
 }
-DTYPES = {"int8": ("q8", "model_quantized.onnx"), "fp32": ("fp32", "model.onnx")}
+DTYPES = {"int8": "q8", "fp32": "fp32"}  # as transformers.js names them
 TAUGHT = 50  # ads of the teacher kept for each example: as many as the page shows at most (MAX_K in app.js)
 MAX_TEXT = 300  # characters of an ad's text that are sent; the page shows 240
 
@@ -101,7 +102,7 @@ def write_student(config: StaticSpaceConfig, folder: Path) -> None:
 
 def graph_files(config: StaticSpaceConfig) -> tuple[Path, Path]:
     """The student's graph, and where its weights lie if they are many."""
-    graph = Path(config.student) / "onnx" / DTYPES[config.precision][1]
+    graph = Path(config.student) / GRAPHS[config.precision]
     return graph, graph.with_name(f"{graph.name}_data")
 
 
@@ -134,7 +135,7 @@ def settings(config: StaticSpaceConfig, data: Any, store: VectorStore, student: 
     label, chosen = examples(config, data, store, student, count)
     return {
         "ads": count, "dim": student.dim, "max_tokens": student.max_tokens, "prompt": student.prompt,
-        "dtype": DTYPES[config.precision][0], "weights_beside": graph_files(config)[1].is_file(),
+        "dtype": DTYPES[config.precision], "weights_beside": graph_files(config)[1].is_file(),
         "synthetic": is_synthetic(config.data), "examples_label": label, "examples": chosen,
         "facts": [
             ["Student", f"{folder.name}, {config.precision}, width {student.dim}"],

@@ -13,6 +13,7 @@ from hub_xet import XetStore
 if TYPE_CHECKING:
     from hub_server import HubServer
 
+REPO = r"(?P<kind>models|datasets|spaces)/(?P<name>[\w.-]+/[\w.-]+)"
 GITATTRIBUTES = "".join(
     f"*.{end} filter=lfs diff=lfs merge=lfs -text\n"
     for end in "7z arrow bin bz2 gz h5 model npy npz onnx parquet pickle pkl pt pth safetensors tar zip".split()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import base64
 import binascii
 import copy
-import fnmatch
 import hashlib
 import json
 import re
@@ -25,12 +24,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
+import hub_lfs
 import hub_xet
 from hub_faults import Answer, FaultyHandler, Refused, Request
-from hub_repositories import GITATTRIBUTES, Entry, Repo, State, git_hash, pointer
+from hub_repositories import GITATTRIBUTES, REPO, Entry, Repo, State, git_hash, pointer
 
 DATE = "2026-01-01T00:00:00.000Z"
-REPO = r"(?P<kind>models|datasets|spaces)/(?P<name>[\w.-]+/[\w.-]+)"
 PAGE = r"(?P<prefix>datasets/|spaces/|)(?P<name>[\w.-]+/[\w.-]+)"
 
 
@@ -223,53 +222,6 @@ class HubServer:
         repo.tags[tag] = repo.commit_of(revision)
         return Answer({})
 
-    def preupload(self, request: Request, kind: str, name: str, revision: str) -> Answer:
-        repo = self.repo(request, kind, name, write=True)
-        there = repo.commits[repo.commit_of(revision)]
-        attributes = there.get(".gitattributes", Entry.small(b"")).content.decode().splitlines()
-        patterns = [line.split()[0] for line in attributes if "filter=lfs" in line]
-        files = []
-        for one in request.json()["files"]:
-            path, name_only = one["path"], one["path"].rsplit("/", 1)[-1]
-            large = one["size"] > 10_000_000 or b"\0" in base64.b64decode(one["sample"])
-            large |= any(fnmatch.fnmatchcase(name_only, pattern) for pattern in patterns)
-            oid = (there[path].sha256 or there[path].oid) if path in there else None
-            files.append({"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False, "oid": oid})
-        return Answer({"files": files})
-
-    def lfs_batch(self, request: Request, kind: str, name: str) -> Answer:
-        self.repo(request, kind, name, write=True)
-        asked, objects = request.json(), []
-        for one in asked["objects"]:
-            oid, size = one["oid"], one["size"]
-            here = f"{self.url}/{'' if kind == 'models' else kind + '/'}{name}.git/info/lfs/objects/verify"
-            upload = {"href": f"{self.cdn}/large/{oid}?signature={self.signature(oid)}"}
-            known = oid in self.state.stored or self.state.xet.has(oid)
-            actions = {} if known else {"actions": {"upload": upload, "verify": {"href": here}}}
-            objects.append({"oid": oid, "size": size, **actions})
-        return Answer({"transfer": "basic", "objects": objects})
-
-    def lfs_upload(self, request: Request, oid: str) -> Answer:
-        if request.query.get("signature") != self.signature(oid):
-            raise Refused(403, "SignatureDoesNotMatch")
-        if hashlib.sha256(request.body).hexdigest() != oid:
-            raise Refused(400, "BadDigest: the content's SHA-256 is not the one that was announced")
-        (self.folder / "large" / oid).write_bytes(request.body)
-        self.state.stored[oid] = len(request.body)
-        return Answer(headers={"ETag": f'"{oid}"'})
-
-    def lfs_verify(self, request: Request, kind: str, name: str) -> Answer:
-        self.repo(request, kind, name, write=True)
-        asked = request.json()
-        if self.state.stored.get(asked["oid"]) != asked["size"]:
-            raise Refused(404, "The object has not arrived")
-        return Answer({})
-
-    def lfs_download(self, request: Request, oid: str) -> Answer:
-        if request.query.get("signature") != self.signature(oid) or not (self.folder / "large" / oid).is_file():
-            raise Refused(403, "SignatureDoesNotMatch")
-        return Answer(self.folder / "large" / oid, headers={"ETag": f'"{oid}"', "Accept-Ranges": "bytes"})
-
     @property
     def cdn(self) -> str:
         """Where large files are: another origin, as on the Hub, so that clients send no token there."""
@@ -408,10 +360,7 @@ class HubServer:
 
 def _routes() -> list[tuple[str, re.Pattern[str], Callable[..., Answer]]]:
     hub, api = HubServer, rf"/api/{REPO}"
-    lfs, slug = (
-        r"/(?P<prefix>datasets/|spaces/|)(?P<name>[\w.-]+/[\w.-]+?)\.git/info/lfs/objects",
-        r"(?P<slug>[\w./-]+?)",
-    )
+    slug = r"(?P<slug>[\w./-]+?)"
     table = [
         ("GET", r"/api/whoami-v2", hub.whoami),
         ("POST", r"/api/validate-yaml", hub.validate_yaml),
@@ -421,19 +370,15 @@ def _routes() -> list[tuple[str, re.Pattern[str], Callable[..., Answer]]]:
         ("GET", rf"{api}/commits/(?P<revision>[^/]+)", hub.commits),
         ("POST", rf"{api}/branch/(?P<branch>[^/]+)", hub.create_branch),
         ("POST", rf"{api}/tag/(?P<revision>[^/]+)", hub.create_tag),
-        ("POST", rf"{api}/preupload/(?P<revision>[^/]+)", hub.preupload),
         ("POST", rf"{api}/commit/(?P<branch>[^/]+)", hub.commit),
         ("GET", rf"{api}/tree/(?P<revision>[^/]+)(/(?P<under>.+))?", hub.tree),
         ("POST", rf"{api}/paths-info/(?P<revision>[^/]+)", hub.paths_info),
         ("GET", rf"{api}/xet-(?P<access>read|write)-token/(?P<revision>[^/]+)", hub_xet.token),
         ("GET", rf"/{PAGE}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", hub.resolve),
-        ("POST", rf"{lfs}/batch", hub.lfs_batch),
-        ("POST", rf"{lfs}/verify", hub.lfs_verify),
-        ("PUT", r"/large/(?P<oid>[0-9a-f]{64})", hub.lfs_upload),
-        ("GET", r"/large/(?P<oid>[0-9a-f]{64})", hub.lfs_download),
         ("POST", r"/api/collections", hub.create_collection),
         ("POST", rf"/api/collections/{slug}/items", hub.add_item),
         ("GET", rf"/api/collections/{slug}", hub.get_collection),
+        *hub_lfs.ROUTES,
         *hub_xet.ROUTES,
     ]
     return [(method, re.compile(pattern), function) for method, pattern, function in table]

@@ -245,6 +245,11 @@ def test_help_explains_every_setting_of_a_recipe(path, capsys, monkeypatch):
     assert "--weight_decay" not in printed
 
 
+def test_the_size_of_an_install_is_the_measured_one():
+    measured = json.loads((ROOT / "results/install.json").read_text())["environments"]["hlm"]
+    assert f"{measured['mib']:.0f} MiB in all and no torch" in README and measured["torch"] is False
+
+
 def test_results_are_reports_of_the_agreed_shape():
     for name in render_readme.TITLES:
         report = json.loads((ROOT / "results" / f"{name}.json").read_text())["report"]
@@ -273,3 +278,8 @@ def test_a_feature_takes_three_files_at_most():
     assert len(rows) == 5
     for files, test in rows:
         assert 1 <= len(files.split(", ")) <= 3 and re.fullmatch(r"`<?tests/[\w/]+\.py>?`", test)
+
+
+def test_the_latency_on_a_gpu_is_the_measured_one():
+    measured = json.loads((ROOT / "results" / "gpu.json").read_text())["stages"]["online_190m"]["measured"]
+    assert f"{measured['p50_ms']:.2f} ms a query on one H200" in README.replace("\n", " ")

@@ -27,9 +27,10 @@ from hlm.encoders.loading import encode, pad, token_batches, tokenise
 from hlm.encoders.lora import add_lora, enable_gradient_checkpointing
 from hlm.planning.footprint import Shape, forward_flops, training_flops
 from hlm.planning.settings import Assumptions
+from hlm.steps import TeacherConfig
 from hlm.training.frozen import FrozenVectors
-from hlm.training.gradcache import loss_of_chunks
-from hlm.training.losses import l2_alignment, matryoshka, qwen3_contrastive, refinement_contrastive
+from hlm.training.losses import l2_alignment, matryoshka, refinement_contrastive
+from hlm.training.teacher import Batches
 from hlm.vectors.store import write_store
 
 MOST_BATCHES = 64  # of made-up rows; they come again in every epoch
@@ -65,46 +66,20 @@ def lora_step(
     query_length, document_length = (limit for _, limit in phase.training.rows)
     queries = token_table(model, count, sizes.query_tokens + sizes.prompt_tokens, query_length)
     documents = token_table(model, count * per_query, sizes.document_tokens, document_length)
-    size = step["cache_chunk"] or 32
-
-    def collate(rows: list[int]) -> dict[str, Any]:
-        query = np.asarray(rows)[np.argsort(queries.lengths(np.asarray(rows)), kind="stable")]
-        document = (query[:, None] + count * np.arange(per_query)).ravel()
-        order = np.argsort(documents.lengths(document), kind="stable")
-        places = np.argsort(order).reshape(batch, per_query)
-        chunks = -(-len(document) // size)
-        return {
-            "query": [queries.features(part) for part in np.array_split(query, -(-batch // size))],
-            "document": [documents.features(part) for part in np.array_split(document[order], chunks)],
-            "places": torch.from_numpy(places),
-            "query_ids": torch.from_numpy(query),
-            "document_ids": torch.from_numpy(document.reshape(batch, per_query)),
-        }
-
-    def loss(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
-        ids, places = batch["document_ids"], batch["places"]
-
-        def contrast(queries: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
-            return qwen3_contrastive(
-                queries,
-                documents[places[:, 0]],
-                documents[places[:, 1:]] if per_query > 1 else None,
-                query_ids=batch["query_ids"],
-                positive_ids=ids[:, 0].contiguous(),
-                negative_ids=ids[:, 1:].contiguous() if per_query > 1 else None,
-            )
-
-        return loss_of_chunks(model, [batch["query"], batch["document"]], contrast, cached=bool(step["cache_chunk"]))
-
-    ran = run_steps(model, collate, loss, count, step, steps=steps, seconds=seconds - (perf_counter() - began))
-    done = [
-        (rows, tokens) for name in ("query", "document") for rows, tokens in ran.shapes[name]
-    ]  # of the measured steps
-    flops = sum(
-        training_flops(shape, rows, tokens, lora_rank=step["lora_rank"], caching=bool(step["cache_chunk"]),
-                       checkpointing=phase.training.checkpointing)
-        for rows, tokens in done
-    )  # fmt: skip
+    numbers = np.arange(count)
+    batches = Batches(
+        rows=np.stack([numbers, numbers], axis=1),
+        excluded=torch.from_numpy(numbers[:, None]),
+        negatives=numbers[:, None] + count * np.arange(1, per_query),
+        queries=queries,
+        documents=documents,
+        config=TeacherConfig("", "", "", hard_negatives=step["hard_negatives"], cache_chunk=step["cache_chunk"]),
+    )
+    left = seconds - (perf_counter() - began)
+    ran = run_steps(model, batches.collate, batches.loss, count, step, steps=steps, seconds=left)
+    kind = {"caching": bool(step["cache_chunk"]), "checkpointing": phase.training.checkpointing}
+    done = [call for name in ("query", "document") for call in ran.shapes[name]]
+    flops = sum(training_flops(shape, rows, tokens, lora_rank=step["lora_rank"], **kind) for rows, tokens in done)
     return report(ran, flops / ran.steps, work, phase, batch, device)
 
 

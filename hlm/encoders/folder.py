@@ -5,6 +5,7 @@ asks here.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,6 +156,18 @@ class EncoderFolder:
     def heads(self) -> list[str]:
         """Folders of the linear layers behind the pooling, in order."""
         return [module.path for module in self.modules() if module.name == "Dense"]
+
+    def activation(self, head: str) -> str:
+        """The class in torch.nn of what follows a linear layer, "Identity" where that is nothing."""
+        file = f"{head}/config.json"
+        name = optional(self.json(file), str, "activation_function", where=self.folder / file)
+        name = "torch.nn.modules.activation.Tanh" if name is None else name  # as sentence-transformers reads it
+        found = re.fullmatch(r"torch\.nn\.modules\.\w+\.([A-Za-z]\w*)", name)
+        if found is None:
+            raise HlmError(
+                f"{self.folder / file}: expected an activation_function of torch.nn, found {name!r}; correct it"
+            )
+        return found[1]
 
     def prompts(self) -> dict[str, str]:
         """Role -> what goes before every text of that role."""

@@ -20,6 +20,7 @@ from hlm.encoders.families import has_shifted_positions, longest_text
 from hlm.encoders.fingerprint import fingerprint
 from hlm.encoders.folder import MODULES, EncoderFolder
 from hlm.encoders.layout import write_legacy_layout
+from hlm.encoders.padding import right_padded
 from hlm.progress import progress
 from hlm.texts import as_texts, well_formed
 
@@ -266,12 +267,11 @@ def encode(
     batches = token_batches(np.array([len(tokens) for tokens in ids]), batch_tokens)
     own = progress(what="encode", unit="text", total=len(texts), shown=bar is None and len(batches) > 1)
     before: tuple[np.ndarray, Callable[[], np.ndarray]] | None = None
-    with own:
+    with right_padded(model), own:
         for rows in batches:
-            features = pad(model, [ids[row] for row in rows])
-            vectors = model({name: sent(value, model.device) for name, value in features.items()})["sentence_embedding"]
-            vectors = torch.nn.functional.normalize(vectors.float()[:, : dim or width], dim=-1)
-            started = rows, _fetched(vectors)
+            features = {name: sent(value, model.device) for name, value in pad(model, [ids[n] for n in rows]).items()}
+            vectors = model(features)["sentence_embedding"].float()[:, : dim or width]
+            started = rows, _fetched(torch.nn.functional.normalize(vectors, dim=-1))
             if before:  # a GPU computes this batch while the one before is dealt with
                 out[before[0]] = before[1]()
             before = started
@@ -326,7 +326,9 @@ def save_encoder(
         write_legacy_layout(aside)
         if beside is not None:
             beside(aside)
-        write_manifest(aside, kind, encoder=fingerprint(model), dim=model.get_embedding_dimension(), **manifest)
+        encoder = fingerprint(model)
+        write_manifest(aside, kind, encoder=encoder, dim=model.get_embedding_dimension(), **manifest)
+    logger.info("%s: %s %s", folder, kind, encoder)
 
 
 def add_head(model: SentenceTransformer, student: np.ndarray, teacher: np.ndarray) -> SentenceTransformer:

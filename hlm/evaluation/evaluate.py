@@ -13,9 +13,10 @@ from hlm.artefacts import fingerprint_texts
 from hlm.data.contract import RetrievalData, document_text, load
 from hlm.encoders.loading import check_device, encode, fingerprint, load_encoder
 from hlm.encoders.pruning import parameter_counts
+from hlm.evaluation.bm25 import bm25_run
 from hlm.evaluation.inputs import find_inputs, read_systems
 from hlm.evaluation.kept_runs import cached_run, check_runs, run_path, write_parquet
-from hlm.evaluation.metrics import Run, bm25_run, check_judgements, dense_run, relevance_threshold
+from hlm.evaluation.metrics import Run, check_judgements, dense_run, relevance_threshold
 from hlm.evaluation.report import STUDENTS, build_report, command_line, environment, plot
 from hlm.progress import progress
 from hlm.report_files import claimed_report, write_report
@@ -156,6 +157,7 @@ def open_catalogue(
     source = data.fingerprint("corpus")
     if name in STUDENTS:
         catalogue = Catalogue(store) if store else teacher
+        assert catalogue is not None, "find_inputs refuses a student without a teacher's vectors"
         check_student(system.model, catalogue.store.encoder)
         return catalogue
     if store is None:

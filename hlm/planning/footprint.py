@@ -1,8 +1,9 @@
 """What one backbone costs, from its config alone: parameters, bytes of memory and FLOPs; no weights are needed.
 
-Bytes are those that autograd keeps for the backward pass, tensor by tensor, for BERT-style and Qwen3-style layers with
-SDPA (flash or memory-efficient: the scores of attention are not kept) and a padding mask. What the allocator rounds up
-and the CUDA context are not in them. One multiply-add counts as two FLOPs, padding counts as tokens.
+Bytes are those that autograd keeps for the backward pass, tensor by tensor, for BERT-style and Qwen3-style layers,
+and within a tenth for those of ModernBERT and Gemma 3. SDPA is taken (flash or memory-efficient: the scores of
+attention are not kept), and a padding mask. What the allocator rounds up and the CUDA context are not in them. One
+multiply-add counts as two FLOPs, padding counts as tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,8 +21,10 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from hlm.artefacts import HlmError
 from hlm.encoders.families import depth_of, family_of, ffn_width_of, layers_of
+from hlm.encoders.folder import MODULES, EncoderFolder
 from hlm.encoders.loading import DTYPES, resolve
 from hlm.encoders.pruning import cut_config, planned_parameters
+from hlm.fields import field, read_json
 from hlm.hub.cache import hub_file
 
 SHIPPED_OWNER = "qwen"  # of the shapes in hlm/shapes, as their Hub ids begin
@@ -37,8 +39,8 @@ def backbone_config(name_or_path: str) -> PretrainedConfig:
         HlmError: neither is there; names the shapes that are shipped.
     """
     source = resolve(str(name_or_path))
-    if (modules := Path(source) / "modules.json").is_file():
-        source = str(Path(source) / json.loads(modules.read_text())[0]["path"])
+    if (Path(source) / MODULES).is_file():
+        source = str(Path(source) / EncoderFolder(source).modules()[0].path)
     local = Path(source).exists()
     owner, _, name = source.lower().rpartition("/")
     shipped = {path.name.removesuffix(".json"): path for path in (files("hlm.planning") / "shapes").iterdir()}
@@ -66,22 +68,24 @@ def encoder_width(name_or_path: str, *, revision: str | None = None) -> int:
     """
     source = resolve(str(name_or_path))
 
-    def read(file: str) -> Any:
+    def found(file: str) -> Path | None:
         try:
             path = Path(source) / file if Path(source).is_dir() else hub_file(source, file, revision=revision)
         except HlmError:
             return None  # out of reach: `backbone_config` says what is missing
-        return json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else None
+        return path if path and path.is_file() else None
 
-    heads = [module["path"] for module in read("modules.json") or [] if module["type"].endswith(".Dense")]
-    if heads and (head := read(f"{heads[-1]}/config.json")):
-        return head["out_features"]
+    modules = found(MODULES)
+    heads = EncoderFolder(modules.parent).heads() if modules else []
+    if heads and (head := found(f"{heads[-1]}/config.json")):
+        return field(read_json(head), int, "out_features", where=head, least=1)
     return backbone_config(name_or_path).hidden_size
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What costs depend on. `linears` are (in, out) of one layer's linear layers; `embeddings` counts every table."""
+    """What costs depend on. `linears` are (in, out) of one layer's linear layers, `norms` counts those of its whole
+    width; `embeddings` counts every table."""
 
     layers: int
     hidden: int
@@ -91,6 +95,7 @@ class Shape:
     ffn: int
     linears: tuple[tuple[int, int], ...]
     gated: bool
+    norms: int
     qk_norm: bool
     parameters: int
     embeddings: int
@@ -103,9 +108,9 @@ class Shape:
             HlmError: a cut that grows, or a backbone that is not known.
         """
         total, body = planned_parameters(config, layers, ffn_width)
-        one = cut_config(config, 1, ffn_width)
+        few = cut_config(config, min(2, depth_of(config)), ffn_width)  # ModernBERT's first layer is unlike the others
         with torch.device("meta"):
-            (layer,) = layers_of(AutoModel.from_config(one))
+            layer = layers_of(AutoModel.from_config(few))[-1]
         heads = config.num_attention_heads
         return cls(
             layers=layers or depth_of(config),
@@ -113,9 +118,10 @@ class Shape:
             heads=heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            ffn=ffn_width_of(one),
+            ffn=ffn_width_of(few),
             linears=tuple((part.in_features, part.out_features) for part in layer.modules() if _linear(part)),
             gated=family_of(config).gated,
+            norms=sum(_norm(part, config.hidden_size) for part in layer.modules()),
             qk_norm=hasattr(getattr(layer, "self_attn", None), "q_norm"),
             parameters=total,
             embeddings=total - body,
@@ -133,6 +139,10 @@ class Shape:
 
 def _linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
+
+
+def _norm(module: nn.Module, width: int) -> bool:
+    return "Norm" in type(module).__name__ and getattr(module, "weight", torch.empty(0)).shape == (width,)
 
 
 @dataclass(frozen=True)
@@ -169,8 +179,8 @@ def saved_bytes(shape: Shape, sequence: int, precision: Precision) -> int:
     if shape.qk_norm:
         both = (shape.heads + shape.kv_heads) * shape.head_dim
         total += 4 * both + 4 * (shape.heads + shape.kv_heads) + (both * inner if trains else 0)
-    if shape.gated:  # two RMSNorms in fp32; gate, its activation and up
-        total += 2 * (4 * hidden + 4) + (2 * hidden * stream if trains else 0) + 3 * ffn * inner
+    if shape.gated:  # RMSNorms in fp32; gate, its activation and up
+        total += shape.norms * (4 * hidden + 4 + (hidden * stream if trains else 0)) + 3 * ffn * inner
     else:  # two LayerNorms with mean and deviation; what the activation reads
         total += 2 * hidden * stream + 4 * stream + ffn * inner
     # Inputs of the linear layers. Where a cast stands before a layer, each keeps a copy of its own; under autocast the

@@ -168,6 +168,8 @@ def assumptions(plan: Plan) -> list[str]:
         "more for gradient checkpointing and one for gradient caching; embeddings are looked up",
         "GPU memory: AdamW in fp32, gradients kept, SDPA without stored scores; "
         + ("the teacher split by FSDP" if sizes.fsdp else "every GPU holds the whole model (DDP)"),
+        f"refinement copies all ads to the GPU, {size(plan.host / 2)} in fp16, where that is at most a quarter of its "
+        "free memory; not in the figures, as the store's memory map serves as well, slower",
         f"fits: {FRAGMENTED:.0%} of a GPU lost between blocks and {size(CONTEXT_BYTES)} to CUDA; where 2 and more "
         "GPUs are the smallest hardware, they are under FSDP",
         f"disk: 2 bytes a value of a store and {ID_BYTES} a row's id; checkpoints hold weights and two moments in fp32",

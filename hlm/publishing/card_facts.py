@@ -39,7 +39,7 @@ def encoder_facts(folder: str | Path, manifest: dict[str, Any]) -> dict[str, Any
         "prompt": files.prompt(),
         "prompts": files.prompts(),
         "limit": files.longest(),
-        "dense": next(iter(files.heads()), None),
+        "heads": [(path, files.activation(path)) for path in files.heads()],
         "architecture": (architecture.get("architectures") or [architecture.get("model_type")])[0],
         "layers": architecture.get(depth_field(architecture)),
     }

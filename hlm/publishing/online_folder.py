@@ -59,21 +59,28 @@ def _export(config: ExportConfig) -> None:
 
     def beside(folder: Path) -> None:
         facts.update(export_model(model, folder, lookup=config.lookup))
-        if config.vectors is not None:
-            facts["int8"][f"overlap@{config.k}"] = int8_overlap(config, model, folder)
+        if config.data is not None and config.vectors is not None:
+            found = int8_overlap(config, config.data, config.vectors, model, folder)
+            facts["int8"][f"overlap@{config.k}"] = found
 
     save_encoder(model, config.output, "student", beside=beside, onnx=facts, **identity)
-    for precision, found in facts.items():
-        logger.info("%s: %s", precision, found)
+    for found in facts.values():
+        shared = found.get(f"overlap@{config.k}")
+        logger.info(
+            "%s/%s: cosine to the model's vectors at least %.6f%s",
+            config.output,
+            found["file"],
+            found["min_cosine"],
+            "" if shared is None else f", {shared:.1%} of the first {config.k} documents in common",
+        )
 
 
-def int8_overlap(config: ExportConfig, model: SentenceTransformer, folder: Path) -> float:
+def int8_overlap(config: ExportConfig, data: str, vectors: str, model: SentenceTransformer, folder: Path) -> float:
     """Mean share of the first k documents that int8 and the fp32 model have in common, over the split's queries."""
-    queries = load(config.data, splits=(config.split,), skip_bad_rows=config.skip_bad_rows).split_queries(config.split)
+    queries = load(data, splits=(config.split,), skip_bad_rows=config.skip_bad_rows).split_queries(config.split)
     ids, texts = [query for query, _ in queries], [text for _, text in queries]
-    index = AdIndex.build(VectorStore.open(Path(config.vectors) / "corpus"), dim=model.get_embedding_dimension())
+    index = AdIndex.build(VectorStore.open(Path(vectors) / "corpus"), dim=model.get_embedding_dimension())
+    whole = encode(model, texts, prompt_name="query")
     quantised = QueryEncoder.from_pretrained(folder, precision="int8").encode(texts)
-    runs = [
-        dense_run(vectors, index, ids, config.k) for vectors in (encode(model, texts, prompt_name="query"), quantised)
-    ]
-    return mean(overlap(*runs, k=config.k))
+    one, other = (dense_run(found, index, ids, config.k) for found in (whole, quantised))
+    return mean(overlap(one, other, config.k))

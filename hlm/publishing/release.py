@@ -54,10 +54,11 @@ def publish(config: PublishConfig) -> Release:
                 repository.create()
             lay_out(config, repositories, Path(temporary) / "sent", done, dry_run=False)
             slug = collect(config.name, list(repositories.values()), "Written by HLM")
-            for part, repository in repositories.items() if config.tag else ():
-                repository.tag(config.tag, done[part].commit)
+            for part, one in done.items():
+                if config.tag and one.commit:
+                    repositories[part].tag(config.tag, one.commit)
         except HlmError as error:
-            whole = ", ".join(f"{one.repo_type} {one.repo_id} at {one.commit[:12]}" for one in done.values())
+            whole = ", ".join(f"{one.repo_type} {one.repo_id} at {(one.commit or '')[:12]}" for one in done.values())
             raise HlmError(
                 f"{error}. Whole so far: {whole or 'nothing'}; the same command goes on from there"
             ) from error
@@ -123,6 +124,6 @@ def check_plan(planned: dict[str, Published]) -> None:
 
 def check_teacher(config: PublishConfig) -> None:
     wanted = read_student(config.student)["inputs"]["teacher"]
-    found = read_manifest(config.teacher, "teacher")["encoder"]
+    found = read_manifest(config.teacher or "", "teacher")["encoder"]
     if wanted != found:
         raise HlmError(f"expected the student's teacher {wanted} at {config.teacher}, found {found}; name that teacher")

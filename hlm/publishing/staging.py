@@ -27,6 +27,7 @@ from hlm.vectors.lineage import open_fitting, read_student
 from hlm.vectors.store import VectorStore
 
 SPLITS = ("train", "dev", "test")
+LEFT_OUT = (".*", "__pycache__", "recipes", "model_cards")  # of the package: the last two lie within it in a wheel
 UNKNOWN = "0" * 40  # in a dry run, the commit that is not there yet
 
 
@@ -42,13 +43,14 @@ def about(config: PublishConfig, repositories: dict[str, Repository], part: str)
 
 
 def stage_teacher(config: PublishConfig, repositories: dict, done: dict, home: Path) -> str:
-    link_files(config.teacher, home)
+    teacher = Path(config.teacher or "")  # a part that is None is not laid out
+    link_files(teacher, home)
     settings = home / "adapter/adapter_config.json"
     if config.base_model and settings.is_file():  # where the run found its backbone is nobody else's path
         values = json.loads(settings.read_text()) | {"base_model_name_or_path": config.base_model}
         settings.unlink()
         write_json(settings, values)
-    return teacher_card(config.teacher, **about(config, repositories, "teacher"))
+    return teacher_card(teacher, **about(config, repositories, "teacher"))
 
 
 def stage_dataset(config: PublishConfig, repositories: dict, done: dict, home: Path) -> str:
@@ -57,8 +59,8 @@ def stage_dataset(config: PublishConfig, repositories: dict, done: dict, home: P
         stage_tables(Path(config.data), home, config.unlabelled)
     for part in ("corpus", "queries"):
         if part == "corpus" or (vectors / part / MANIFEST).is_file():
-            store = open_fitting(vectors / part, student, "vectors")
-            link_files(store.folder, home / "vectors" / part)
+            open_fitting(vectors / part, student, "vectors")
+            link_files(vectors / part, home / "vectors" / part)
     if (vectors / "index" / MANIFEST).is_file():
         link_files(vectors / "index", home / "index")
     else:
@@ -75,8 +77,8 @@ def stage_tables(data: Path, home: Path, unlabelled: bool) -> None:
     """Links to the tables; where they are compressed, or of several formats, which `datasets` does not read, all of
     them as JSONL."""
     texts = ["corpus", "queries", *(["unlabelled"] if unlabelled else [])]
-    found = {part: find_table(data, part) for part in (*texts, *(f"qrels/{split}" for split in SPLITS))}
-    found = {part: path for part, path in found.items() if path}
+    wanted = (*texts, *(f"qrels/{split}" for split in SPLITS))
+    found = {part: path for part in wanted if (path := find_table(data, part))}
     if unlabelled and "unlabelled" not in found:
         raise HlmError(
             f"unlabelled: expected one table of them in {data}, found none; join shards into unlabelled.parquet, or "
@@ -117,14 +119,15 @@ def stage_student(config: PublishConfig, repositories: dict, done: dict, home: P
 
 def stage_space(config: PublishConfig, repositories: dict, done: dict, home: Path) -> str:
     """The demo's folder with the package beside it; its settings and front matter name what was just published."""
-    if not (Path(config.space) / "app.py").is_file():
+    space = Path(config.space or "")
+    if not (space / "app.py").is_file():
         raise HlmError(f"space: expected the demo's folder at {config.space}, found no app.py there; correct the path")
-    for name, path in folder_files(config.space):
+    for name, path in folder_files(space):
         if path.suffix != ".png":
             (home / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, home / name)
     package = Path(hlm.__file__).parent
-    shutil.copytree(package, home / "hlm", ignore=shutil.ignore_patterns(".*", "__pycache__"))
+    shutil.copytree(package, home / "hlm", ignore=shutil.ignore_patterns(*LEFT_OUT))
     student, dataset = done["student"], done["dataset"]
     commits = {"student": student.commit or UNKNOWN}
     ids: dict[str, str | None] = {"student": student.repo_id, "teacher": None}

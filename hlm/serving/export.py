@@ -31,6 +31,7 @@ from hlm.artefacts import MANIFEST, HlmError, amend_manifest, fingerprint_file
 from hlm.encoders.families import FAMILIES
 from hlm.encoders.folder import GRAPHS
 from hlm.encoders.loading import load_encoder, pad, prompt_of, tokenise
+from hlm.progress import progress
 from hlm.serving.online_graph import LookupGraph, OnlineGraph, lookup_pays
 
 # Loggers of what exports, which say nothing that a user could act on.
@@ -111,7 +112,8 @@ def export_model(
 def _exported(model: SentenceTransformer, folder: Path, *, int8: bool, lookup: bool) -> dict[str, dict[str, Any]]:
     model[0].model.set_attn_implementation("eager")  # sdpa becomes the same arithmetic in 24 nodes more
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".onnx.") as aside:
+    bar = progress(what="export", unit="graph", total=1 + (lookup and lookup_pays(model)) + int8)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".onnx.") as aside, bar:
         paths = {"fp32": Path(aside) / Path(GRAPHS["fp32"]).name}
         try:
             traced = _traced(model)
@@ -123,9 +125,11 @@ def _exported(model: SentenceTransformer, folder: Path, *, int8: bool, lookup: b
                 f"{', '.join(FAMILIES)}"
             ) from error
         _save(traced, paths["fp32"])
+        bar.update()
         if lookup and lookup_pays(model):
             paths["lookup"] = Path(aside) / Path(GRAPHS["lookup"]).name
             _save(_traced(model, lookup=True), paths["lookup"], external=True)
+            bar.update()
         facts = {name: _differences(model, path) | {"tolerance": FP32_TOLERANCE} for name, path in paths.items()}
         found = max(fact["max_abs_difference"] for fact in facts.values())
         if not found <= FP32_TOLERANCE:
@@ -137,6 +141,7 @@ def _exported(model: SentenceTransformer, folder: Path, *, int8: bool, lookup: b
             paths["int8"] = Path(aside) / Path(GRAPHS["int8"]).name
             quantise(paths["fp32"], paths["int8"])
             facts["int8"] = _differences(model, paths["int8"])
+            bar.update()
         for file in {GRAPHS[name] for name in GRAPHS.keys() - paths.keys()}:
             for leftover in (folder / file, folder / f"{file}_data"):  # of an earlier student
                 leftover.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,7 +86,7 @@ def _align(source: str, stage: dict, output: str, config: AlignConfig, args, dat
     model = load_encoder(source, max_seq_length=config.max_seq_length)
     if source == config.student:
         check_start(source, documents, model)
-    identity = {
+    identity: dict[str, Any] = {
         "inputs": {"student": fingerprint(model), "teacher": queries.encoder, "vectors": queries.fingerprint}
         | {"documents": documents.fingerprint}
         | {f"qrels/{split}": data.fingerprint(f"qrels/{split}") for split in ("train", "dev")},

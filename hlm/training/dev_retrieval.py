@@ -49,6 +49,7 @@ class DevRetrieval(BaseEvaluator):
         if index is None:
             vectors = encode(model, list(self.documents.values()), prompt_name="document")
             index = AdIndex.from_vectors(vectors, list(self.documents))
+        # The GPU waits while the CPU searches and counts: once an evaluation, over a few hundred queries.
         queries = encode(model, list(self.texts.values()), prompt_name=self.prompt_name)
         run = dense_run(queries, index, list(self.texts), 100)
         scores = per_query(run, self.qrels, 10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from hlm.artefacts import claimed
 from hlm.data.contract import load
@@ -40,7 +41,8 @@ def _prune(config: PruneConfig) -> None:
     data = load(config.data, splits=(), skip_bad_rows=config.skip_bad_rows)
     teacher = VectorStore.open(Path(config.vectors) / "corpus").encoder
     model = load_encoder(config.model)
-    identity = {"inputs": {"student": fingerprint(model), "teacher": teacher}, "config": as_config(config)}
+    inputs = {"student": fingerprint(model), "teacher": teacher}
+    identity: dict[str, Any] = {"inputs": inputs, "config": as_config(config)}
     if up_to_date(config.output, "student", identity):
         return
     texts = (data.unlabelled or data.queries)[: config.calibration]["text"]

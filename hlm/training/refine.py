@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,7 +78,7 @@ def _refine(config: RefineConfig, args: TrainingArguments) -> None:
     model = load_encoder(config.student)
     queries = VectorStore.open(Path(config.vectors) / "queries")
     queries.check(encoder=documents.encoder, source=data.fingerprint("queries"))
-    identity = {
+    identity: dict[str, Any] = {
         "inputs": {"student": fingerprint(model), "teacher": documents.encoder, "vectors": documents.fingerprint}
         | {"queries": queries.fingerprint, "qrels": data.fingerprint("qrels/train")}
         | {"qrels/dev": data.fingerprint("qrels/dev")},

@@ -108,7 +108,6 @@ def _tune(config: TeacherConfig, args: TrainingArguments) -> None:
             merge_lora(model), config.output, "teacher", **identity, **measured,
             beside=lambda folder: save_adapter(adapter, peft_config, config.backbone, folder / "adapter"),
         )  # fmt: skip
-        logger.info("%s: teacher %s", config.output, fingerprint(model))
     finish(trainer, measured)
 
 

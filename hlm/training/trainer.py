@@ -30,6 +30,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from hlm.artefacts import HlmError, claimed, write_json
 from hlm.config import check_processes
 from hlm.encoders.loading import check_device, devices
+from hlm.encoders.padding import leave_out_masks
 from hlm.outputs import resolved
 from hlm.planning.plan import check_step
 from hlm.redaction import is_secret
@@ -139,6 +140,7 @@ class RecipeTrainer(SentenceTransformerTrainer):
         callbacks: list | None = None,
     ) -> None:
         self.keys, self.group, self.step_loss = keys, group, step_loss
+        leave_out_masks(model)  # every batch comes from `pad_rows`
         self.extra_state = extra_state or {}
         super().__init__(
             model=model,

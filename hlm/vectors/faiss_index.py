@@ -112,6 +112,8 @@ class AdIndex(Index):
             HlmError: a factory string FAISS does not take, too few rows to train it, an option the index has no part
                 for, a number out of bounds, a vector that is not finite or zero, an id that is there twice, or no GPU.
         """
+        from hlm.progress import progress  # not above: a search does without, and would wait for tqdm
+
         width = (
             store.dim if dim is None else whole_number("dim (the store's width or less)", dim, least=1, most=store.dim)
         )
@@ -123,7 +125,9 @@ class AdIndex(Index):
         try:
             with faiss_parts.threads(one=False):
                 index = _trained(store, factory, width, train_rows, seed, gpu)
-                for start, block in store.iter_blocks(rows_per_block):
+                count = -(-len(store) // rows_per_block)
+                blocks = progress(store.iter_blocks(rows_per_block), what=f"build {factory}", unit="block", total=count)
+                for start, block in blocks:
                     index.add(normalised(block, width, first_row=start))
         except (RuntimeError, MemoryError) as error:
             raise HlmError(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 from hlm.artefacts import MANIFEST, HlmError, read_manifest
+from hlm.extras import extras_named
 from hlm.fields import optional
 from hlm.integrity import read_steadily
 
@@ -112,11 +113,12 @@ def open_index(folder: str | Path, *, expect_encoder: str | None = None) -> Inde
 
     Raises:
         HlmError: no index there, one of an engine that this version does not know, one of another encoder, or files
-            that are missing, cut short or changed.
+            that are missing, cut short or changed. Or the engine is not installed: the error names the extra.
     """
     where = Path(folder) / MANIFEST
-    engine = ENGINES[read_steadily(folder, lambda: engine_of(read_manifest(folder, KIND), where))]
-    opened: type[Index] = getattr(importlib.import_module(engine.module), engine.name)
+    name = read_steadily(folder, lambda: engine_of(read_manifest(folder, KIND), where))
+    with extras_named(f"an index of the engine {name}"):
+        opened: type[Index] = getattr(importlib.import_module(ENGINES[name].module), ENGINES[name].name)
     return opened.load(folder, expect_encoder=expect_encoder)
 
 

@@ -104,6 +104,7 @@ def details() -> str:
         ("compare", "Training and embedding beside the sentence-transformers scripts they replace", compared),
         ("memory", "Memory of alignment as the query log grows", remembered),
         ("install", "What an install takes, and how fast it starts", light),
+        ("gpu", "The published shapes on one GPU", on_gpu),
         ("reliability", "Two writers on one output, and kills at random moments", reliable),
         ("demo", "The demo as a visitor meets it", visited),
         ("hub-lfs", "Publishing and pulling with a fault at every request, over LFS", published),
@@ -182,6 +183,34 @@ def light(found: dict[str, Any]) -> str:
     ]
     header = ["from cold, median", "s", "CPU s", "of the CPUs used by others"]
     return f"{sizes}\n\n{markdown(header, rows)}"
+
+
+def on_gpu(found: dict[str, Any]) -> str:
+    """Stages of recipes/gpu_check.py: what each found, and of a failed one why."""
+    rows = []
+    for name, stage in found["stages"].items():
+        measured = stage.get("measured", {})
+        names = ("p50_ms", "p99_ms", "tokenise_p50_ms", "best_queries_per_s", "step_seconds", "rows_per_s", "agrees")
+        shown = [f"{figure} {measured[figure]:.3g}" for figure in names if figure in measured]
+        shown += [measured["pytest"]] if "pytest" in measured else []
+        predicted = stage.get("predicted", {}).get("H200", {})
+        ahead = [f"{figure} {value:.3g}" for figure, value in predicted.items()]
+        rows.append([name, stage["status"], ", ".join(shown) or "-", ", ".join(ahead) or "-"])
+    text = markdown(["stage", "status", "measured", "predicted for an H200"], rows)
+    if "note" in found:
+        text += f"\n\n{found['note']}"
+    if trial := found.get("trial"):
+        ours, theirs = trial["190M"], trial["8B"]
+        ratio = theirs["p50_ms"] / ours["p50_ms"]
+        beside = theirs["sentence_transformers_p50_ms"] / ours["p50_ms"]
+        best = max(ours["queries_per_s"].values()), max(theirs["queries_per_s"].values())
+        text += (
+            f"\n\n{trial['note']} The 190M student took {ours['p50_ms']:.2f} ms, tokenisation included. "
+            f"The 8B teacher took {theirs['p50_ms']:.2f} ms as HLM serves it ({ratio:.0f}x), and "
+            f"{theirs['sentence_transformers_p50_ms']:.1f} ms under sentence-transformers ({beside:.0f}x). "
+            f"They encoded {best[0]:,} and {best[1]:,} queries a second ({best[0] / best[1]:.0f}x)."
+        )
+    return text
 
 
 def reliable(found: dict[str, Any]) -> str:

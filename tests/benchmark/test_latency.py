@@ -9,22 +9,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig, BertConfig
 
 from hlm import machine
 from hlm.artefacts import HlmError
-from hlm.benchmark import floor as latency_floor
 from hlm.benchmark import latency
 from hlm.benchmark import report as latency_report
-from hlm.benchmark.floor import Work, floor_of, measure_rates, work_of
 from hlm.benchmark.latency import derive, measure, ratios, summarise
-from hlm.benchmark.quality import agreement, agreements, quality, same_encoders
 from hlm.benchmark.report import format_table, notes, pareto, plot
 from hlm.machine import Counters, other_load, peak_memory_mib, read_counters
-from hlm.vectors.faiss_index import AdIndex
-from hlm.vectors.store import VectorStore, write_store
 
 QUERIES = ["shoe", "red shoe", "red steel kettle", "a kettle for two cups"]
+
+
 FIRST_CALL_S = 50.0
 
 
@@ -247,45 +243,6 @@ def test_the_whole_depth_is_derived_from_the_slope_between_two(house):
     assert derive(found["8"], found["4"], (4, 8), 36)["latency_ms"]["all"]["p50"] == pytest.approx(6)
 
 
-def test_agreement_in_cosine_and_in_what_is_found(tmp_path):
-    vectors = np.eye(4, dtype=np.float32)
-    write_store(
-        tmp_path / "store",
-        [(f"ad{row}", str(row)) for row in range(4)],
-        lambda texts: vectors[[int(text) for text in texts]],
-        dim=4,
-        encoder="e",
-        source="s",
-        n_rows=4,
-    )
-    index = AdIndex.build(VectorStore.open(tmp_path / "store"))
-    turned = np.array([[0.8, 0.6, 0, 0], [0, 1, 0, 0]], dtype=np.float32)
-    found = agreement(turned, vectors[:2], index, k=1)
-    assert found == {"min_cosine": pytest.approx(0.8), "mean_cosine": pytest.approx(0.9), "overlap": 1.0}
-    assert agreement(vectors[2:], vectors[:2], index, k=1) == {"min_cosine": 0, "mean_cosine": 0, "overlap": 0}
-    assert agreement(np.zeros((1, 4)), vectors[:1]) == {"min_cosine": 0, "mean_cosine": 0}  # no NaN in the JSON
-
-
-def test_vectors_that_are_not_finite_agree_with_nothing():
-    def encode(texts):
-        return np.array([[np.inf if text == "red shoe" else 1.0, 0] for text in texts])
-
-    with pytest.raises(HlmError, match="int8: expected finite vectors.*1 of 4 queries, the first 'red shoe'"):
-        agreements({"fp32": lambda texts: np.ones((4, 2)), "int8": encode}, {"int8": "fp32"}, QUERIES, None, k=10)
-
-
-def test_the_same_model_by_fingerprint_or_by_path(tmp_path):
-    for name, encoder in (("student", "f1"), ("online", "f1"), ("other", "f2")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "hlm.json").write_text(json.dumps({"encoder": encoder}))
-    models = {name: str(tmp_path / name) for name in ("student", "other", "online")}
-    models |= {"hub": "owner/name", "int8": str(tmp_path / "online"), "hub again": "owner/name"}
-    assert same_encoders(models) == {"online": "student", "int8": "student", "hub again": "hub"}
-
-
-# The machine
-
-
 def test_other_load_by_hand():
     before = Counters(wall_s=10, busy_s=100, own_s=5, cpus=4)
     after = Counters(wall_s=20, busy_s=120, own_s=13, cpus=4)  # 20 s busy, 8 own: 12 of 40 are others', less 4 ticks
@@ -329,66 +286,6 @@ def test_facts_are_json():
     found = json.loads(json.dumps(machine.facts()))
     assert found["threads"]["torch"] == torch.get_num_threads() and len(found["load_average"]) == 3
     assert "tokenizers" in found["runtime_versions"]
-
-
-# Floors
-
-
-def test_work_is_of_the_body_and_of_the_tokens_that_are_there(tiny_qwen3):
-    config = AutoConfig.from_pretrained(tiny_qwen3)
-    work = work_of(config, [4, 6], "bf16")
-    # 32 wide, 4 heads and 2 for keys of 8, FFN 64: queries, output 2 x 32 x 32; keys, values 2 x 32 x 16; 3 x 32 x 64.
-    layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64
-    assert work.flops == [6 * count * (2 * layer + 4 * count * 32) for count in (4, 6)]
-    norms = 6 * (2 * 32 + 2 * 8) + 32
-    assert work.weights == 6 * layer + norms and work.weight_bytes == 2 * work.weights
-    assert work_of(config, [4], "int8").weight_bytes == work.weights and work_of(config, [4], "nf4") is None
-
-
-def test_a_floor_is_the_higher_of_two_bounds():
-    summary = {"latency_ms": {"all": {"p50": 6.0}}, "best_queries_per_s": 1000.0}
-    rates = {"bandwidth_gb_per_s": {"1": 1.0}, "gemm_gflop_per_s": {"float32": 2.0, "int8": 4.0}}
-    work = Work(2**18, "float32", [1, 2, 3], [1e6, 4e6, 10e6])  # 1 MiB: 1.05 ms; 0.5, 2, 5 ms
-    found = floor_of(work, rates, summary)
-    assert found["memory_ms"] == pytest.approx(1.048576) and found["arithmetic_ms"] == pytest.approx(2)
-    assert found["floor_ms"] == pytest.approx(2) and found["over"] == pytest.approx(3)
-    assert found["gemm_share"] == pytest.approx(5e6 * 1000 / 2e9) and found["tokens"] == 2 and found["weight_mib"] == 1
-    fast = floor_of(Work(2**20, "int8", [1, 2, 3], [1e5, 2e5, 3e5]), rates, summary)
-    assert fast["arithmetic_ms"] == pytest.approx(0.05) and fast["floor_ms"] == pytest.approx(1.048576)
-    # Without instructions for a precision its weights are widened: fewer bytes, the rate of float32.
-    wide = floor_of(Work(2**19, "bfloat16", [1, 2, 3], [1e6, 4e6, 10e6]), rates, summary)
-    assert wide["memory_ms"] == pytest.approx(1.048576) and wide["arithmetic_ms"] == pytest.approx(2)
-    less = Work(2**18, "float32", [1, 2, 3], [1e6, 4e6, 10e6], Work(2**18, "float32", [1, 2, 3], [4e5, 3e6, 8e6]))
-    found, alone = floor_of(less, rates, summary), floor_of(less.left, rates, summary)
-    assert found == floor_of(work, rates, summary) | {"left": alone} and alone["over"] == pytest.approx(4)
-
-
-def test_look_ups_leave_less_to_multiply():
-    config = BertConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=4, intermediate_size=64)
-    whole, work = work_of(config, [4, 6], "fp32"), work_of(config, [4, 6], "fp32", lookup=True)
-    assert whole.left is None and (work.weights, work.flops) == (whole.weights, whole.flops)
-    assert work.left.weights == whole.weights - 3 * 32 * 32 and work.left.left is None
-    saved = [before - after for before, after in zip(work.flops, work.left.flops, strict=True)]
-    assert saved == [2 * 3 * 32 * 32 * count for count in (4, 6)]
-
-
-def test_rates_are_of_what_the_works_need(monkeypatch):
-    monkeypatch.setattr(latency_floor, "SIDES", (32,))
-    monkeypatch.setattr(latency_floor, "instructions", lambda: ["avx2"])
-    works = [Work(2**20, precision, [1], [1.0]) for precision in ("float32", "bfloat16", "int8")]
-    found = measure_rates([*works, Work(2**33, "int8", [1], [1.0])], seconds=0.001)
-    assert list(found["bandwidth_gb_per_s"]) == ["1", "2", "4", "1024"]  # no more than a GiB is streamed
-    assert list(found["gemm_gflop_per_s"]) == ["float32", "int8"]  # these processors have nothing for bfloat16
-    assert all(rate > 0 for part in ("bandwidth_gb_per_s", "gemm_gflop_per_s") for rate in found[part].values())
-
-
-@pytest.mark.parametrize("precision", ["float32", "int8"])
-def test_the_products_that_are_timed_are_products(precision):
-    for call in latency_floor._products(precision, 16, "cpu"):
-        np.testing.assert_array_equal(np.asarray(call()).reshape(16, 16), 16)
-
-
-# Table and plot
 
 
 def report_of(blocks, reference, **parts):
@@ -482,21 +379,6 @@ def test_a_system_has_one_colour_in_both_panels(house, tmp_path, monkeypatch, wi
     points = [tuple(found.get_facecolor()[0]) for found in left.collections]
     lines = [tuple(line.get_color()) for line in right.lines]
     assert points == lines and len(set(lines)) == len(names)
-
-
-def test_quality_comes_from_the_report():
-    report = {
-        "k": 10,
-        "systems": {"teacher": {"ndcg@10": 0.5}, "student": {"ndcg@10": 0.49, "overlap@10": 0.8}},
-        "recovery_by_system": {"student": {"ndcg@10": {"value": 0.98, "ci95": [0.97, 0.99]}}},
-    }
-    assert quality(report, "teacher") == {"system": "teacher", "metric": "ndcg@10", "ndcg": 0.5}
-    assert quality(report, "student")["recovery"] == 0.98 and quality(report, "student")["overlap"] == 0.8
-    with pytest.raises(HlmError, match="among teacher, student, found 'studnet'"):
-        quality(report, "studnet")
-    report["recovery_by_system"]["student"]["ndcg@10"] = {"value": None, "ci95": None, "reason": "why"}
-    undefined = quality(report, "student")
-    assert undefined["recovery"] is undefined["recovery_ci95"] is None and undefined["recovery_reason"] == "why"
 
 
 def test_an_undefined_recovery_is_a_dash_with_its_reason(house, tmp_path):

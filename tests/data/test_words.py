@@ -6,7 +6,8 @@ import pytest
 
 from hlm.data.spelling import canonical, normalise, spellings, words_of
 from hlm.data.words import count_words, fold, terms
-from hlm.evaluation.metrics import bm25_run, length_slice, ranking, tokenise
+from hlm.evaluation.bm25 import bm25_run, tokenise
+from hlm.evaluation.metrics import length_slice, ranking
 
 # language: ads, a query, the ad that it must find first
 FOUND = {

@@ -14,7 +14,7 @@ from live_bytes import LiveBytes
 from peft import LoraConfig, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModel, BertConfig, Qwen3Config
+from transformers import AutoModel, BertConfig, Gemma3TextConfig, ModernBertConfig, Qwen3Config
 
 from hlm.artefacts import HlmError
 from hlm.encoders.lora import leave_casts_to_autocast
@@ -31,7 +31,9 @@ from hlm.planning.footprint import (
 )
 
 QWEN3 = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24, "max_position_embeddings": 512}
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 BF16, FP32 = "bfloat16", "float32"
+KINDS = ["qwen3", "bert", "modernbert", "gemma3_text"]
 PRECISIONS = [
     Precision(),
     Precision(autocast=True),
@@ -46,6 +48,11 @@ def config_of(kind, layers=3, hidden=48, ffn=160, vocabulary=300, **more):
     common = {"vocab_size": vocabulary, "hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": ffn}
     if kind == "qwen3":
         return Qwen3Config(**common | QWEN3 | {"use_cache": False} | more)  # sentence-transformers turns the cache off
+    if kind == "modernbert":
+        return ModernBertConfig(**common | SPECIAL | {"cls_token_id": 1, "sep_token_id": 2, "num_attention_heads": 4})
+    if kind == "gemma3_text":
+        own = {"use_cache": False, "use_bidirectional_attention": True, "query_pre_attn_scalar": 24}
+        return Gemma3TextConfig(**common | QWEN3 | SPECIAL | own)
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     return BertConfig(**common | dropout | {"num_attention_heads": 4} | more)
 
@@ -113,7 +120,7 @@ def test_the_shipped_shapes_have_the_published_counts(name, total, embeddings):
     assert shape.gated and shape.qk_norm and shape.head_dim == 128 and shape.kv_heads == 8
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "bert"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_lora_counts_are_pefts(kind):
     config = config_of(kind)
     model = model_of(config, Precision(lora_rank=12), "meta")
@@ -129,7 +136,7 @@ def test_lora_count_of_the_papers_teacher_is_pefts():
     assert trained * 18 == Shape.of(backbone_config("Qwen/Qwen3-Embedding-8B")).lora_parameters(256) == 698_351_616
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "bert"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_cut_shape_is_the_cut_models(kind):
     shape = Shape.of(config_of(kind, layers=6), layers=2, ffn_width=40)
     real = AutoModel.from_config(config_of(kind, layers=2, ffn=40))
@@ -209,10 +216,10 @@ def test_what_cannot_be_is_refused():
 # ---- memory
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "bert"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 def test_a_layer_keeps_the_bytes_that_autograd_saves(kind, precision):
-    """Exactly: what three layers save more than two, by saved-tensor hooks."""
+    """What three layers save more than two, by saved-tensor hooks: exactly, or within a tenth of the other families."""
     rows, tokens, saved = 4, 24, []
     for layers in (2, 3):
         model = model_of(config_of(kind, layers), precision)
@@ -235,22 +242,25 @@ def test_a_layer_keeps_the_bytes_that_autograd_saves(kind, precision):
         rank = precision.lora_rank
         copies = 2 * (shape.lora_parameters(rank) // shape.layers if rank else shape.layer_weights)
         copies += 2 * shape.layer_weights if rank and precision.weights == FP32 else 0
-    assert saved[1] - saved[0] == rows * tokens * saved_bytes(shape, tokens, precision) + copies
+    planned = rows * tokens * saved_bytes(shape, tokens, precision) + copies
+    exact = kind in ("qwen3", "bert")
+    assert saved[1] - saved[0] == (planned if exact else pytest.approx(planned, rel=0.1))
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "bert"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "precision, checkpointing", [*((each, False) for each in PRECISIONS), *((each, True) for each in PRECISIONS[:4])]
 )
 def test_the_peak_of_a_step_is_the_measured_one(kind, precision, checkpointing):
-    """Within 6%, weights, gradients and optimizer included: a real step on the CPU, every allocation counted."""
+    """Within 6% (12% of the other families), weights, gradients and optimizer included: a real step on the CPU, every
+    allocation counted."""
     config = config_of(kind, layers=4, hidden=64, ffn=192)
     model = model_of(config, precision)
     if checkpointing:
         checkpointed(model)
     measured = step_peak(model, precision, batch_of(16, 32))
     planned = training_memory(Shape.of(config), [(16, 32)], precision, checkpointing=checkpointing)
-    assert sum(planned.values()) == pytest.approx(measured, rel=0.06)
+    assert sum(planned.values()) == pytest.approx(measured, rel=0.06 if kind in ("qwen3", "bert") else 0.12)
 
 
 @pytest.mark.parametrize(

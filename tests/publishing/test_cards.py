@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from huggingface_hub import DatasetCardData, ModelCard, ModelCardData, RepoCard, parse_eval_result_entries
 
@@ -76,13 +77,15 @@ def a_latency() -> dict:
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory, tiny_bert, tiny_qwen3):
-    home = tmp_path_factory.mktemp("cards")
-    for name, path in (("bert", tiny_bert), ("qwen3", tiny_qwen3), ("head", tiny_bert)):
+def house(tmp_path_factory, tiny_bert, tiny_qwen3, tiny_family):
+    home, gemma3 = tmp_path_factory.mktemp("cards"), tiny_family("gemma3_text")
+    for name, path in (("bert", tiny_bert), ("qwen3", tiny_qwen3), ("head", tiny_bert), ("heads", gemma3)):
         model = load_encoder(path, device="cpu")
         if name == "head":
             vectors = encode(model, ["red shoe", "steel kettle", "lamp"])
             add_head(model, vectors, np.pad(vectors, ((0, 0), (0, 16))))
+        if name == "heads":
+            model[2].activation_function = torch.nn.Tanh()
         inputs = {"student": "0" * 16, "teacher": "1" * 16}
         config = {"student": "/srv/private/team/aligned", "hard_negatives": 4, "hub_token": "hf_abcdefghijklmnopqrst"}
         save_encoder(model, home / name, "student", inputs=inputs, config=config)
@@ -199,7 +202,7 @@ def test_a_report_of_another_encoder_is_refused(house, about):
     assert ModelCard(card).data.eval_results[0].metric_value == about["report"]["systems"]["aligned"]["precision@10"]
 
 
-@pytest.mark.parametrize("name", ["bert", "qwen3", "head"])
+@pytest.mark.parametrize("name", ["bert", "qwen3", "head", "heads"])
 def test_the_code_in_the_card_runs_and_gives_equal_vectors(house, name):
     card = student_card(house / name, repo_id="acme/query-encoder")
     model = load_encoder(str(house / name), device="cpu")
@@ -211,7 +214,7 @@ def test_the_code_in_the_card_runs_and_gives_equal_vectors(house, name):
         np.testing.assert_allclose(np.asarray(space["vectors"]), expected, atol=2e-5)
         ran += 1
     assert ran == 3
-    assert ("2_Dense" in card) == (name == "head")
+    assert [head in card for head in ("2_Dense", "3_Dense")] == [name in ("head", "heads"), name == "heads"]
     assert (json.dumps(model.prompts["query"])[1:-1] in card) or not model.prompts["query"]
 
 

@@ -1,36 +1,27 @@
 """recipes/benchmark.py end to end with real, tiny encoders; true shapes with random weights; Qwen's tokenizer."""
 
-import base64
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
-from tokenizers import pre_tokenizers
-from transformers import AutoConfig
 
 from hlm.artefacts import HlmError
+from hlm.benchmark import entries as benchmark_entries
 from hlm.benchmark import floor as latency_floor
 from hlm.benchmark import latency, random_weights
+from hlm.benchmark import run as benchmark_run
 from hlm.benchmark import systems as hlm_systems
 from hlm.benchmark.random_weights import (
-    depths_that_fit,
-    random_backbone,
-    random_encoder,
-    random_ids_encode,
-    shallower,
     shape_config,
 )
 from hlm.config import parse, run_recipe
 from hlm.data.contract import document_text, load
 from hlm.encoders.loading import encode, fingerprint, load_encoder, save_encoder
-from hlm.encoders.pruning import parameter_counts, planned_parameters, prune
-from hlm.encoders.qwen_tokenizer import find_tokenizer, qwen_tokenizer
+from hlm.encoders.pruning import prune
 from hlm.evaluation.metrics import dense_run, mean, per_query
 from hlm.machine import Counters
 from hlm.report_files import write_report
@@ -151,8 +142,8 @@ def test_cold_starts_of_every_model(run, inputs, tiny_qwen3, monkeypatch):
 
 
 def test_the_sample_follows_the_seed(catalogue_200):
-    config = benchmark.BenchmarkConfig(data=catalogue_200, queries=20)
-    taken = [benchmark.read_queries(replace(config, seed=seed))[0] for seed in (0, 0, 1)]
+    config = benchmark_entries.BenchmarkConfig(data=catalogue_200, queries=20)
+    taken = [benchmark_run.read_queries(replace(config, seed=seed))[0] for seed in (0, 0, 1)]
     assert taken[0] == taken[1] != taken[2] and len(set(taken[2])) == 20
 
 
@@ -210,7 +201,7 @@ def test_a_budget_on_an_undefined_recovery_is_inconclusive(run, inputs, tmp_path
 
 @pytest.mark.parametrize("name", ["latency.json", "latency.png"])
 def test_somebody_elses_file_is_not_overwritten(run, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(benchmark, "load_system", lambda **_: pytest.fail("loaded"))
+    monkeypatch.setattr(benchmark_entries, "load_system", lambda **_: pytest.fail("loaded"))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text("{}")
     with pytest.raises(HlmError, match=f"found {name} in .*/out, which HLM did not write"):
@@ -266,7 +257,7 @@ def test_as_a_script_an_unknown_budget_ends_at_once(monkeypatch, capsys):
     ],
 )
 def test_bad_input_is_refused_before_anything_is_measured(run, monkeypatch, systems, settings, words):
-    monkeypatch.setattr(benchmark, "load_system", lambda **_: pytest.fail("loaded"))
+    monkeypatch.setattr(benchmark_entries, "load_system", lambda **_: pytest.fail("loaded"))
     with pytest.raises(HlmError, match=words):
         run(systems=systems, **settings)
 
@@ -280,8 +271,8 @@ CONFIGS = Path(benchmark.__file__).parent / "configs"
     ids=lambda p: f"{p.parent.stem}/{p.stem}",
 )
 def test_shipped_configs_are_read(path):
-    (config,) = parse(benchmark.BenchmarkConfig, argv=["--config", str(path)])
-    entries = benchmark.read_entries(config)
+    (config,) = parse(benchmark_entries.BenchmarkConfig, argv=["--config", str(path)])
+    entries = benchmark_entries.read_entries(config)
     assert {config.reference, config.candidate} - {None} <= set(entries) and len(entries) > 1
     for entry in entries.values():
         if entry.shape:
@@ -291,9 +282,6 @@ def test_shipped_configs_are_read(path):
 def test_quality_names_a_system_of_the_report(run, inputs, tiny_qwen3):
     with pytest.raises(HlmError, match="among teacher, student, found 'studnet'"):
         run(systems={"a": {"model": tiny_qwen3, "quality": "studnet"}}, report=str(inputs / "report.json"))
-
-
-# Shapes with random weights. A folder with a config.json is a shape too: the tiny Qwen3 stands for the published ones.
 
 
 def test_shapes_beside_a_model_and_derived_from_fewer_layers(run, tiny_qwen3):
@@ -355,7 +343,7 @@ def test_a_shape_is_served_under_torch_without_going_over_the_disk(run, tiny_qwe
 
 
 def test_without_tokenizer_and_data_it_says_so(run, tiny_qwen3, monkeypatch):
-    monkeypatch.setattr(benchmark, "find_tokenizer", lambda path: None)
+    monkeypatch.setattr(benchmark_entries, "find_tokenizer", lambda path: None)
     shape = {"shape": tiny_qwen3, "layers": 2}
     report = run(systems={"a": shape, "b": shape}, random_weights=True, data=None)
     assert report["data"] == "the sample catalogue" and len(report["lengths"]) > 1
@@ -363,116 +351,3 @@ def test_without_tokenizer_and_data_it_says_so(run, tiny_qwen3, monkeypatch):
     assert "agreement" not in report["systems"]["b"]  # vectors of random ids are not to be compared
     with pytest.raises(HlmError, match="backend 'hlm' reads a whole model with a tokenizer, found no tokenizer"):
         run(systems={"a": shape | {"backend": "hlm"}}, random_weights=True)
-
-
-@pytest.mark.parametrize(
-    ("name", "layers", "ffn", "millions"),
-    [("Qwen/Qwen3-Embedding-0.6B", None, None, 595.8), ("Qwen3-Embedding-0.6B", 4, 768, 189.9),
-     ("Qwen/Qwen3-Embedding-8B", None, None, 7567.3), ("Qwen/Qwen3-Embedding-4B", None, None, 4021.8)],
-)  # fmt: skip
-def test_published_shapes(name, layers, ffn, millions):
-    assert planned_parameters(shape_config(name, layers=layers, ffn=ffn))[0] / 1e6 == pytest.approx(millions, abs=0.05)
-
-
-def test_only_qwen3_style_backbones_have_random_weights(tiny_bert):
-    with pytest.raises(HlmError, match="found 'bert'"):
-        shape_config(tiny_bert)
-
-
-def test_a_random_backbone_computes_as_one_that_was_made_whole(tiny_qwen3):
-    config = AutoConfig.from_pretrained(tiny_qwen3)
-    ids = torch.tensor([[5, 9, 14, 3]])
-    made = random_backbone(config, "float32")
-    torch.manual_seed(0)
-    whole = type(made)(config).eval()  # its tables for positions are computed by the library
-    whole.load_state_dict(made.state_dict())
-    torch.testing.assert_close(made(ids).last_hidden_state, whole(ids).last_hidden_state)
-    half = random_backbone(config, "bfloat16")
-    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
-    assert torch.isfinite(half(ids).last_hidden_state).all()
-    assert parameter_counts(made)[0] == planned_parameters(config)[0]
-    weights = torch.cat([parameter.flatten() for parameter in made.parameters() if parameter.ndim > 1])
-    assert weights.std() == pytest.approx(0.02, rel=0.05) and (weights == 0).float().mean() < 0.01
-
-
-def test_the_first_layers_share_weights_and_compute_as_a_cut_model(tiny_qwen3):
-    whole = random_backbone(AutoConfig.from_pretrained(tiny_qwen3), "float32")
-    part = shallower(whole, 2)
-    assert part.layers[1].mlp.up_proj.weight.data_ptr() == whole.layers[1].mlp.up_proj.weight.data_ptr()
-    assert len(part.layers) == part.config.num_hidden_layers == 2 and len(whole.layers) == 6
-    ids = torch.tensor([[5, 9, 14]])
-    alone = random_backbone(part.config, "float32")
-    alone.load_state_dict(part.state_dict())
-    torch.testing.assert_close(part(ids).last_hidden_state, alone(ids).last_hidden_state)
-
-
-def test_random_encoder_is_a_whole_model(tiny_qwen3, tmp_path):
-    tokenizer = find_tokenizer(tiny_qwen3)
-    model = random_encoder(random_backbone(AutoConfig.from_pretrained(tiny_qwen3), "float32"), tokenizer, prompt="Q: ")
-    vectors = model.encode(["red shoe", "a long text about a steel kettle"], prompt_name="query")
-    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
-    model.save_pretrained(str(tmp_path / "saved"), create_model_card=False)
-    np.testing.assert_allclose(encode(load_encoder(str(tmp_path / "saved"), device="cpu"),
-                                      ["red shoe"], prompt_name="query"), vectors[:1], atol=1e-5)  # fmt: skip
-
-
-def test_random_ids_have_the_texts_lengths(tiny_qwen3):
-    backbone = random_backbone(AutoConfig.from_pretrained(tiny_qwen3), "float32")
-    seen = []
-    backbone.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["attention_mask"].sum(1).tolist()), with_kwargs=True
-    )
-    vectors = random_ids_encode(backbone, prompt="1234")(["12345678", "1"])
-    assert seen == [[4, 3]] and vectors.shape == (2, 32) and vectors.dtype == np.float32
-    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
-
-
-def test_depths_where_memory_does_not_allow_the_whole(monkeypatch):
-    config = shape_config("Qwen/Qwen3-Embedding-8B")  # 14.4 GiB in bfloat16, of which a layer is 368 MiB
-    for free_gib, expected in ((24, None), (8, (6, 12)), (3, (1, 2))):
-        monkeypatch.setattr(random_weights, "memory_mib", lambda field, free_gib=free_gib: free_gib * 2**10)
-        assert depths_that_fit(config, "bfloat16") == expected
-    monkeypatch.setattr(random_weights, "memory_mib", lambda field: 2**10)
-    with pytest.raises(HlmError, match="expected memory for two layers.*1024 MiB free"):
-        depths_that_fit(config, "bfloat16")
-    monkeypatch.setattr(random_weights, "memory_mib", lambda field: None)
-    assert depths_that_fit(config, "bfloat16") is None
-
-
-# The tokenizer
-
-
-def joined_by_rank(word, ranks):
-    """tiktoken's rule, written plainly: join the two neighbours whose union has the lowest rank until none is known."""
-    parts = [bytes([byte]) for byte in word]
-    while True:
-        known = [
-            (ranks[a + b], place) for place, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in ranks
-        ]
-        if not known:
-            return [ranks[part] for part in parts]
-        place = min(known)[1]
-        parts[place : place + 2] = [parts[place] + parts[place + 1]]
-
-
-def test_qwen_tokenizer_from_ranks(tmp_path):
-    pieces = [bytes([byte]) for byte in range(256)]
-    pieces += [b"ed", b" s", b"re", b"red", b"ho", b" sho", b"oe", b" shoe", "é".encode(), b"12", b"hoe"]
-    ranks = {piece: rank for rank, piece in enumerate(pieces)}
-    lines = [f"{base64.b64encode(piece).decode()} {rank}" for piece, rank in ranks.items()]
-    (tmp_path / "tiny.tiktoken").write_text("\n".join(lines) + "\n")
-    tokenizer = qwen_tokenizer(tmp_path / "tiny.tiktoken")
-    end = len(pieces)
-    for words in (["red", " shoe"], [" shoes"], ["hoed"], ["café"], ["1", "2"], [" ", " red"]):
-        expected = [rank for word in words for rank in joined_by_rank(word.encode(), ranks)]
-        assert tokenizer("".join(words))["input_ids"] == [*expected, end], words
-    assert tokenizer("cafe\u0301")["input_ids"] == tokenizer("café")["input_ids"]  # NFC
-    assert tokenizer("red", truncation=True, max_length=1)["input_ids"] == [end]
-    assert tokenizer.decode(tokenizer("red shoe")["input_ids"], skip_special_tokens=True) == "red shoe"
-    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (end, end + 2)
-    assert len(set(pre_tokenizers.ByteLevel.alphabet())) == 256 <= len(tokenizer) == end + 3
-
-
-def test_a_tokenizer_that_is_not_there():
-    with pytest.raises(HlmError, match="tokenizer: expected one at nowhere/at/all"):
-        find_tokenizer("nowhere/at/all")

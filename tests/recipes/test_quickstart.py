@@ -180,6 +180,11 @@ def test_bad_configs_are_refused_by_name(house):
         with pytest.raises(HlmError, match=r"align\.yaml"):
             quickstart.main(["--configs", "configs"])
     (house / "configs/align.yaml").write_text(SETTINGS["align"])
+    (house / "configs/evaluate.yaml").write_text(SETTINGS["evaluate"] + "dept: 200\n")
+    with pytest.raises(HlmError, match=r"evaluate\.yaml, line 3: unknown key 'dept'; did you mean 'depth'"):
+        quickstart.main(["--configs", "configs"])
+    assert not Path("log").exists()  # before any step
+    (house / "configs/evaluate.yaml").write_text(SETTINGS["evaluate"])
     (house / "recipes/align.py").write_text("")
     with pytest.raises(HlmError, match="step align: expected hlm.json"):
         quickstart.main(["--configs", "configs"])

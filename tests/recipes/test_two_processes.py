@@ -1,4 +1,5 @@
-"""The recipes' mains on two gloo processes against one: gradients, weights, vectors, kills, under DDP and FSDP2.
+"""The recipes' mains on two gloo processes against one: gradients, weights, vectors, kills, under DDP and FSDP2; and
+the whole recipe, each step on what the step before made there.
 
 This file is also the script that torchrun starts: one launch for all jobs, as importing torch takes longest.
 """
@@ -27,19 +28,22 @@ from safetensors.torch import load_file, save_file
 from transformers import BertModel, Qwen3Model  # noqa: F401
 
 import hlm.training.trainer
-from hlm.artefacts import HlmError
+from hlm.artefacts import HlmError, read_manifest
 from hlm.data.contract import load
 from hlm.encoders.loading import encode, load_encoder
 from hlm.training.trainer import RecipeTrainer
 from recipes import align, embed, refine, teacher
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = {"teacher": teacher, "align": align, "refine": refine, "embed": embed}
+RECIPES = {"teacher": teacher, "embed": embed, "align": align, "refine": refine}
+STEPS = {"teacher": "hlm.training.teacher", "embed": "hlm.vectors.embed", "align": "hlm.training.align",
+         "refine": "hlm.training.refine"}  # fmt: skip
 ROWS = {"teacher": 36, "align": 24, "refine": 24}  # of a process at a step: 2, 3 and 6 steps an epoch
 # On two processes -> on one: the same but for gradient caching and sharding.
 EQUAL = {"teacher": "teacher", "teacher cached": "teacher", "teacher sharded": "teacher", "align": "align",
          "align kernel": "align kernel", "refine": "refine", "refine cached": "refine"}  # fmt: skip
 # Job -> the step of the kill (or call of the encoder), just after a checkpoint and within the second epoch.
+CHAIN_KILLED = ("align", 2)  # the step of the whole recipe, and its training step, at which that is killed once
 KILLED = {"teacher dropout": 3, "teacher sharded": 3, "align": 4, "refine": 8, "embed": 1}
 
 
@@ -65,6 +69,24 @@ def arguments(house: Path, data: str, bert: str, qwen3: str) -> dict[str, list[s
         "refine cached": ["refine", *refined, "--cache_chunk", "16"],
         "embed": ["embed", "--model", qwen3, "--data", data, "--shard_rows", "64"],
     }
+
+
+def chain(house: Path, folder: str, data: str, qwen3: str) -> dict[str, list[str]]:
+    """Step -> the command line of the whole recipe in `folder`, each step on what the step before made there."""
+    made = house / folder
+    common = ["--data", data, "--seed", "3", "--disable_tqdm", "true", "--per_device_train_batch_size", "24"]
+    common += ["--learning_rate", "3e-3", "--save_strategy", "steps", "--save_steps", "1"]
+    tuned = ["--backbone", qwen3, "--min_score", "3", "--pairs_per_query", "1", "--max_seq_length", "16"]
+    vectors = ["--vectors", str(made / "embed")]
+    words = {
+        "teacher": [*tuned, "--lora_rank", "4", "--cache_chunk", "24", "--max_steps", "2", *common],
+        "embed": ["--model", str(made / "teacher"), "--data", data, "--shard_rows", "64"],
+        "align": ["--student", str(made / "teacher"), "--cascade", '[{"layers": 2, "ffn": 32}]', "--max_steps", "4",
+                  *vectors, *common],
+        "refine": ["--student", str(made / "align"), "--min_score", "3", "--pool", "64", "--hard_negatives", "4",
+                   "--max_steps", "2", *vectors, *common],
+    }  # fmt: skip
+    return {step: [*words[step], "--output", str(made / step)] for step in RECIPES}
 
 
 class Joined:
@@ -120,8 +142,8 @@ def run(recipe: str, words: list[str], record: Path, *, processes: int = 1, kill
         return encode(*rest, **named)
 
     replaced = {"encode": counted} if recipe == "embed" else {"RecipeTrainer": Recorded}
-    with mock.patch.multiple(MODULES[recipe], **replaced):
-        MODULES[recipe].main(words)
+    with mock.patch.multiple(STEPS[recipe], **replaced):
+        RECIPES[recipe].main(words)
     save_file(found, record)
 
 
@@ -149,6 +171,8 @@ def forked(job: dict, record: Path) -> None:
     if job["environment"]:  # accelerate shards on accelerators alone: two CPU processes pass for two of them
         torch.distributed.init_process_group("gloo")
         PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+    if job["machines"] == 2:  # what each one's launcher says: the first process here, and the only one
+        os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     if os.environ["RANK"] != "0":
         hlm.training.trainer.save_file = None  # the first process alone writes what all share
     run(job["recipe"], job["words"], record, processes=2, kill=job["kill"])
@@ -192,7 +216,16 @@ def house(tmp_path_factory, catalogue_200, tiny_bert, tiny_qwen3):
         kill = KILLED[name] if suffix == " killed" else None
         environment = fsdp_environment() if name == "teacher sharded" else {}
         plan.append({"name": name + suffix, "recipe": settings[name][0], "words": words(name, output, 2),
-                     "kill": kill, "environment": environment, "port": free_port()})  # fmt: skip
+                     "kill": kill, "environment": environment, "machines": 1, "port": free_port()})  # fmt: skip
+    killed = [("two/chain killed", CHAIN_KILLED[0]), ("two/chain killed", None)]
+    for folder, upto in [("two/chain", None), *killed, ("two/machines", None)]:
+        steps = chain(house, folder, catalogue_200, tiny_qwen3)
+        for step in list(steps)[: list(steps).index(upto) + 1 if upto else None]:
+            name, kill = Path(folder).name + (" at first" if upto else ""), CHAIN_KILLED[1] if step == upto else None
+            environment = fsdp_environment() if step == "teacher" else {}  # sharded, as its launch file says
+            plan.append({"name": f"{name} {step}", "recipe": step, "words": steps[step], "kill": kill,
+                         "environment": environment, "machines": 2 if folder == "two/machines" else 1,
+                         "port": free_port()})  # fmt: skip
     (house / "two/plan.json").write_text(json.dumps(plan))
     alone("embed")
     (house / "vectors").symlink_to(house / "one/embed")
@@ -255,6 +288,24 @@ def test_killed_and_resumed_is_never_killed(house, name):
     assert paths
     for path in paths:
         assert (house / f"two/{name} killed" / path).read_bytes() == (never / path).read_bytes(), path
+
+
+@pytest.mark.parametrize("folder", ["chain killed", "machines"])
+def test_the_whole_recipe_ends_in_the_same_student(house, folder):
+    """Killed once, and on two machines of one process each."""
+    never, other = house / "two/chain", house / "two" / folder
+    paths = [path.relative_to(never) for path in never.rglob("*.safetensors")]
+    assert {path.parts[0] for path in paths} == set(RECIPES)
+    for path in paths:
+        assert (other / path).read_bytes() == (never / path).read_bytes(), path
+
+
+def test_the_whole_recipe_hands_over_its_own_and_ranks_agree(house):
+    never = house / "two/chain"
+    teacher_of = [read_manifest(never / step, "student")["inputs"]["teacher"] for step in ("align", "refine")]
+    assert teacher_of == [read_manifest(never / "teacher", "teacher")["encoder"]] * 2
+    first, second = (load_file(house / f"two/chain refine.{rank}.safetensors") for rank in (0, 1))
+    assert first and all(torch.equal(first[name], second[name]) for name in first if " weight " in name)
 
 
 def test_resuming_on_another_number_of_processes_is_refused_by_name(house):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from on_device import OnDevice
 from safetensors.numpy import load_file
 
 from hlm.artefacts import MANIFEST, HlmError
@@ -94,7 +95,7 @@ def test_what_goes_to_a_loader_worker_is_small_and_makes_the_same_batch(run, tmp
     def stop(trainer, *rest, **named):
         raise Made(trainer)
 
-    monkeypatch.setattr(MODULES[name], "train", stop)
+    monkeypatch.setattr(f"hlm.training.{name}.train", stop)
     with pytest.raises(Made) as made:
         MODULES[name].main(words(name, run, tmp_path / "made"))
     collate = made.value.args[0].data_collator
@@ -235,17 +236,6 @@ def test_the_teacher_itself_in_another_dtype_is_its_own_start(run, tmp_path):
 def test_the_trainer_never_waits_for_a_gpu_to_look_at_the_loss_and_fuses_the_optimizer(tmp_path):
     args = TrainingArguments(output_dir=str(tmp_path))
     assert args.logging_nan_inf_filter is False and args.optim == "adamw_torch_fused"
-
-
-class OnDevice(torch.Tensor):
-    """Stands for a tensor of a GPU: whoever reads its values on the host would wait for all that is queued there."""
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        name = getattr(function, "__name__", "")
-        if name in {"cpu", "item", "tolist", "numpy", "nonzero", "__bool__", "__array__", "__int__", "__float__"}:
-            raise AssertionError(f"the host waits for a GPU: {name}")
-        return super().__torch_function__(function, types, args, kwargs or {})
 
 
 @pytest.mark.parametrize("pool", ["64", "100000"])

@@ -1,6 +1,7 @@
 """What an ad index is: a second engine goes wherever FAISS goes, and the manifest says which one it is."""
 
 import json
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -124,4 +125,11 @@ def test_an_unknown_engine_is_refused_and_an_older_index_is_of_faiss(saved):
             open_index(saved)
     rewrite(saved, lambda manifest: manifest.update(engine=7))
     with pytest.raises(HlmError, match="a text as 'engine', found int 7"):
+        open_index(saved)
+
+
+def test_an_engine_that_is_not_installed_is_named_with_its_extra(saved, monkeypatch):
+    monkeypatch.delitem(sys.modules, "hlm.vectors.faiss_index")
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(HlmError, match=r"'faiss' for an index of the engine faiss.*pip install 'hlm\[index\]'"):
         open_index(saved)
