@@ -76,7 +76,9 @@ def config_types(script: str) -> list[type]:
     home = "recipes" if (ROOT / f"recipes/{script}.py").is_file() else "results.measure"
     module = importlib.import_module(f"{home}.{script}")
     own = next((step.settings for step in STEPS.values() if step.script == script), None) or next(
-        v for n, v in vars(module).items() if n.endswith("Config") and v.__module__ == module.__name__
+        v
+        for n, v in vars(module).items()
+        if n.endswith("Config") and v.__module__.split(".")[0] in ("recipes", "results", "hlm")
     )
     return [own] + ([TrainingArguments] if hasattr(module, "TrainingArguments") else [])
 
