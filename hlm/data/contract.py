@@ -155,7 +155,8 @@ def titles(source: str, ids: Sequence[str], *, cache_dir: str | Path | None = No
         HlmError: an id that is not in the corpus, or what `load` raises of it.
     """
     path = checked_file(_tables(source, None, ())["corpus"], "corpus", _cache(cache_dir), skip_bad_rows=True)
-    wanted, shown = pa.array(ids, pa.string()), {}
+    wanted = pa.array(ids, pa.string())
+    shown: dict[str, str] = {}
     with pa.memory_map(str(path)) as stored:
         for block in pa.ipc.open_stream(stored):
             shown.update(

@@ -303,7 +303,7 @@ def _loaded_again(origin: dict[str, Any]) -> QueryEncoder:
     """A QueryEncoder that was pickled, in another process."""
     settings = {name: value for name, value in origin.items() if name != "identity"}
     encoder = QueryEncoder.from_pretrained(**settings)
-    if encoder._origin["identity"] != origin["identity"]:
+    if (encoder._origin or {}).get("identity") != origin["identity"]:
         raise HlmError(
             f"expected {origin['id_or_folder']} as it was when the QueryEncoder was pickled, found it replaced; load "
             "the encoder in each process instead"

@@ -1,6 +1,8 @@
 """Every family that is known: cut, saved, aligned, exported and served, its vectors stay sentence-transformers'."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -99,6 +101,14 @@ def test_the_recipe_aligns_it_and_what_is_served_is_what_was_trained(name, tiny_
     np.testing.assert_allclose(QueryEncoder.from_pretrained(tmp_path / "student").encode(TEXTS), expected, atol=1e-4)
     quantised = QueryEncoder.from_pretrained(tmp_path / "student", precision="int8").encode(TEXTS)
     assert (quantised * expected).sum(axis=1).min() > 0.95 and np.abs(quantised - expected).max() > 1e-5
+
+
+def test_the_readme_names_families_that_are_known():
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    (named,) = re.findall(r"cut from these backbones: ([^.]+)\.", text)
+    types = {"XLM-R": "xlm-roberta", "Gemma 3 as in EmbeddingGemma": "gemma3_text"}
+    found = [name for name in re.split(r",\s+(?:and )?", " ".join(named.split()))]
+    assert len(found) == 12 and {types.get(name, name.lower()) for name in found} <= set(FAMILIES)
 
 
 # ---- kinds of attention

@@ -32,10 +32,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def config(tiny_bert, catalogue_200, tmp_path_factory) -> DemoConfig:
+def config(tiny_bert, online_bert, catalogue_200, tmp_path_factory) -> DemoConfig:
     """A teacher, a student with the same weights, and a catalogue with hostile ads among others."""
     root = tmp_path_factory.mktemp("demo")
-    run = hostile_run(root, tiny_bert, catalogue_200)
+    run = hostile_run(root, tiny_bert, online_bert, catalogue_200)
     AdIndex.build(VectorStore.open(root / "vectors/corpus")).save(root / "index")
     for name, result in (("report", "quickstart"), ("latency", "latency-quickstart")):
         measured = json.loads((ROOT / f"results/{result}.json").read_text())
