@@ -276,7 +276,7 @@ def _beside(value: str, dataset: datasets.Dataset) -> str:
     wanted, ids = _look(value), dataset.data.column("_id")
     alike = [known for chunk in ids.chunks for known in chunk.to_pylist() if _look(known) == wanted]
     if alike:
-        return f"{ascii(value)}, which is not there, but {ascii(alike[0])} is"
+        return f"{value!a}, which is not there, but {alike[0]!a} is"
     first = ", ".join(f"'{known}'" for known in ids[:3].to_pylist())
     return f"'{value}', which is not there (its first ids are {first})"
 

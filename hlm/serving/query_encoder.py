@@ -313,7 +313,6 @@ def _loaded_again(origin: dict[str, Any]) -> QueryEncoder:
 
 def _one_core(path: Path, run: Run) -> Callable[[], Run]:
     """Loads the graph once more, for one core; gives `run` where the file is no longer what it is now."""
-
     loaded = file_state(path)
 
     def load() -> Run:

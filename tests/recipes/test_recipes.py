@@ -49,7 +49,7 @@ class House(type(Path())):
 
 @pytest.fixture(scope="module", params=["tiny_bert", "tiny_qwen3"])
 def house(request, tmp_path_factory, catalogue_200):
-    """teacher -> embed -> prune -> align -> refine, once for each kind of backbone."""
+    """Teacher -> embed -> prune -> align -> refine, once for each kind of backbone."""
     folder = House(tmp_path_factory.mktemp("house"))
     folder.data = catalogue_200
     backbone = request.getfixturevalue(request.param)
