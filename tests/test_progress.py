@@ -119,9 +119,11 @@ raise SystemExit(status)
 
 def test_a_forked_worker_logs_without_the_lock_of_the_bars():
     process = subprocess.Popen(
-        [sys.executable, "-c", FORK], env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE,
+        [sys.executable, "-c", FORK],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
         start_new_session=True,
-    )  # fmt: skip
+    )
     try:
         assert process.communicate(timeout=60)[1] == b"from the worker\n" and process.returncode == 0
     finally:

@@ -188,8 +188,9 @@ def test_sentences_are_short(name):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_links_and_pictures_lead_somewhere(name):
-    headings = {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-")
-                for line in re.findall(r"^#+ (.*)$", PAGES[name], re.M)}  # fmt: skip
+    headings = {
+        re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.*)$", PAGES[name], re.M)
+    }
     for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[name]):
         if not target.startswith("https://"):
             path, _, anchor = target.partition("#")
@@ -218,8 +219,9 @@ def test_the_code_runs(tiny_bert, catalogue_200, tmp_path, monkeypatch):
     Path("runs/quickstart").mkdir(parents=True)
     monkeypatch.setenv("HLM_CACHE", str(tmp_path / "cache"))
     Path("runs/quickstart/online").symlink_to(tiny_bert)
-    embed.main(["--model", tiny_bert, "--data", catalogue_200, "--output", "runs/quickstart/vectors",
-                "--index", "Flat"])  # fmt: skip
+    embed.main(
+        ["--model", tiny_bert, "--data", catalogue_200, "--output", "runs/quickstart/vectors", "--index", "Flat"]
+    )
     search, serve = re.findall(r"```python\n(.*?)```", README, re.S)
     found: dict = {}
     exec(search, found)
