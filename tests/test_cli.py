@@ -124,7 +124,9 @@ def test_hub_ids_stand_for_folders(hub, capsys):
     assert (
         main(["search", "steel kettle 1 litre", "--student", "acme/student", "--vectors", "acme/ads", "-k", "1"]) == 0
     )
-    assert asked == [("acme/student", None, "model", None), ("acme/ads", None, "dataset", "vectors/corpus")]
+    catalogue = ("acme/ads", None, "dataset", "vectors/corpus")
+    weights = ("acme/student", "student", "model", None)  # of the commit that the pulled folder is named by
+    assert asked == [("acme/student", None, "model", None), catalogue, weights]
     assert capsys.readouterr().out.splitlines()[-1].split() == ["1", "1.0000", "a2"]
     assert main(["verify", "acme/student", str(ads)]) == 0  # a dataset's folder: the index in it
     capsys.readouterr()

@@ -86,9 +86,13 @@ def light(house, code, *argv):
     """`code` where the packages of every extra are missing."""
     variables = os.environ | {"HLM_CACHE": str(house / "cache")}
     return subprocess.run(
-        [sys.executable, "-c", HIDDEN + code, *argv], cwd=house, env=variables, capture_output=True, text=True,
+        [sys.executable, "-c", HIDDEN + code, *argv],
+        cwd=house,
+        env=variables,
+        capture_output=True,
+        text=True,
         check=False,
-    )  # fmt: skip
+    )
 
 
 def test_an_exported_student_encodes(house):

@@ -264,8 +264,12 @@ def _without(qrels: Qrels, lost_queries: set[str], lost_documents: set[str], nam
         logger.warning(
             "%s: left out %d judgements of queries that are not in queries, %d of documents that are not in corpus; "
             "%d of %d queries are left",
-            name, of_queries, of_documents, len(kept), len(qrels),
-        )  # fmt: skip
+            name,
+            of_queries,
+            of_documents,
+            len(kept),
+            len(qrels),
+        )
     if not kept:
         raise HlmError(f"{name}: expected judgements of this data, found none; choose the judgements that belong to it")
     return kept

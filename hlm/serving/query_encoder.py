@@ -167,10 +167,15 @@ class QueryEncoder:
             fingerprint=files.encoder(),
             teacher=files.teacher(),
             origin={
-                "id_or_folder": files.source, "revision": files.revision, "backend": backend,
-                "precision": precision, "device": device, "threads": threads, "identity": files.identity(path),
+                "id_or_folder": files.source,
+                "revision": files.revision,
+                "backend": backend,
+                "precision": precision,
+                "device": device,
+                "threads": threads,
+                "identity": files.identity(path),
             },
-        )  # fmt: skip
+        )
 
     def __reduce__(self) -> tuple:
         if self._origin is None:

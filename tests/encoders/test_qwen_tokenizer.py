@@ -14,9 +14,7 @@ def joined_by_rank(word, ranks):
     """Tiktoken's rule, written plainly: join the two neighbours whose union has the lowest rank until none is known."""
     parts = [bytes([byte]) for byte in word]
     while True:
-        known = [
-            (ranks[a + b], place) for place, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in ranks
-        ]
+        known = [(ranks[a + b], place) for place, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in ranks]
         if not known:
             return [ranks[part] for part in parts]
         place = min(known)[1]

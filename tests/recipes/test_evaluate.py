@@ -292,8 +292,13 @@ def test_a_home_of_other_files_and_an_older_report_are_fine(inputs, tmp_path, mo
     assert (tmp_path / "letter.txt").read_text() == "dear"
     kept = json.loads((tmp_path / "report.json").read_text())
     assert list(kept["systems"]) == ["bm25"] and sorted(path.name for path in tmp_path.iterdir()) == [
-        "config.yaml", "letter.txt", "per_query.parquet", "report.json", "report.png", "runs"
-    ]  # fmt: skip
+        "config.yaml",
+        "letter.txt",
+        "per_query.parquet",
+        "report.json",
+        "report.png",
+        "runs",
+    ]
 
 
 def test_a_second_evaluation_of_one_output_is_told_who_runs(inputs, tmp_path):

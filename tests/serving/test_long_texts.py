@@ -84,9 +84,9 @@ def test_a_long_text_of_one_thing(name, piece, request):
     encoder = QueryEncoder(tokenizer, lambda ids, mask: ids[:, :2].astype(np.float32), 2)
     timed = piece in (",", "a ", "\n") and name == "tiny_bert"
     text = piece * ((MEGABYTE if timed else MEGABYTE // 8) // len(piece))  # the whole of it takes seconds to tokenise
-    started = time.perf_counter()
+    started = time.process_time()  # whatever else this machine does
     found = encoder.tokenise(["red shoe", text, "lamp"])
-    took = time.perf_counter() - started
+    took = time.process_time() - started
     whole = text.replace("\ud83d", "\ufffd")
     assert found == [tokenizer.encode(each).ids for each in ("red shoe", whole, "lamp")]
     if timed:

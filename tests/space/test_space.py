@@ -289,8 +289,10 @@ CHARTS = """() => ({
 
 
 def luminance(colour: str) -> float:
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in
-              (int(part) / 255 for part in re.findall(r"\d+", colour)[:3])]  # fmt: skip
+    linear = [
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
+        for c in (int(part) / 255 for part in re.findall(r"\d+", colour)[:3])
+    ]
     return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
 
 
