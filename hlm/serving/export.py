@@ -72,7 +72,7 @@ def _quietly() -> Iterator[None]:
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        # torch 2.8 prints how many rules it applied.
+        # Older versions of torch print how many rules it applied.
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
