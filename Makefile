@@ -15,14 +15,15 @@ demo: .venv/.installed
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python spaces/query_to_ad/app.py
 
 test: .venv/.installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 # With the oldest versions that pyproject.toml allows
 test-lowest: .venv-lowest/.installed
-	.venv-lowest/bin/python -m pytest -q -n 2 --dist loadfile
+	.venv-lowest/bin/python -m pytest -q -n 2 --dist worksteal
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 # $(1): the environment's folder, $(2): its constraints, $(3): its build of torch
 define install

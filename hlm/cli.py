@@ -226,7 +226,7 @@ def search(options: argparse.Namespace) -> None:
         index = AdIndex.build(catalogue, dim=student["dim"])
     encoder = QueryEncoder.from_pretrained(source, revision=revision)
     scores, ids = index.search(encoder.encode(options.query), options.k)
-    names = titles(options.corpus, ids) if options.corpus else [""] * len(ids)
+    names = titles(options.corpus, list(map(str, ids))) if options.corpus else [""] * len(ids)
     for rank, (score, ad, title) in enumerate(zip(scores, ids, names, strict=False), 1):
         print(printable(f"{rank:>3}  {score:.4f}  {ad}  {title}").rstrip())
 
@@ -262,7 +262,7 @@ def card(options: argparse.Namespace) -> None:
     from hlm.publishing.cards import dataset_card, student_card, teacher_card
     from hlm.report_files import read_latency, read_report
 
-    write = {"student": student_card, "teacher": teacher_card}.get(kind, dataset_card)
+    write = {"student": student_card, "teacher": teacher_card}.get(kind or "", dataset_card)
     name = re.sub(r"[^A-Za-z0-9]+", "-", folder.resolve().name).strip("-") or "artefact"
     about = {
         "repo_id": options.repo_id or f"local/{name}",

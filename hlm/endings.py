@@ -70,7 +70,7 @@ def tell_launcher(line: str) -> None:
             json.dump({"message": message}, file)
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)

@@ -39,7 +39,7 @@ def field(
     Raises:
         HlmError: nothing at `path`, another type, or out of bounds.
     """
-    value = record
+    value: Any = record
     for step in path:
         holds = isinstance(value, dict) and step in value
         if not holds and not (isinstance(value, list) and isinstance(step, int) and 0 <= step < len(value)):
@@ -48,7 +48,7 @@ def field(
     accepted = (int, float) if kind is float else kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise _refused(kind, path, where, shown(value), least, most)
-    if kind in (int, float):
+    if isinstance(value, int | float) and kind in (int, float):
         highest = most if most is not None else MOST
         if not (math.isfinite(value) if isinstance(value, float) else abs(value) <= MOST):
             raise _refused(kind, path, where, shown(value), least, most)

@@ -385,6 +385,6 @@ def os_errors(path: Path, codes: Collection[int] = tuple(REMEDIES)) -> Iterator[
     try:
         yield
     except OSError as error:
-        if error.errno not in codes:
+        if error.errno is None or error.errno not in codes:
             raise
         raise HlmError(f"expected to write {path}, found {error.strerror or error}; {REMEDIES[error.errno]}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import warnings
@@ -15,6 +16,10 @@ NOTES = (
     # Checkpoints are then ordered by their number, which is right.
     ("transformers.trainer_utils", "mtime may not be reliable"),
 )
+
+
+def _not_beginning(text: str, record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(text)
 
 
 def quiet_others() -> None:
@@ -32,4 +37,4 @@ def quiet_others() -> None:
     for message in (".*pin_memory.*", ".*exclude_modules.*"):
         warnings.filterwarnings("ignore", message=message)
     for name, beginning in NOTES:
-        logging.getLogger(name).addFilter(lambda record, text=beginning: not record.getMessage().startswith(text))
+        logging.getLogger(name).addFilter(functools.partial(_not_beginning, beginning))

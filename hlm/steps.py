@@ -27,7 +27,7 @@ class CatalogueConfig:
 
 @dataclass
 class TeacherConfig:
-    """Phase 1: LoRA fine-tunes the teacher contrastively on query-document pairs, merges it; saves both."""
+    """Phase 1: LoRA fine-tunes the teacher on query-document pairs and merges it; the adapter is kept beside it."""
 
     backbone: str = field(metadata={"help": "what is tuned: a folder, a Hub id or package:<package>/<folder in it>"})
     data: str = field(metadata={"help": "the dataset: a folder or a Hub id"})

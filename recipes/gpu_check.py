@@ -102,20 +102,22 @@ def online_teacher(setting: Setting, seconds: float, note: Note) -> dict[str, An
 def teacher_step(setting: Setting, seconds: float, note: Note) -> dict[str, Any]:
     step, steps = setting.steps["teacher"], 2 if setting.tiny else 8
     return gpu_stages.lora_step(
-        setting.teacher, step, setting.sizes, device=setting.device, steps=steps, seconds=0.6 * seconds
+        setting.teacher, step, setting.sizes, device=setting.device, steps=steps, seconds=0.6 * seconds, note=note
     )
 
 
 def embed_rate(setting: Setting, seconds: float, note: Note) -> dict[str, Any]:
     step = setting.steps["embed"]
-    return gpu_stages.store_rate(setting.teacher, step, setting.sizes, device=setting.device, seconds=0.6 * seconds)
+    return gpu_stages.store_rate(
+        setting.teacher, step, setting.sizes, device=setting.device, seconds=0.6 * seconds, note=note
+    )
 
 
 def align_rate(setting: Setting, seconds: float, note: Note) -> dict[str, Any]:
     steps = 4 if setting.tiny else 400
     return gpu_stages.align_rate(
         setting.student, setting.steps["align"], setting.sizes, teacher_width=setting.teacher.hidden_size,
-        device=setting.device, steps=steps, seconds=0.5 * seconds,
+        device=setting.device, steps=steps, seconds=0.5 * seconds, note=note,
     )  # fmt: skip
 
 
@@ -123,7 +125,7 @@ def refine_rate(setting: Setting, seconds: float, note: Note) -> dict[str, Any]:
     steps, documents = (4, 200) if setting.tiny else (400, 131_072)
     return gpu_stages.refine_rate(
         setting.student, setting.steps["refine"], setting.sizes, teacher_width=setting.teacher.hidden_size,
-        documents=documents, device=setting.device, steps=steps, seconds=0.4 * seconds,
+        documents=documents, device=setting.device, steps=steps, seconds=0.4 * seconds, note=note,
     )  # fmt: skip
 
 
@@ -214,7 +216,7 @@ def make_setting(tiny: bool, device: str) -> Setting:
         "vocab_size": 500, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
         "intermediate_size": 64, "max_position_embeddings": 64,
     }  # fmt: skip
-    less = {
+    less: dict[str, Any] = {
         "per_device_train_batch_size": 4, "lora_rank": 4, "cache_chunk": 3, "max_seq_length": 16, "pool": 32,
         "hard_negatives": 2, "batch_tokens": 64,
     }  # fmt: skip
@@ -275,7 +277,7 @@ def run_stage(
         process.join()
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # with what it started
+            os.killpg(process.pid, signal.SIGKILL)  # type: ignore[arg-type]  # with what it started
         process.kill()
         process.join()
     if entry["status"] == "running":

@@ -184,7 +184,7 @@ def _general_queries(config: PrepareConfig, data: RetrievalData) -> list[Keyword
     if not config.general_queries:
         return []
     judged = judged_spellings(data)
-    found = {}
+    found: dict[str, Any] = {}
     for place, row in read_rows(_existing(config.general_queries)):
         if not isinstance(row.get("text"), str) or not row["text"].strip():
             raise HlmError(f"{config.general_queries}, {place}: expected a filled column 'text', found {list(row)}")

@@ -146,7 +146,7 @@ def open_source(config: PrepareEsciConfig) -> tuple[dict[str, str], Rows]:
 
 def open_general(config: PrepareEsciConfig) -> tuple[str, Rows]:
     """(input fingerprint, (place, row) of the general queries, streamed)."""
-    source, column = config.general_queries, config.general_column
+    source, column = str(config.general_queries), config.general_column
     path = Path(source)
     if path.is_file():
         rows: Rows = read_rows(path)
@@ -163,7 +163,7 @@ def open_general(config: PrepareEsciConfig) -> tuple[str, Rows]:
         try:
             builder = datasets.load_dataset_builder(source, data_files=wanted, revision=config.general_revision)
             table = streamed(source, builder.config.data_files["train"])
-        except (*not_read(), ValueError, KeyError, TypeError) as error:  # the last two: no files, or none of train
+        except not_read(ValueError, KeyError, TypeError) as error:  # the last two: no files, or none of train
             raise HlmError(
                 f"general_queries: expected a table file, a folder of shards or a Hub dataset id, found '{source}' "
                 f"({error}); correct it, general_files or general_revision, or check the connection"

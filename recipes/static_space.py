@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     output = check_output(config.output, KIND)
     student = QueryEncoder.from_pretrained(config.student, precision=config.precision)
-    store = open_fitting(Path(config.vectors) / "corpus", read_student(config.student), "vectors")
+    store: Any = open_fitting(Path(config.vectors) / "corpus", read_student(config.student), "vectors")
     data = load(config.data, splits=() if config.examples else ("test", "dev"), skip_bad_rows=True)
     store.check(source=data.fingerprint("corpus"))
     with atomic_folder(output, KIND) as folder:
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         count = write_ads(data, store, student.dim, config.ads, folder)
         about = settings(config, data, store, student, count)
         (folder / "about.json").write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
-        inputs = {"student": student.fingerprint, "teacher": store.encoder, "corpus": store.source}
+        inputs: dict[str, Any] = {"student": student.fingerprint, "teacher": store.encoder, "corpus": store.source}
         # The whole folder is public: no path of this machine.
         write_manifest(folder, KIND, inputs=inputs, config={"precision": config.precision, "ads": count})
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
@@ -154,7 +154,7 @@ def examples(
     first; one whose vector the teacher has not stored cannot be compared and has none."""
     index = AdIndex.from_vectors(store.gather(np.arange(count))[:, : student.dim], store.ids[:count].to_pylist())
     folder = Path(config.vectors) / "queries"
-    teach = lambda text: None  # noqa: E731
+    teach: Callable[[str], np.ndarray | None] = lambda text: None  # noqa: E731
     if folder.is_dir():
         queries = VectorStore.open(folder)
         queries.check(encoder=store.encoder)

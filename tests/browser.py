@@ -10,7 +10,6 @@ import pytest
 from hlm.artefacts import write_manifest
 from hlm.data.contract import document_text, iterate, load
 from hlm.encoders.loading import encode, load_encoder
-from hlm.serving.export import export
 from hlm.vectors.store import write_store
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -24,18 +23,15 @@ HOSTILE = {
 }
 
 
-def hostile_run(root: Path, encoder: str, catalogue: Path) -> dict[str, str]:
-    """The catalogue with `HOSTILE` added, a teacher, an exported student with the same weights, and the stores."""
+def hostile_run(root: Path, encoder: str, online: Path, catalogue: str) -> dict[str, str]:
+    """The catalogue with `HOSTILE` added, a teacher, `online` as its student with the same weights, and the stores."""
     shutil.copytree(catalogue, root / "data")
     with open(root / "data/corpus.jsonl", "a", encoding="utf-8") as file:
         for name, ad in HOSTILE.items():
             file.write(json.dumps({"_id": name, "price": 1234.5, **ad}) + "\n")
-    for name in ("teacher", "student"):
-        shutil.copytree(encoder, root / name)
+    shutil.copytree(encoder, root / "teacher")
     write_manifest(root / "teacher", "teacher", inputs={}, config={}, encoder="t" * 16, dim=32)
-    facts = export(str(root / "student"), root / "student")
-    made = {"inputs": {"teacher": "t" * 16}, "config": {}, "encoder": "e" * 16, "dim": 32, "onnx": facts}
-    write_manifest(root / "student", "student", **made)
+    shutil.copytree(online, root / "student")
     data, model = load(str(root / "data")), load_encoder(encoder, device="cpu")
     parts = {
         "corpus": [(row["_id"], document_text(row)) for row in iterate(data.corpus)],

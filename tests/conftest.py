@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 
 # Sums of two threads end in other bits than those of one.
@@ -162,6 +163,27 @@ def family_settings(name: str, tokenizer) -> dict[str, object]:
         own = {"query_pre_attn_scalar": 8, "sliding_window": 8, "use_bidirectional_attention": True, "eos_token_id": 0}
         return sizes | {"num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 2} | own
     return sizes | ({"num_key_value_heads": 2} if name in CAUSAL else {})
+
+
+def exported(folder: str, home: Path) -> Path:
+    """The encoder as a student with its ONNX files. Tracing one takes seconds: tests that write take a copy."""
+    from hlm.artefacts import write_manifest
+    from hlm.serving.export import export
+
+    home = shutil.copytree(folder, home / "student")
+    made = {"inputs": {"teacher": "t" * 16}, "config": {}, "encoder": "e" * 16, "dim": HIDDEN}
+    write_manifest(home, "student", **made, onnx=export(str(home), home))
+    return home
+
+
+@pytest.fixture(scope="session")
+def online_bert(tiny_bert, tmp_path_factory) -> Path:
+    return exported(tiny_bert, tmp_path_factory.mktemp("online_bert"))
+
+
+@pytest.fixture(scope="session")
+def online_qwen3(tiny_qwen3, tmp_path_factory) -> Path:
+    return exported(tiny_qwen3, tmp_path_factory.mktemp("online_qwen3"))
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,7 @@
-"""Runs a recipe and sends itself SIGKILL at a chosen moment: python kill_at.py RECIPE MOMENT NUMBER ARGUMENTS...
-
-MOMENT is `step` (NUMBER: of the step, counted after the first checkpoint) or `checkpoint` (NUMBER: which one, from 1;
-half of its trainer_state.json is written by then).
-"""
+"""Runs a recipe in a process that sends itself SIGKILL at a chosen moment."""
 
 import os
 import signal
-import sys
 
 from transformers import TrainerState
 
@@ -19,6 +14,8 @@ def die() -> None:
 
 
 def main(recipe: str, moment: str, number: str, *words: str) -> None:
+    """`moment` is "step" (`number`: of the step, counted after the first checkpoint) or "checkpoint" (`number`: which
+    one, from 1; half of its trainer_state.json is written by then)."""
     step, save, saved, steps = RecipeTrainer.training_step, TrainerState.save_to_json, [], []
 
     def training_step(self, *rest):
@@ -40,7 +37,3 @@ def main(recipe: str, moment: str, number: str, *words: str) -> None:
     if moment == "step":
         RecipeTrainer.training_step = training_step
     {"teacher": teacher, "align": align, "refine": refine}[recipe].main(list(words))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -15,6 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import hlm
 from hlm.encoders.loading import encode, fingerprint, load_encoder, save_encoder
 from hlm.extras import EXTRAS
 from hlm.serving.export import export_model
@@ -55,6 +56,15 @@ def test_the_extra_of_all_has_every_package_that_an_error_may_name():
         found |= {name := waiting.pop()}
         waiting += [one for line in extras[name] for one in re.findall(r"\w+", line.partition("hlm[")[2])]
     assert {*EXTRAS.values(), "serve"} <= found
+
+
+def test_what_hlm_offers_is_documented():
+    for name in hlm.__all__:
+        offered = getattr(hlm, name)
+        assert offered.__doc__, name
+        methods = vars(offered) if isinstance(offered, type) else {}
+        for method, value in methods.items():
+            assert method.startswith("_") or not callable(value) or value.__doc__, f"{name}.{method}"
 
 
 @pytest.fixture(scope="module")

@@ -11,20 +11,16 @@ import sys
 import numpy as np
 import pytest
 
-from hlm.artefacts import HlmError, write_manifest
+from hlm.artefacts import HlmError
 from hlm.encoders.loading import load_encoder
-from hlm.serving.export import export
 from hlm.serving.query_encoder import QueryEncoder
 
 MANY = [f"red shoe number {n} with a long tail of words to fill the batch" for n in range(200)]
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_bert, tmp_path_factory):
-    folder = shutil.copytree(tiny_bert, tmp_path_factory.mktemp("forks") / "student")
-    facts = export(str(folder), folder)
-    write_manifest(folder, "student", inputs={"teacher": "t" * 16}, config={}, encoder="e" * 16, dim=32, onnx=facts)
-    return folder
+def folder(online_bert):
+    return online_bert
 
 
 def in_child(work, seconds=30):

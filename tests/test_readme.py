@@ -18,6 +18,7 @@ from hlm import cli
 from hlm.artefacts import HlmError
 from hlm.benchmark.budgets import INCONCLUSIVE
 from hlm.config import parse
+from hlm.encoders.families import FAMILIES
 from hlm.steps import STEPS
 from hlm.training.trainer import TrainingArguments
 from recipes import quickstart
@@ -76,7 +77,7 @@ def config_types(script: str) -> list[type]:
     home = "recipes" if (ROOT / f"recipes/{script}.py").is_file() else "results.measure"
     module = importlib.import_module(f"{home}.{script}")
     own = next((step.settings for step in STEPS.values() if step.script == script), None) or next(
-        v for n, v in vars(module).items() if n.endswith("Config") and v.__module__ == module.__name__
+        v for n, v in vars(module).items() if n.endswith("Config") and not v.__module__.startswith("transformers")
     )
     return [own] + ([TrainingArguments] if hasattr(module, "TrainingArguments") else [])
 
@@ -166,9 +167,18 @@ def test_the_tree_names_the_folders_floor_by_floor():
 PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")}
 
 
+def test_the_families_are_those_that_are_known():
+    for name in ("README.md", "CHANGELOG.md"):
+        listed = re.search(r"famil(?:y|ies) of (BERT.*?)\.", " ".join(PAGES[name].split()))[1]
+        families = {family.lower() for family in re.split(r", | or | and ", listed)}
+        assert {"gemma3_text" if family == "gemma 3" else family for family in families} < FAMILIES.keys()
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_sentences_are_short(name):
-    text = re.sub(r"<!-- results:begin.*results:end -->|```.*?```|^\|.*$|^#.*$", "", PAGES[name], flags=re.S | re.M)
+    text = re.sub(
+        r"<!-- results:begin.*results:end -->|```.*?```|<img.*?>|^\|.*$|^#.*$", "", PAGES[name], flags=re.S | re.M
+    )
     text = re.sub(r"!?\[([^]]*)\]\([^)]*\)", r"\1", text)
     for paragraph in re.split(r"\n\s*\n|\n(?=\s*[-*\d]+\.? )", text):
         for sentence in re.split(r"(?<=[.!?:])\s+(?=[A-Z`\d])", " ".join(paragraph.split())):
@@ -190,7 +200,9 @@ def test_pictures_follow_light_and_dark_and_are_what_the_results_say():
     assert draw_quality.picture() == (ROOT / "results/quickstart.svg").read_text(), (
         "run results/measure/draw_quality.py"
     )
-    for path in re.findall(r"\]\((\S+\.svg)\)", README):
+    pictures = re.findall(r'<img src="(\S+\.svg)"', README)
+    assert len(pictures) == 2
+    for path in pictures:
         text = (ROOT / path).read_text()
         root = xml.etree.ElementTree.fromstring(text)
         assert "prefers-color-scheme: dark" in text and root.find("{*}title").text

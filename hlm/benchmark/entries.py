@@ -104,7 +104,7 @@ def read_entry(config: BenchmarkConfig, name: str, given: Any) -> Entry:
         raise HlmError(f"systems: '{name}': expected a model or a shape, found {'both' if entry.model else 'neither'}")
     if entry.shape is not None and not config.random_weights:
         raise HlmError(f"systems: '{name}' is a shape, which has no weights: add --random_weights to make them up")
-    unused = ("layers", "ffn", "depths", "prompt") if entry.model else ("prompt_name", "quality")
+    unused: tuple[str, ...] = ("layers", "ffn", "depths", "prompt") if entry.model else ("prompt_name", "quality")
     if entry.shape is not None and entry.backend not in (SENTENCE_TRANSFORMERS, HLM):
         raise HlmError(
             f"systems: '{name}': expected a shape under backend '{SENTENCE_TRANSFORMERS}' or '{HLM}', found "
@@ -177,7 +177,8 @@ def find_works(
             continue
         shape = shape_config(entry.shape, layers=entry.layers, ffn=entry.ffn) if entry.shape else None
         lookup = bool(system.facts.get("lookup"))
-        work = work_of(shape or backbone_config(entry.model), system.count_tokens(queries), precision, lookup=lookup)
+        config = shape or backbone_config(str(entry.model))
+        work = work_of(config, system.count_tokens(queries), precision, lookup=lookup)
         if work is not None:
             works[name] = work
     return works

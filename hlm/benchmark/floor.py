@@ -159,7 +159,8 @@ def _onnx_product(precision: str, side: int) -> Callable[[], Any]:
 def _fastest(call: Callable[[], Any], seconds: float) -> float:
     """Seconds of the fastest of the calls that fit into `seconds`, three at the least; the first is not timed."""
     call()
-    taken, end = [], perf_counter() + seconds
+    taken: list[float] = []
+    end = perf_counter() + seconds
     while len(taken) < 3 or perf_counter() < end:
         synchronise()
         started = perf_counter()

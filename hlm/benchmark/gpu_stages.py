@@ -10,7 +10,7 @@ A stage returns JSON values: `measured`, `planned` (what the planner says of the
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -21,7 +21,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import PretrainedConfig
 
 from hlm.benchmark.gpu_inputs import SEED, made_encoder, made_store, made_texts, token_table
-from hlm.benchmark.gpu_timing import facts, peaks, planned_of, report, reset_peak, run_steps, this_gpu, timed
+from hlm.benchmark.gpu_timing import expected, facts, peaks, planned_of, report, reset_peak, run_steps, this_gpu, timed
 from hlm.benchmark.gpu_work import align_work, embed_work, lora_work, loss_flops, refine_work
 from hlm.encoders.loading import encode, pad, token_batches, tokenise
 from hlm.encoders.lora import add_lora, enable_gradient_checkpointing
@@ -33,6 +33,7 @@ from hlm.training.losses import l2_alignment, matryoshka, refinement_contrastive
 from hlm.training.teacher import Batches
 from hlm.vectors.store import write_store
 
+Note = Callable[[dict[str, Any]], None]
 MOST_BATCHES = 64  # of made-up rows; they come again in every epoch
 
 
@@ -44,6 +45,7 @@ def lora_step(
     device: str = "cuda",
     steps: int = 5,
     seconds: float = 120.0,
+    note: Note = lambda known: None,
 ) -> dict[str, Any]:
     """The teacher's training steps: LoRA over frozen random weights, contrastive loss, gradient caching.
 
@@ -53,10 +55,12 @@ def lora_step(
         sizes: lengths of the texts and what the plan assumes.
         steps, seconds: it ends after so many measured steps, or earlier when the time is over; one step warms up, one
             is measured in any case.
+        note: told what is known before the first step, which a stage that fails would lose.
     """
     began = perf_counter()
     shape = Shape.of(config)
     work, phase = lora_work(shape, step, sizes)
+    note(expected(work, phase))
     model = made_encoder(config, step["dtype"], device, step["max_seq_length"])
     add_lora(model, rank=step["lora_rank"], alpha=2 * step["lora_rank"])
     if step["gradient_checkpointing"]:
@@ -92,10 +96,12 @@ def align_rate(
     device: str = "cuda",
     steps: int = 200,
     seconds: float = 30.0,
+    note: Note = lambda known: None,
 ) -> dict[str, Any]:
     """The student's alignment steps against vectors of the teacher's width in a store; arguments as in `lora_step`."""
     shape = Shape.of(config)
     work, phase = align_work(shape, step, sizes)
+    note(expected(work, phase))
     model = made_encoder(config, "float32", device, step["max_seq_length"])
     model.requires_grad_(True)
     count = step["per_device_train_batch_size"] * min(MOST_BATCHES, steps + 1)
@@ -127,6 +133,7 @@ def refine_rate(
     device: str = "cuda",
     steps: int = 200,
     seconds: float = 60.0,
+    note: Note = lambda known: None,
 ) -> dict[str, Any]:
     """The student's refinement steps; arguments as in `lora_step`. Hard negatives are drawn, not mined.
 
@@ -136,6 +143,7 @@ def refine_rate(
     """
     shape = Shape.of(config)
     work, phase = refine_work(shape, step, sizes)
+    note(expected(work, phase))
     model = made_encoder(config, "float32", device, None)
     model.requires_grad_(True)
     batch, pool, hard = step["per_device_train_batch_size"], min(step["pool"], documents), step["hard_negatives"]
@@ -181,6 +189,7 @@ def store_rate(
     *,
     device: str = "cuda",
     seconds: float = 60.0,
+    note: Note = lambda known: None,
 ) -> dict[str, Any]:
     """Ads through the teacher into a vector store: tokens, forward pass, copy to the host, shards on disk.
 
@@ -191,6 +200,7 @@ def store_rate(
     began = perf_counter()
     shape = Shape.of(config)
     work, phase = embed_work(shape, step, sizes)
+    note(expected(work, phase))
     limit = step["max_seq_length"] or sizes.longest_document
     model = made_encoder(config, step["dtype"], device, limit)
     reset_peak()

@@ -129,9 +129,13 @@ def facts(measured: dict, planned: dict, work: Work, phase: Phase, device: str) 
         "measured": measured,
         "planned": planned,
         "measured_over_planned": ratios,
-        "work": asdict(work),
-        "predicted": predictions(work, phase.peak),
+        **expected(work, phase),
     }
+
+
+def expected(work: Work, phase: Phase) -> dict[str, Any]:
+    """What a stage knows before it runs: what a step takes, and the time that follows on each GPU of `PREDICTED`."""
+    return {"work": asdict(work), "predicted": predictions(work, phase.peak)}
 
 
 def planned_of(phase: Phase, gpu: Gpu | None, rows: int, all_rows: int) -> dict[str, Any]:

@@ -175,7 +175,9 @@ def new_words(encode: Encode, forget: Callable[[], None], queries: Sequence[str]
     Returns:
         {"p50_ms", "known_p50_ms", "samples": of either}.
     """
-    new, known, end = [], [], perf_counter() + seconds
+    new: list[float] = []
+    known: list[float] = []
+    end = perf_counter() + seconds
     while not known or perf_counter() < end:
         query = [queries[len(known) % len(queries)]]
         forget()

@@ -107,8 +107,9 @@ def agreements(
     found = {}
     for name, other in same.items():
         vectors, others = (encode_all(of, encoders[of], queries) for of in (name, other))
-        wide = store is not None and store.dim >= vectors.shape[1]
-        index = AdIndex.build(store, dim=vectors.shape[1]) if wide else None
+        index = None
+        if store is not None and store.dim >= vectors.shape[1]:
+            index = AdIndex.build(store, dim=vectors.shape[1])
         found[name] = {"with": other, "k": k} | agreement(vectors, others, index, k)
     return found
 

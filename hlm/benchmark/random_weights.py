@@ -224,7 +224,7 @@ def shape_systems(
         raise HlmError(f"{name}: depths: expected two within 1 to {whole}, rising, found {list(depths)}")
     depths = depths or depths_that_fit(config, dtype, device=device)
     if backend == HLM and (tokenizer is None or depths):
-        found = "no tokenizer" if tokenizer is None else f"memory for {depths[1]} of {whole} layers"
+        found = "no tokenizer" if tokenizer is None or depths is None else f"memory for {depths[1]} of {whole} layers"
         raise HlmError(f"{name}: backend 'hlm' reads a whole model with a tokenizer, found {found}")
     backbone = random_backbone(cut_config(config, depths[1]) if depths else config, dtype, device=device, seed=seed)
     total, without_embeddings = planned_parameters(config)
@@ -241,7 +241,7 @@ def shape_systems(
     }
 
     def count_tokens(texts: list[str]) -> list[int]:
-        return list(map(len, tokenizer([prompt + text for text in texts])["input_ids"]))
+        return list(map(len, tokenizer([prompt + text for text in texts])["input_ids"]))  # type: ignore[misc]
 
     def system(backbone: nn.Module) -> System:
         if tokenizer is None:

@@ -49,7 +49,8 @@ def run(
     whole = {name: of for name, of in same_models(entries).items() if reads_texts(systems, name, of)}
     same = agreements(encoders, whole, queries, store, k=10)
     for name in measurable if evaluated else ():
-        qualities[name] = measured_quality(encoders[name], data, config.split, store, evaluated, name)
+        measured: Any = measured_quality  # its arguments are all there, or it is not asked for
+        qualities[name] = measured(encoders[name], data, config.split, store, evaluated, name)
     works = find_works(entries, systems, derived, queries)
     rates = measure_rates(list(works.values()), device=device_of(config), seconds=config.block_s)
     blocks = measure(
@@ -66,7 +67,7 @@ def run(
         for name, system in systems.items()
         if system.forget
     }
-    parts = {"cold_start": starts, "quality": qualities, "agreement": same, "new_words": unseen}
+    parts: dict[str, Any] = {"cold_start": starts, "quality": qualities, "agreement": same, "new_words": unseen}
     report = build_report(config, entries, queries, systems, derived, blocks, reference, parts)
     report["rates"] = rates
     for name, work in works.items():

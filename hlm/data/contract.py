@@ -155,7 +155,8 @@ def titles(source: str, ids: Sequence[str], *, cache_dir: str | Path | None = No
         HlmError: an id that is not in the corpus, or what `load` raises of it.
     """
     path = checked_file(_tables(source, None, ())["corpus"], "corpus", _cache(cache_dir), skip_bad_rows=True)
-    wanted, shown = pa.array(ids, pa.string()), {}
+    wanted = pa.array(ids, pa.string())
+    shown: dict[str, str] = {}
     with pa.memory_map(str(path)) as stored:
         for block in pa.ipc.open_stream(stored):
             shown.update(
@@ -275,7 +276,7 @@ def _beside(value: str, dataset: datasets.Dataset) -> str:
     wanted, ids = _look(value), dataset.data.column("_id")
     alike = [known for chunk in ids.chunks for known in chunk.to_pylist() if _look(known) == wanted]
     if alike:
-        return f"{ascii(value)}, which is not there, but {ascii(alike[0])} is"
+        return f"{value!a}, which is not there, but {alike[0]!a} is"
     first = ", ".join(f"'{known}'" for known in ids[:3].to_pylist())
     return f"'{value}', which is not there (its first ids are {first})"
 

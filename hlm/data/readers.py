@@ -57,12 +57,12 @@ def is_read(name: str | Path) -> bool:
     return kind in SUFFIXES and not (kind == ".parquet" and compression)
 
 
-def not_read() -> tuple[type[Exception], ...]:
-    """What disks, fsspec and huggingface_hub raise where a file cannot be read."""
+def not_read(*more: type[Exception]) -> tuple[type[Exception], ...]:
+    """What disks, fsspec and huggingface_hub raise where a file cannot be read, and `more`."""
     from huggingface_hub.errors import HTTPError
 
     aiohttp = sys.modules.get("aiohttp")  # fsspec loads it before it can raise its errors
-    return (OSError, HTTPError, *([aiohttp.ClientError] if aiohttp else []))
+    return (OSError, HTTPError, *([aiohttp.ClientError] if aiohttp else []), *more)
 
 
 def read_rows(path: str | Path, *, delimiter: str | None = None) -> Iterator[tuple[str, Row]]:
@@ -273,7 +273,7 @@ def _tsv_cells(line: str, width: int) -> tuple[list[str], bool]:
         return written, False
     cells, position = [], 0
     while True:
-        match = _TSV_CELL.match(line, position)
+        match: Any = _TSV_CELL.match(line, position)  # an empty cell at the least
         cells.append(match[2] if match[1] is None else match[1].replace('""', '"'))
         position = match.end()
         if not match[0].endswith("\t"):
@@ -283,11 +283,18 @@ def _tsv_cells(line: str, width: int) -> tuple[list[str], bool]:
     return cells, any(cell.startswith('"') and cell in written for cell in cells)
 
 
+def _kept(lines: Iterator[tuple[int, str]], kept: list[str]) -> Iterator[str]:
+    """The lines, each put into `kept` as it passes."""
+    for _, line in lines:
+        kept.append(line)
+        yield line
+
+
 def _read_csv(path: str | Path, delimiter: str) -> Iterator[tuple[str, Row]]:
     if csv.field_size_limit() < _LONGEST_CELL:  # 131,072 by default, and one limit for the whole process
         csv.field_size_limit(_LONGEST_CELL)
     written: list[str] = []  # the lines of a row
-    lines = (written.append(line) or line for _, line in _read_lines(path))
+    lines = _kept(_read_lines(path), written)
     # strict: a stray quote is an error, where the lenient reader would swallow every line up to the next one
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] | None = None
@@ -345,7 +352,7 @@ def _read_parquet(path: str | Path) -> Iterator[tuple[str, Row]]:
                     yield f"row {number}", row
     except UnicodeDecodeError as error:
         raise HlmError(f"{path}, after row {number}: expected UTF-8 ({error}); write the file again") from error
-    except (pa.ArrowException, *not_read()) as error:
+    except not_read(pa.ArrowException) as error:
         raise HlmError(f"{path}, after row {number}: not readable as Parquet ({error}); write it again") from error
 
 

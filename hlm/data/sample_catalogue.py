@@ -21,7 +21,7 @@ import logging
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,7 +56,7 @@ SPLITS = {"dev": (0.0, 0.08), "test": (0.08, 0.24), "train": (0.24, 1.0)}  # sha
 class Ad(NamedTuple):
     category: int
     brand: int
-    values: tuple[int, int, int]
+    values: tuple[int, ...]  # of three axes
 
 
 class Intent(NamedTuple):
@@ -65,7 +65,7 @@ class Intent(NamedTuple):
     department: str
     category: int
     brand: int
-    values: tuple[int, int, int]
+    values: tuple[int, ...]  # of three axes
 
 
 def axes_of(category: int) -> list[str]:
@@ -158,7 +158,7 @@ def grades(intent: Intent, table: np.ndarray) -> np.ndarray:
 def draw_intent(rng: random.Random, found: Ad) -> tuple[str, Intent]:
     """A kind of query and an intent that this ad meets."""
     kind = rng.choices(list(KINDS), weights=list(KINDS.values()))[0]
-    choices = range(3)
+    choices: Sequence[int] = range(3)
     if kind == "attribute":
         # Two axes that another department has too would ask for its ads as well, and they would be judged 0.
         choices = rng.choice(OWN_PAIRS[CATEGORIES[found.category][0]])
@@ -226,7 +226,8 @@ def draw_queries(
     seen: set[str] = set()
     unlabelled: list[str] = []
     for split in ("test", "dev", "train", "unlabelled"):
-        rng, found = random.Random(f"{split} {seed}"), []
+        rng = random.Random(f"{split} {seed}")
+        found: list[tuple[str, str, Intent]] = []
         bucket = "train" if split == "unlabelled" else split
         for _ in range(200 * counts[split] + 1000):
             if len(found) == counts[split]:
@@ -297,8 +298,8 @@ def write_catalogue(
         table = np.empty((ads, 5), dtype=np.int16)
         with open(aside / "corpus.jsonl", "w", encoding="utf-8") as file:
             for number in range(ads):
-                found = ad(seed, number)
-                table[number] = (found.category, found.brand, *found.values)
+                one = ad(seed, number)
+                table[number] = (one.category, one.brand, *one.values)
                 file.write(json.dumps(row(seed, number), ensure_ascii=False) + "\n")
         (aside / "qrels").mkdir()
         with open(aside / "queries.jsonl", "w", encoding="utf-8") as file:

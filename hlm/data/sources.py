@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
@@ -36,8 +37,8 @@ def folder_tables(source: str, splits: Sequence[str]) -> dict[str, Table]:
     for part in (*TEXTS, *(f"qrels/{split}" for split in splits)):
         path = find_table(folder, part)
         if path is not None:
-            read = read_qrels if part.startswith("qrels/") else read_rows
-            tables[part] = Table(str(path), lambda read=read, path=path: read(path), lambda path=path: content_of(path))
+            reader = read_qrels if part.startswith("qrels/") else read_rows
+            tables[part] = Table(str(path), partial(reader, path), partial(content_of, path))
     if (table := _sharded(folder, "unlabelled")) is not None:
         if "unlabelled" in tables:
             raise HlmError(f"expected one 'unlabelled' in {source}, found {tables['unlabelled'].name} and {table.name}")
@@ -144,7 +145,7 @@ def addressed(name: str, addresses: Sequence[str]) -> Table:
     for address in addresses:
         try:
             found = DataFilesList.from_patterns([address])
-        except (*not_read(), ValueError) as error:
+        except not_read(ValueError) as error:
             raise HlmError(f"{name}: expected files at {address}, found none ({error}); correct it") from error
         if not found:
             raise HlmError(f"{name}: expected files at {address}, found none; correct it")
@@ -190,7 +191,7 @@ def hub_tables(source: str, revision: str | None, splits: Sequence[str]) -> dict
             tables[part] = _hub_table(source, part, *next(iter(found.items())), read_rows)
         elif part != "unlabelled":
             raise HlmError(f"Hub dataset {source}: expected a config '{part}', found {configs}; use the BEIR layout")
-    config = next((name for name in ("qrels", "default") if name in configs), None)
+    config: str | None = next((name for name in ("qrels", "default") if name in configs), None)
     # BEIR keeps the judgements of `id` in a second repository, `id-qrels`.
     repo, at = (source, revision) if config else (f"{source}-qrels", None)
     config = config or _configs(repo, at)[0]
@@ -215,11 +216,11 @@ def _hub(source: str, revision: str | None, ask: Callable[..., Any], *wanted: st
         if not constants.HF_HUB_OFFLINE or Path(source).is_dir():
             return ask(source, *wanted, revision=revision)
         error: Exception = ConnectionError("offline by HF_HUB_OFFLINE")
-    except (*not_read(), ValueError) as failed:
+    except not_read(ValueError) as failed:
         error = failed
     try:
         return ask(snapshot_download(source, repo_type="dataset", revision=revision, local_files_only=True), *wanted)
-    except (*not_read(), ValueError):  # no copy, or not of this part: the first error is the user's
+    except not_read(ValueError):  # no copy, or not of this part: the first error is the user's
         raise HlmError(
             f"expected a folder or a Hub dataset id, found '{source}': no such folder here, and the Hub says "
             f"{type(error).__name__}: {error}; correct the path or the id, or check the connection; where the cache "
@@ -259,7 +260,7 @@ def _hub_table(
         raise HlmError(f"{name}: expected files that are read ({READ}), found {_few(unread)}; publish it as JSONL")
     try:
         paths = [_downloaded(address) for address in addresses]
-    except (*not_read(), ValueError) as error:
+    except not_read(ValueError) as error:
         raise HlmError(
             f"{name}: expected its files, found {type(error).__name__}: {error}; check the connection, and that "
             "HF_HOME is a folder with room that can be written"

@@ -11,6 +11,7 @@ import time
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, TypedDict
@@ -210,7 +211,8 @@ class Demo:
         self.names = list(indexes)
         self._student, self._teacher = student, teacher
         self._corpus, self._rows = corpus, {name: row for row, name in enumerate(corpus["_id"])}
-        self._make, self._indexes, self._lock = indexes, {}, Lock()
+        self._make, self._lock = indexes, Lock()
+        self._indexes: dict[str, Any] = {}
 
     def index(self, name: str | None = None) -> Any:
         """The index of this name; the first by default.
@@ -257,14 +259,13 @@ class Demo:
             if one is not None:
                 ranks = {ad: rank for rank, (ad, _) in enumerate(other[0], 1)} if other else {}
                 one[1]["hits"] = self._hits(one[0][: int(k)], ranks, text)
-                found[name] = one[1]
-        if teacher is not None:
+                found[name] = one[1]  # type: ignore[literal-required]
+        if teacher is not None and student is not None:
             first, second = ({hit["id"] for hit in side[1]["hits"]} for side in (teacher, student))
             found["overlap"] = len(first & second)
             if self.live:
-                found["ratio"] = {
-                    part: teacher[1][f"{part}_ms"] / student[1][f"{part}_ms"] for part in ("encode", "total")
-                }
+                both: tuple[dict[str, Any], ...] = ({**teacher[1]}, {**student[1]})
+                found["ratio"] = {part: both[0][f"{part}_ms"] / both[1][f"{part}_ms"] for part in ("encode", "total")}
         return found | {"message": found["message"].strip()}
 
     def _measured(self, encode: Callable, text: str, index: Any) -> tuple[list[tuple[str, float]], Side] | None:
@@ -276,18 +277,20 @@ class Demo:
         scores, (ids,) = index.search(vector, DEPTH)
         ended = time.perf_counter()
         ms = {"encode_ms": encoded - started, "search_ms": ended - encoded, "total_ms": ended - started}
-        return list(zip(ids, scores[0].tolist(), strict=False)), {"hits": [], **{n: s * 1e3 for n, s in ms.items()}}
+        side: Any = {"hits": [], **{name: seconds * 1e3 for name, seconds in ms.items()}}
+        return list(zip(ids, scores[0].tolist(), strict=False)), side
 
     def _hits(self, found: list[tuple[str, float]], ranks: dict[str, int], query: str) -> list[Hit]:
         rows = self._corpus[[self._rows[ad] for ad, _ in found]]
         wanted = {singular(word) for word in words_of(query)}
-        hits = []
+        hits: list[Hit] = []
         for place, (ad, score) in enumerate(found):
             row = {name: column[place] for name, column in rows.items()}
             shown = ad_texts(row)
             words = match_key(" ".join(shown[name] for name in ("title", "text", "brand"))).split()
             matched = list(dict.fromkeys(word for word in words if word in wanted))
-            hits.append(Hit(id=ad, rank=place + 1, score=score, other_rank=ranks.get(ad), matched=matched, **shown))
+            hit: Any = {"id": ad, "rank": place + 1, "score": score, "other_rank": ranks.get(ad), "matched": matched}
+            hits.append(hit | shown)
         return hits
 
 
@@ -317,9 +320,10 @@ def load_demo(config: DemoConfig) -> Demo:
         store = VectorStore.open(config.place("vectors", "corpus"))
         store.check(encoder=student.teacher)
         for factory in config.factories:
-            indexes[factory] = lambda factory=factory: AdIndex.build(store, factory, dim=student.dim)
+            indexes[factory] = partial(AdIndex.build, store, factory, dim=student.dim)
         teacher_print, source_print = store.encoder, store.source
     live = config.teacher is not None
+    teach: Callable[[str], np.ndarray | None]
     if live:
         teach = _live_teacher(config.place("teacher"), teacher_print, student.dim)
         said = f"{public(config.teacher)}, run on every query"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 from hlm.artefacts import HlmError
 from hlm.data.spelling import WORD, singular, words_of
@@ -64,7 +65,7 @@ def table(facts: Sequence[tuple[str, str]]) -> str:
 
 def _figures(found: Comparison) -> str:
     tiles = []
-    if found["overlap"] is not None:
+    if found["overlap"] is not None and found["student"] is not None:
         of = len(found["student"]["hits"])
         tiles.append((f"{found['overlap']} of {of}", f"ads found by both (overlap@{found['k']})"))
     if found["ratio"] is not None:
@@ -85,7 +86,8 @@ def _column(name: str, other: str, side: Side | None, k: int) -> str:
 
 
 def _card(hit: Hit, other: str, k: int) -> str:
-    fields = {name: shown(hit[name], limit, hit["matched"]) for name, limit in MAX_SHOWN.items() if hit[name]}
+    texts: dict[str, Any] = {**hit}
+    fields = {name: shown(texts[name], limit, hit["matched"]) for name, limit in MAX_SHOWN.items() if texts[name]}
     about = [fields[name] for name in ("brand", "price") if name in fields] + [f"score {hit['score']:.3f}"]
     if hit["matched"]:
         about.append(f"matches {shown(', '.join(hit['matched']), 80)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +205,7 @@ def pad_id(model: SentenceTransformer) -> int:
     return 0 if fill is None else fill
 
 
-def pad_rows(ids: list[list[int]], fill: int) -> dict[str, torch.Tensor]:
+def pad_rows(ids: Sequence[Sequence[int] | np.ndarray], fill: int) -> dict[str, torch.Tensor]:
     """Right-padded int64 `input_ids` and `attention_mask` of shape (rows, longest row).
 
     Right padding with last-token pooling gives the same vectors as left padding and keeps the fast causal kernel.
@@ -276,7 +276,8 @@ def encode(
                 out[before[0]] = before[1]()
             before = started
             (own if bar is None else bar).update(len(rows))
-        out[before[0]] = before[1]()
+        if before:
+            out[before[0]] = before[1]()
     model.train(was_training)
     return out
 

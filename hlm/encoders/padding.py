@@ -33,7 +33,7 @@ def right_padded(model: SentenceTransformer) -> Iterator[None]:
 
 def leave_out_masks(model: SentenceTransformer) -> list[Any]:
     """The same for good, as far as this object goes: for a model in training. Returns the handles of its hooks."""
-    backbone = getattr(model[0], "model", None)
+    backbone: Any = getattr(model[0], "model", None)
     inner = backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
     # Only where it is known that layers take a mask each by their kind, and that SDPA is causal without one.
     if not isinstance(inner, Qwen3Model) or not is_causal(inner) or set(inner.config.layer_types) != {FULL}:

@@ -77,7 +77,7 @@ def _token_means(
     sums: list[Any] = [0.0] * len(modules)
     mask = torch.empty(0)
 
-    def hook_of(number: int):
+    def hook_of(number: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             sums[number] += measure(args, kwargs, output)[mask].double().sum(dim=0).cpu().numpy()
 
@@ -263,6 +263,9 @@ def check_cascade(stages: Sequence[dict[str, Any]]) -> None:
         if not (ffn is None or (type(ffn) is int and ffn > 0)):
             raise HlmError(f"{where}: ffn: expected a number above 0, found {ffn!r}")
         keep = len(layers) if isinstance(layers, list) else layers
+        name: str
+        now: int | None
+        before: int | None
         for name, now, before in (("layers", keep, depth), ("ffn", ffn, width)):
             if now is not None and before is not None and now > before:
                 raise HlmError(f"{where}: {name} grows from {before} to {now}; a cascade only cuts: {before} at most")

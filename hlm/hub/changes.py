@@ -130,11 +130,13 @@ def hashes(content: Path | bytes) -> list[str]:
     size = len(content) if isinstance(content, bytes) else content.stat().st_size
     git, large = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False), hashlib.sha256()
     if isinstance(content, bytes):
-        git.update(content), large.update(content)
+        git.update(content)
+        large.update(content)
     else:
         with open(content, "rb") as file:
             while block := file.read(1 << 20):
-                git.update(block), large.update(block)
+                git.update(block)
+                large.update(block)
     return [git.hexdigest(), large.hexdigest()]
 
 

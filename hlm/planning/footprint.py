@@ -194,7 +194,7 @@ def saved_bytes(shape: Shape, sequence: int, precision: Precision) -> int:
         total += (len(shape.linears) - 2) * hidden * inner + ffn * inner  # two inputs are in half precision already
     else:
         total += 2 * hidden * inner + ffn * inner
-    if not trains:
+    if precision.lora_rank is not None:
         total += len(shape.linears) * precision.lora_rank * (2 if precision.autocast else 4)
     return total
 

@@ -147,7 +147,9 @@ def student_training(
     )
 
 
-def student_phase(step_name: str, name: str, training: Training, step, rows: int, sizes: Assumptions, count: int):
+def student_phase(
+    step_name: str, name: str, training: Training, step: Mapping[str, Any], rows: int, sizes: Assumptions, count: int
+) -> Phase:
     shape = training.shape
     steps, rows = steps_of(step, rows, count)
     tokens = padded(sizes.query_tokens + (sizes.prompt_tokens if step.get("prompt") else 0), training.rows[0][1])

@@ -7,8 +7,9 @@ parameters, GPU memory, disk, FLOPs and hours (`footprint`, `hardware`). Loads n
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from hlm.planning.footprint import Shape, backbone_config
 from hlm.planning.hardware import GIB, Gpu, refuse
 from hlm.planning.phases import (
     Phase,
+    Training,
     align_phase,
     align_training,
     embed_phase,
@@ -139,7 +141,7 @@ def index_bytes(rows: int, dim: int, factory: str) -> int:
     import faiss
 
     def sizes(index: faiss.Index) -> tuple[int, int]:
-        """(bytes whatever the rows, bytes a row)"""
+        """(bytes whatever the rows, bytes a row)."""
         index = faiss.downcast_index(index)
         if isinstance(index, faiss.IndexPreTransform):
             return sizes(index.index)
@@ -206,18 +208,20 @@ def check_step(
     limit = min(settings.get("max_seq_length") or 128, 128)
     settings = {**settings, "max_seq_length": limit}
     sizes = Assumptions(documents=settings.get("pool") or 1, queries=1, longest_query=min(16, limit))
+    found: list[tuple[str, Callable[[], Training]]]
     if step == "teacher":
-        found = [("teacher", lambda: teacher_training(shape, settings, sizes, gpus))]
+        found = [("teacher", partial(teacher_training, shape, settings, sizes, gpus))]
     elif step == "align":
         stages = cascade(config, settings["cascade"] or [{}])
         found = [
-            (f"align, stage {number}", lambda shape=shape: align_training(shape, settings, sizes))
+            (f"align, stage {number}", partial(align_training, shape, settings, sizes))
             for number, (_, shape, _) in enumerate(stages, 1)
         ]
     else:
-        found = [("refine", lambda: refine_training(shape, settings, sizes, gpus))]
+        found = [("refine", partial(refine_training, shape, settings, sizes, gpus))]
     if gpu is None and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         gpu = Gpu(properties.name, properties.total_memory, 0.0)
-    for where, training in found if gpu is not None else []:
-        refuse(where, training(), gpu, gpus, sharded)
+    if gpu is not None:
+        for where, training in found:
+            refuse(where, training(), gpu, gpus, sharded)

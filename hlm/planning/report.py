@@ -107,7 +107,7 @@ def text(plan: Plan, count: int = 1, gpu: Gpu | None = None) -> str:
     """The plan as it is printed."""
     sizes = plan.assumptions
     lines = [f"Plan of {plan.folder} on {hardware_name(count, gpu)}", "", "Parameters"]
-    rows = [("", "total", "without embeddings")]
+    rows: list[tuple[str, ...]] = [("", "total", "without embeddings")]
     for name, (total, body, lora) in plan.models.items():
         rows.append(
             (name, f"{total / 1e6:,.1f}M", f"{body / 1e6:,.1f}M" + (f" + LoRA {lora / 1e6:,.1f}M" if lora else ""))

@@ -80,7 +80,7 @@ def read_steps(folder: str | Path, training: type) -> dict[str, dict[str, Any]]:
 
 
 def _read_step(path: Path, step: str, training: type) -> dict[str, Any]:
-    own = STEPS[step].settings
+    own: Any = STEPS[step].settings
     trained = STEPS[step].trains
     given = read_yaml(str(path), hints_of(own, training) if trained else hints_of(own))
     values = defaults_of(own) | ({name: defaults_of(training)[name] for name in TRAINING} if trained else {})

@@ -178,8 +178,8 @@ def dataset_facts(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     manifest = public_manifest(_json(folder / MANIFEST)) if (folder / MANIFEST).is_file() else {}
     stores = {}
-    for path in sorted(folder.glob(f"vectors/*/{MANIFEST}")):
-        stores[path.parent.name] = public_manifest(read_manifest(path.parent, "vectors"))
+    for made in sorted(folder.glob(f"vectors/*/{MANIFEST}")):
+        stores[made.parent.name] = public_manifest(read_manifest(made.parent, "vectors"))
     built = (folder / "index" / MANIFEST).is_file()
     index = public_manifest(read_manifest(folder / "index", "index")) if built else None
     configs = []

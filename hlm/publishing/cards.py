@@ -270,7 +270,8 @@ def _render(name: str, front: Any, given: About, facts: dict[str, Any], system: 
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"code": code, "fenced": fenced, "python": python, "js": js, "table": table}
+    filters: dict[str, Any] = {"code": code, "fenced": fenced, "python": python, "js": js, "table": table}
+    environment.filters |= filters
     report = given.report
     made = report["environment"] if report else {}
     text = environment.get_template(name).render(

@@ -27,7 +27,8 @@ from hlm.vectors.lineage import open_fitting, read_student
 from hlm.vectors.store import VectorStore
 
 SPLITS = ("train", "dev", "test")
-LEFT_OUT = (".*", "__pycache__", "recipes", "model_cards")  # of the package: the last two lie within it in a wheel
+# Of the package; in a wheel, recipes and cards lie within it.
+LEFT_OUT = (".*", "__pycache__", "py.typed", "recipes", "model_cards")
 UNKNOWN = "0" * 40  # in a dry run, the commit that is not there yet
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -80,7 +80,7 @@ class CudaGraphs:
         """Begins a batch; what it gives waits for its vectors."""
         shape = padded_shape(*ids.shape)
         if shape[0] * shape[1] <= GRAPH_TOKENS and self._device.type == "cuda":
-            vectors = self._replayed(shape, ids, mask)
+            vectors: Any = self._replayed(shape, ids, mask)
             if vectors is not None:
                 return lambda: vectors
         both = torch.empty((2, *ids.shape), dtype=torch.int64, pin_memory=self._device.type == "cuda")

@@ -43,6 +43,7 @@ class _Graph:
     def __init__(self, path: Path, load: Callable[[Path], tuple[Run, int]]) -> None:
         self._path, self._load, self._lock = path, load, threading.Lock()
         self._file = file_state(path)
+        self._run: Run | None
         self._run, self.dim = load(path)
         tell_after_fork(self)
 

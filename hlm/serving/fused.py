@@ -7,7 +7,7 @@ and behind the last attention only the token that is pooled is computed.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -56,7 +56,7 @@ class FusedQwen3:
     @staticmethod
     def fits(model: SentenceTransformer) -> bool:
         """Whether the model is a causal Qwen3 with full attention, no biases, and last-token pooling, in eval mode."""
-        backbone = getattr(model[0], "model", None)
+        backbone: Any = getattr(model[0], "model", None)
         if type(backbone) is not Qwen3Model or len(model) < 2:
             return False
         config, pooling = backbone.config, model[1]

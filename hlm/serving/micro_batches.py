@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
@@ -71,7 +72,8 @@ class AsyncQueryEncoder:
                 that used it first.
         """
         one = isinstance(texts, str)
-        texts = as_texts([texts] if one else texts)  # here: one caller's mistake must not fail the others of its batch
+        # Here: one caller's mistake must not fail the others of its batch.
+        texts = as_texts([texts] if isinstance(texts, str) else texts)
         loop = self._loop()
         if sum(map(len, texts)) > IN_THE_LOOP:
             ids = await asyncio.to_thread(self._encoder.tokenise, texts)
@@ -121,11 +123,16 @@ class AsyncQueryEncoder:
             )
         return here[0]
 
+    def _owner(self) -> asyncio.AbstractEventLoop:
+        if self._home is None:
+            raise RuntimeError("no event loop has used this AsyncQueryEncoder yet")
+        return self._home[0]
+
     def _start_soon(self) -> None:
         """The next batch starts when it is full, or when the window of its first query ends."""
         if self._computing or not self._waiting:
             return
-        loop = self._home[0]
+        loop = self._owner()
         if self._tokens >= self._max_tokens or self._closed:
             self._start()
         elif self._timer is None:  # without a window: once those have asked who can at this moment
@@ -159,7 +166,8 @@ class AsyncQueryEncoder:
 
     def _compute(self, batch: list[Waiting]) -> None:
         """In the thread; an error goes to every caller of this batch, and the next batch is served."""
-        error, vectors = None, None
+        error: BaseException | None = None
+        vectors = None
         try:
             vectors = self._encoder.encode_ids([ids for ids, _ in batch])
             if len(vectors) != len(batch):
@@ -169,9 +177,9 @@ class AsyncQueryEncoder:
             if not isinstance(raised, Exception) or isinstance(raised, StopIteration):  # no future takes these
                 error = HlmError(f"the encoder ended with {type(raised).__name__}: {raised}")
         with contextlib.suppress(RuntimeError):  # the loop has ended, and its callers with it
-            self._home[0].call_soon_threadsafe(self._finish, batch, vectors, error)
+            self._owner().call_soon_threadsafe(self._finish, batch, vectors, error)
 
-    def _finish(self, batch: list[Waiting], vectors: np.ndarray | None, error: Exception | None) -> None:
+    def _finish(self, batch: list[Waiting], vectors: Any, error: BaseException | None) -> None:
         self._computing = False
         if error is not None:
             self._refuse(batch, error)
@@ -181,12 +189,12 @@ class AsyncQueryEncoder:
                     future.set_result(vector)
         self._start_soon()
         if not self._computing:
-            for future in self._closing:
-                if not future.done():
-                    future.set_result(None)
+            for closing in self._closing:
+                if not closing.done():
+                    closing.set_result(None)
 
     @staticmethod
-    def _refuse(waiting: Iterable[Waiting], error: Exception) -> None:
+    def _refuse(waiting: Iterable[Waiting], error: BaseException) -> None:
         for _, future in waiting:
             if not future.done():
                 future.set_exception(error)

@@ -96,7 +96,7 @@ class LookupGraph(OnlineGraph):
         for layer in backbone.encoder.layer:
             layer.attention.self = _OneStepAttention(layer.attention.self)
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # it has no mask
         states = self._backbone(input_ids, None)
         return self._pooled(states, torch.ones_like(input_ids), states.sum(1))
 

@@ -303,7 +303,7 @@ def _loaded_again(origin: dict[str, Any]) -> QueryEncoder:
     """A QueryEncoder that was pickled, in another process."""
     settings = {name: value for name, value in origin.items() if name != "identity"}
     encoder = QueryEncoder.from_pretrained(**settings)
-    if encoder._origin["identity"] != origin["identity"]:
+    if (encoder._origin or {}).get("identity") != origin["identity"]:
         raise HlmError(
             f"expected {origin['id_or_folder']} as it was when the QueryEncoder was pickled, found it replaced; load "
             "the encoder in each process instead"
@@ -313,7 +313,6 @@ def _loaded_again(origin: dict[str, Any]) -> QueryEncoder:
 
 def _one_core(path: Path, run: Run) -> Callable[[], Run]:
     """Loads the graph once more, for one core; gives `run` where the file is no longer what it is now."""
-
     loaded = file_state(path)
 
     def load() -> Run:

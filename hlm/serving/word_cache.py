@@ -6,6 +6,7 @@ A query of words that were seen before takes a dictionary a tenth of the time th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -54,7 +55,7 @@ class WordCache:
         self._words = {}
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
-        found = [self._put_together(text, self._words) for text in texts]
+        found: list[Any] = [self._put_together(text, self._words) for text in texts]
         if None in found:
             missing = [place for place, ids in enumerate(found) if ids is None]
             words = self._learn({word for place in missing for word in self._cut(texts[place])})

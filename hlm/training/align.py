@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from sentence_transformers.sentence_transformer.modules import Dense
 
 from hlm.artefacts import HlmError
-from hlm.data.contract import load
+from hlm.data.contract import RetrievalData, load
 from hlm.encoders.loading import add_head, encode, fingerprint, load_encoder, prompt_of, save_encoder
 from hlm.encoders.pruning import check_cascade, cut
 from hlm.identity import PATHS, as_config, up_to_date
@@ -79,9 +79,20 @@ def _align_all(stages: list[dict], outputs: list[str], config: AlignConfig, args
         source = _align(source, stage, output, config, args, data, queries, documents)
 
 
-def _align(source: str, stage: dict, output: str, config: AlignConfig, args, data, queries, documents) -> str:
+def _align(
+    source: str,
+    stage: dict,
+    output: str,
+    config: AlignConfig,
+    args: TrainingArguments,
+    data: RetrievalData,
+    queries: Any,
+    documents: VectorStore,
+) -> str:
     """One stage: cut, train, save to `output`; returns the folder."""
-    args = dataclasses.replace(args, num_train_epochs=stage.get("epochs", args.num_train_epochs))
+    args = dataclasses.replace(  # type: ignore[call-arg]
+        args, num_train_epochs=stage.get("epochs", args.num_train_epochs)
+    )
     args.output_dir = f"{output}.training"
     model = load_encoder(source, max_seq_length=config.max_seq_length)
     if source == config.student:
@@ -133,7 +144,7 @@ class Queries:
     A slice gives texts in the order of the tables; row `i` of training is text `vectors.order[i]`.
     """
 
-    def __init__(self, config: AlignConfig, data) -> None:
+    def __init__(self, config: AlignConfig, data: RetrievalData) -> None:
         unknown = set(config.parts) - {"unlabelled", "train"}
         if unknown or not config.parts:
             raise HlmError(f"parts: expected unlabelled, train or both, found {config.parts}")
@@ -151,7 +162,7 @@ class Queries:
                 self.texts.append(texts)
                 stores.append((store, store.rows_of(list(ids))))
             else:
-                self.texts.append(data.unlabelled["text"])
+                self.texts.append(data.unlabelled["text"])  # type: ignore[index]
                 stores.append((store, None))
         encoders = {store.encoder for store, _ in stores}
         if len(encoders) > 1:
@@ -214,7 +225,9 @@ class Collate:
         return {"query": self.tokens.features(self.vectors.order[rows]), "teacher": self.vectors.of(rows)}
 
 
-def objective(config: AlignConfig, documents: VectorStore, width: int):
+def objective(
+    config: AlignConfig, documents: VectorStore, width: int
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """(student (B, width), teacher (B, teacher's width)) -> scalar."""
     if config.objective == "kernel":
         # Compares similarities, so widths may differ, and the pairs are those of the whole batch on all devices.
@@ -224,7 +237,7 @@ def objective(config: AlignConfig, documents: VectorStore, width: int):
         rows = np.linspace(0, len(documents) - 1, count).astype(np.int64)
         pool = matryoshka(torch.from_numpy(documents.gather(rows)), width)
 
-        def kl(student, teacher):
+        def kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
             return kl_distillation(student, matryoshka(teacher, width), pool.to(student.device), config.temperature)
 
         return kl

@@ -44,11 +44,14 @@ class DevRetrieval(BaseEvaluator):
         self.prompt_name = prompt_name
         self.primary_metric = "dev_ndcg@10"
 
-    def __call__(self, model: SentenceTransformer, output_path: str | None = None, epoch: float = -1, steps: int = -1):
+    def __call__(
+        self, model: SentenceTransformer, output_path: str | None = None, epoch: float = -1, steps: int = -1
+    ) -> dict[str, float]:
         index = self.index
         if index is None:
-            vectors = encode(model, list(self.documents.values()), prompt_name="document")
-            index = AdIndex.from_vectors(vectors, list(self.documents))
+            documents = self.documents or {}
+            vectors = encode(model, list(documents.values()), prompt_name="document")
+            index = AdIndex.from_vectors(vectors, list(documents))
         # The GPU waits while the CPU searches and counts: once an evaluation, over a few hundred queries.
         queries = encode(model, list(self.texts.values()), prompt_name=self.prompt_name)
         run = dense_run(queries, index, list(self.texts), 100)

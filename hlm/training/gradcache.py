@@ -7,8 +7,8 @@ rows of all; `cached_loss` (GradCache, arXiv 2101.06983) keeps the activations o
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -54,7 +54,7 @@ def loss_of_chunks(
         groups, loss: as in `cached_loss`.
     """
 
-    def encode(chunk: Chunk) -> Tensor:
+    def encode(chunk: Any) -> Tensor:
         # A copy: modules put every token's vector into the dict that they get, which would keep them for all chunks.
         return model(dict(chunk))["sentence_embedding"]
 
@@ -126,7 +126,7 @@ def cached_loss(
         for chunk, state, part in zip(group, group_states, gradient.split(rows), strict=True)
     ]
     device = leaves[0].device.type
-    autocast = {"device_type": device, "enabled": torch.is_autocast_enabled(device)}
+    autocast: dict[str, Any] = {"device_type": device, "enabled": torch.is_autocast_enabled(device)}
     autocast["dtype"] = torch.get_autocast_dtype(device)
 
     def replay(scale: Tensor) -> None:
@@ -152,7 +152,7 @@ class _RandomState:
         self.cuda = None if self.device is None else torch.cuda.get_rng_state(self.device)
 
     @contextlib.contextmanager
-    def replayed(self):
+    def replayed(self) -> Iterator[None]:
         """Inside, random numbers fall as they did after construction; after, the streams go on where they were."""
         with torch.random.fork_rng(devices=[] if self.device is None else [self.device]):
             torch.set_rng_state(self.cpu)
@@ -163,12 +163,12 @@ class _RandomState:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor: Tensor) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
         ctx.rows = tensor.shape[0]
         return torch.cat(_all_gather(tensor))
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient, op=dist.ReduceOp.SUM)
         return gradient.narrow(0, dist.get_rank() * ctx.rows, ctx.rows)

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from sentence_transformers import SentenceTransformer
 from transformers import TrainerCallback
 
-from hlm.data.contract import load
+from hlm.data.contract import RetrievalData, load
 from hlm.encoders.loading import encode, fingerprint, load_encoder, prompt_of, save_encoder, sent
 from hlm.identity import PATHS, as_config, up_to_date
 from hlm.settings import keywords
@@ -114,7 +115,15 @@ class Refinement:
     and what is found is sent. Several processes have to agree on the pool and read one another's positives once.
     """
 
-    def __init__(self, model, data, documents, queries, config: RefineConfig, args: TrainingArguments) -> None:
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        data: RetrievalData,
+        documents: VectorStore,
+        queries: VectorStore,
+        config: RefineConfig,
+        args: TrainingArguments,
+    ) -> None:
         self.model, self.documents, self.config, self.seed = model, documents, config, args.seed
         self.width, self.device = model.get_embedding_dimension(), args.device
         self.ads = FrozenVectors(documents, self.width, self.device)
@@ -177,8 +186,8 @@ class Refinement:
         generator = np.random.default_rng((self.seed, *everywhere.tolist()))
         return self.pooled(np.sort(generator.choice(len(self.documents), self.config.pool, replace=False)))
 
-    def loss(self, model, batch: dict) -> torch.Tensor:
-        def contrast(queries):
+    def loss(self, model: torch.nn.Module, batch: dict) -> torch.Tensor:
+        def contrast(queries: torch.Tensor) -> torch.Tensor:
             return self.contrast(queries, batch)
 
         return loss_of_chunks(model, [batch["query"]], contrast, cached=bool(self.config.cache_chunk))
@@ -247,7 +256,7 @@ class Refresh(TrainerCallback):
     def __init__(self, refinement: Refinement, epochs: int) -> None:
         self.refinement, self.epochs = refinement, epochs
 
-    def on_step_begin(self, args, state, control, **kwargs) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         steps = max(1, state.max_steps // max(1, round(state.num_train_epochs))) * self.epochs
         if state.global_step % steps == 0:
             self.refinement.refresh()

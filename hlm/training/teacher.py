@@ -8,11 +8,13 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
+from sentence_transformers import SentenceTransformer
 from torch.distributed.tensor import DTensor
 
 from hlm.artefacts import HlmError, fingerprint_json
@@ -111,7 +113,7 @@ def _tune(config: TeacherConfig, args: TrainingArguments) -> None:
     finish(trainer, measured)
 
 
-def whole(model, trained: dict[str, torch.Tensor], config: TeacherConfig):
+def whole(model: SentenceTransformer, trained: dict[str, torch.Tensor], config: TeacherConfig) -> SentenceTransformer:
     """The model itself; under FSDP, where every process holds a part of it, the backbone with what was trained."""
     if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return model
@@ -144,7 +146,7 @@ class Pairs:
         self.excluded = padded_rows(self.known)
 
 
-def mine(model, pairs: Pairs, config: TeacherConfig, folder: str, source: str) -> np.ndarray:
+def mine(model: SentenceTransformer, pairs: Pairs, config: TeacherConfig, folder: str, source: str) -> np.ndarray:
     """(queries, k) document rows mined with the untuned backbone, padded with -1; k = 0 mines nothing.
 
     The backbone's document vectors lie in a store in `folder`: a killed run finds them there.
@@ -190,7 +192,7 @@ class Batches:
     config: TeacherConfig
 
     @classmethod
-    def of(cls, model, pairs: Pairs, negatives: np.ndarray, config: TeacherConfig) -> Batches:
+    def of(cls, model: SentenceTransformer, pairs: Pairs, negatives: np.ndarray, config: TeacherConfig) -> Batches:
         queries = TokenTable(model, pairs.queries, prompt_of(model, "query"))
         documents = TokenTable(model, pairs.documents, prompt_of(model, "document"))
         return cls(pairs.rows, pairs.excluded, negatives, queries, documents, config)
@@ -218,13 +220,13 @@ class Batches:
             "excluded_ids": self.excluded[query],
         }
 
-    def loss(self, model, batch: dict) -> torch.Tensor:
+    def loss(self, model: torch.nn.Module, batch: dict) -> torch.Tensor:
         query_ids, positive_ids = batch["query_ids"], batch["positive_ids"]
         all_query_ids, all_positive_ids = gather_with_gradient(query_ids), gather_with_gradient(positive_ids)
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         hard = self.negatives.shape[1] > 0
 
-        def contrast(queries, documents):
+        def contrast(queries: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
             positives = documents[batch["positive_places"]]
             return qwen3_contrastive(
                 queries,
@@ -267,7 +269,7 @@ def dev_retrieval(data: RetrievalData, config: TeacherConfig) -> DevRetrieval | 
     return DevRetrieval(dict(data.split_queries("dev", oracle=config.oracle)), data.qrels["dev"], documents=documents)
 
 
-def save_adapter(adapter: dict[str, torch.Tensor], peft_config, backbone: str, folder) -> None:
+def save_adapter(adapter: dict[str, torch.Tensor], peft_config: Any, backbone: str, folder: Path) -> None:
     """The adapter in PEFT's own layout, so that `PeftModel.from_pretrained` loads it over the backbone."""
     from safetensors.torch import save_file
 

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -60,7 +60,11 @@ REPORTING |= {f"dataloader_{name}" for name in ("num_workers", "prefetch_factor"
 
 @dataclass
 class TrainingArguments(SentenceTransformerTrainingArguments):
-    """sentence-transformers' training arguments with this project's defaults; every one can be set in YAML."""
+    """sentence-transformers' training arguments with this project's defaults; every one can be set in YAML.
+
+    Left as they are: AdamW is fused; `dataloader_num_workers` is 0, as cutting a batch from memory maps takes a
+    millisecond or two while the GPU computes; DDP looks for unused parameters, since a BERT's pooler gets no gradient.
+    """
 
     dataloader_drop_last: bool = field(default=True)  # ranks must see equally many rows
     remove_unused_columns: bool = field(default=False)
@@ -81,7 +85,7 @@ class TrainingArguments(SentenceTransformerTrainingArguments):
             self.dataloader_pin_memory = False  # pinned for a GPU that is not there
             if self.fp16:
                 raise HlmError(f"fp16: expected a GPU, found none in use ({devices()}); leave fp16 out")
-        elif self.dataloader_pin_memory and self.accelerator_config is None:
+        elif self.dataloader_pin_memory and self.accelerator_config is None:  # type: ignore[has-type]
             self.accelerator_config = {"non_blocking": True}  # batches are copied while the step before computes
         super().__post_init__()
         check_processes(self.world_size)
@@ -163,13 +167,23 @@ class RecipeTrainer(SentenceTransformerTrainer):
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """No card from the trainer: it would describe a column of row numbers."""
 
-    def get_batch_sampler(self, dataset, batch_size, drop_last, valid_label_columns=None, generator=None, seed=0):
+    def get_batch_sampler(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        drop_last: bool,
+        valid_label_columns: Any = None,
+        generator: Any = None,
+        seed: int = 0,
+    ) -> GroupedBatches:
         self.batches = GroupedBatches(
             len(dataset), batch_size, seed, keys=self.keys, group=self.group, drop_last=drop_last
         )
         return self.batches
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         loss = self.step_loss(model, inputs)
         return (loss, {}) if return_outputs else loss
 
@@ -265,12 +279,12 @@ class _Epochs(TrainerCallback):
     def __init__(self, trainer: RecipeTrainer) -> None:
         self.trainer = trainer
 
-    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.batches.set_epoch(int(state.epoch or 0))
 
 
 class _Collator:
-    valid_label_columns: list[str] = []  # asked for by sentence-transformers' loader
+    valid_label_columns: ClassVar[list[str]] = []  # asked for by sentence-transformers' loader
 
     def __init__(self, collate: Callable[[list[int]], dict[str, Any]]) -> None:
         self.collate = collate

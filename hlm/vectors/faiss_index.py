@@ -199,7 +199,7 @@ class AdIndex(Index):
     @classmethod
     def _read(cls, folder: Path, expect_encoder: str | None, gpu: bool) -> AdIndex:
         facts = read_facts(folder, cls.engine, expect_encoder)
-        options = {
+        options: dict[str, Any] = {
             name: optional(facts.config, kind, name, where=f"{folder / MANIFEST}, config", least=1)
             for name, kind in (("nprobe", int), ("ef_search", int), ("k_factor", float))
         }

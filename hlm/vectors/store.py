@@ -17,8 +17,9 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -59,7 +60,7 @@ class VectorStore:
         canaries: the encoder's vectors of fixed queries (`canaries.py`); None where the store was written without.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], states: dict[str, list[int]]) -> None:
+    def __init__(self, folder: Path, manifest: dict[str, Any], states: dict[str, list[int] | None]) -> None:
         self.folder = folder
         self.manifest = manifest
         self.dim: int = manifest["dim"]
@@ -237,7 +238,7 @@ class VectorStore:
                 self._maps[shard] = np.memmap(file, dtype="<f2", mode="r", offset=offset, shape=shape)
         return self._maps[shard]
 
-    def _file(self, shard: int, name: str) -> BinaryIO:
+    def _file(self, shard: int, name: str) -> BufferedReader:
         """A file of a shard, which is the one that was there when the store was opened, or has the same content."""
         file = _open_file(self.folder / name)
         if file_state(file.fileno()) != self._states[name]:
@@ -251,7 +252,7 @@ class VectorStore:
         return file
 
 
-def read_ids(file: BinaryIO, path: Path, rows: int, remedy: str) -> pa.Array:
+def read_ids(file: BufferedReader, path: Path, rows: int, remedy: str) -> pa.Array:
     """Column "_id" of a Parquet file, one Arrow string array (as it was written: of 32 or 64 bits).
 
     Raises:
@@ -309,7 +310,7 @@ def _open_again(folder: Path, fingerprint: str) -> VectorStore:
     return store
 
 
-def _open_file(path: Path) -> BinaryIO:
+def _open_file(path: Path) -> BufferedReader:
     if not path.is_file():  # a pipe of that name would be waited for
         raise HlmError(f"{path}: expected a file as {MANIFEST} says, found no such file; {REMEDY}")
     try:
@@ -318,7 +319,7 @@ def _open_file(path: Path) -> BinaryIO:
         raise HlmError(f"expected to read {path}, found {error.strerror}; make it readable for this user") from error
 
 
-def _vectors_offset(file: BinaryIO, path: Path, shape: tuple[int, int]) -> int:
+def _vectors_offset(file: BufferedReader, path: Path, shape: tuple[int, int]) -> int:
     """Where the fp16 vectors of `shape` begin in a safetensors file, in bytes; reads the header only.
 
     Raises:
@@ -329,10 +330,8 @@ def _vectors_offset(file: BinaryIO, path: Path, shape: tuple[int, int]) -> int:
         header = json.loads(file.read(min(length, HEADER_BYTES)))
     except (ValueError, RecursionError) as error:
         raise HlmError(f"{path}: expected a safetensors header with '{KEY}', found none ({error}); {REMEDY}") from error
-    kind, begin, end = (
-        field(header, kind, KEY, *place, where=path)
-        for kind, *place in ((str, "dtype"), (int, "data_offsets", 0), (int, "data_offsets", 1))
-    )
+    kind = field(header, str, KEY, "dtype", where=path)
+    begin, end = (field(header, int, KEY, "data_offsets", place, where=path) for place in (0, 1))
     found = field(header, list, KEY, "shape", where=path)
     if (kind, found) != ("F16", list(shape)) or end - begin != 2 * shape[0] * shape[1]:
         raise HlmError(

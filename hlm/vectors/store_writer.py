@@ -340,7 +340,7 @@ def _write_vectors(path: Path, vectors: np.ndarray) -> str:
     header += b" " * (-len(header) % 8)  # the format aligns the data to 8 bytes
     digest = hashlib.sha256()
     with open(path, "wb") as file:
-        for piece in (len(header).to_bytes(8, "little"), header, memoryview(vectors).cast("B")):
+        for piece in (len(header).to_bytes(8, "little"), header, vectors.data.cast("B")):
             file.write(piece)
             digest.update(piece)
     return digest.hexdigest()

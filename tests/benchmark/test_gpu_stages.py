@@ -59,7 +59,9 @@ def run(name, every, **more):
 
 @pytest.mark.parametrize("name", ["lora_step", "store_rate", "align_rate", "refine_rate"])
 def test_every_stage_runs_and_tells_what_it_found(steps, name):
-    found = run(name, steps)
+    noted = []
+    found = run(name, steps, note=noted.append)
+    assert noted == [{"work": found["work"], "predicted": found["predicted"]}]  # known before it ran
     assert json.loads(json.dumps(found)) == found
     assert found["measured"]["rows_per_s"] > 0 and found["measured"]["step_seconds"] > 0
     for gpu in gpu_work.PREDICTED:

@@ -253,7 +253,7 @@ def test_ids_that_look_alike_are_told_apart(folder, read, known, judged):
     write_qrels(folder, [("q1", judged, 1)])
     with pytest.raises(HlmError) as error:
         read(folder)
-    assert f"found {ascii(judged)}, which is not there, but {ascii(known)} is" in str(error.value)
+    assert f"found {judged!a}, which is not there, but {known!a} is" in str(error.value)
 
 
 def test_whole_number_ids_become_text(folder, read):

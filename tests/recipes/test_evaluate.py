@@ -246,7 +246,7 @@ def test_only_the_first_process_works(inputs, tmp_path, monkeypatch):
 )
 def test_refuses_before_anything_is_searched(inputs, tmp_path, monkeypatch, change, settings, message):
     monkeypatch.setattr("hlm.evaluation.evaluate.bm25", lambda *_: pytest.fail("searched"))
-    if "encoder" != message:  # known of a model without a manifest once it is loaded
+    if message != "encoder":  # known of a model without a manifest once it is loaded
         monkeypatch.setattr("hlm.evaluation.evaluate.load_encoder", lambda *_, **__: pytest.fail("loaded"))
     else:
         monkeypatch.setattr("hlm.evaluation.evaluate.bm25", lambda *_: {})

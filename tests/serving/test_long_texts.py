@@ -76,19 +76,20 @@ def test_ids_are_those_of_the_whole_text(place, limit, tiny_bert, tiny_qwen3, mo
 @pytest.mark.parametrize(
     "piece", [",", "靴", "x", " ", "\u200b", "\u0301", "a ", "\n", "e\u0301", "\ud83d", "한", "\x00"]
 )
-def test_a_megabyte_of_one_thing(name, piece, request):
+def test_a_long_text_of_one_thing(name, piece, request):
     folder = request.getfixturevalue(name)
     tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.enable_truncation(48)
     encoder = QueryEncoder(tokenizer, lambda ids, mask: ids[:, :2].astype(np.float32), 2)
-    text = piece * (MEGABYTE // len(piece))
-    started = time.perf_counter()
+    timed = piece in (",", "a ", "\n") and name == "tiny_bert"
+    text = piece * ((MEGABYTE if timed else MEGABYTE // 8) // len(piece))  # the whole of it takes seconds to tokenise
+    started = time.process_time()  # whatever else this machine does
     found = encoder.tokenise(["red shoe", text, "lamp"])
-    took = time.perf_counter() - started
+    took = time.process_time() - started
     whole = text.replace("\ud83d", "\ufffd")
     assert found == [tokenizer.encode(each).ids for each in ("red shoe", whole, "lamp")]
-    if piece in (",", "a ", "\n") and name == "tiny_bert":
+    if timed:
         assert took < 0.5
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-import hlm
 from hlm.artefacts import HlmError, write_manifest
 from hlm.encoders.loading import encode, load_encoder
 from hlm.serving import engines as backends
@@ -26,13 +25,9 @@ from hlm.serving.query_encoder import QueryEncoder
 TEXTS = ["red shoe", "", "used laptop with a black cable " * 20, "größe 靴 🎒", "a", "cheap steel bottle 2 litre"]
 
 
-@pytest.fixture(scope="module", params=["tiny_bert", "tiny_qwen3"])
-def online(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("online") / "student"
-    shutil.copytree(request.getfixturevalue(request.param), folder)
-    facts = export(str(folder), folder)
-    write_manifest(folder, "student", inputs={"teacher": "t" * 16}, config={}, encoder="e" * 16, dim=32, onnx=facts)
-    return str(folder)
+@pytest.fixture(scope="module", params=["online_bert", "online_qwen3"])
+def online(request):
+    return str(request.getfixturevalue(request.param))
 
 
 def test_the_vectors_are_those_of_sentence_transformers(online):
@@ -244,13 +239,6 @@ def test_look_ups_are_taken_where_they_are(tiny_bert, tmp_path, monkeypatch):
     facts = export_model(model, folder, lookup=False)
     write_manifest(folder, "student", inputs={}, config={}, encoder="e" * 16, dim=32, onnx=facts)
     assert check(folder) == ["online/onnx/model.onnx"] * 2
-
-
-def test_a_folder_without_onnx_is_exported_once(tiny_bert, tmp_path, monkeypatch):
-    monkeypatch.setenv("HLM_CACHE", str(tmp_path))
-    first = hlm.QueryEncoder.from_pretrained(tiny_bert).encode("red shoe")
-    monkeypatch.setattr("hlm.serving.export.export", None)
-    np.testing.assert_array_equal(hlm.QueryEncoder.from_pretrained(tiny_bert).encode("red shoe"), first)
 
 
 def test_bad_input_is_refused(online, tmp_path):

@@ -14,24 +14,16 @@ import numpy as np
 import pytest
 from hub_server import HubServer
 
-from hlm.artefacts import HlmError, write_manifest
+from hlm.artefacts import HlmError
 from hlm.encoders.loading import encode, load_encoder
 from hlm.serving.export import export
 from hlm.serving.query_encoder import QueryEncoder
 
 
-@pytest.fixture(scope="module")
-def student(tiny_bert, tmp_path_factory):
-    folder = shutil.copytree(tiny_bert, tmp_path_factory.mktemp("files") / "student")
-    facts = export(str(folder), folder)
-    write_manifest(folder, "student", inputs={"teacher": "t" * 16}, config={}, encoder="e" * 16, dim=32, onnx=facts)
-    return folder
-
-
 @pytest.fixture
-def copied(student, tmp_path, monkeypatch):
+def copied(online_bert, tmp_path, monkeypatch):
     monkeypatch.setenv("HLM_CACHE", str(tmp_path / "cache"))
-    return shutil.copytree(student, tmp_path / "student")
+    return shutil.copytree(online_bert, tmp_path / "student")
 
 
 def edit(path, change):
@@ -211,19 +203,19 @@ def test_a_graph_of_others_is_refused_with_the_remedy(copied):
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:7", "mps", "nonsense", "cpu:"])
-def test_a_device_that_is_not_there(student, device):
+def test_a_device_that_is_not_there(online_bert, device):
     import torch
 
     if torch.cuda.is_available() and device == "cuda":
         pytest.skip("it is there")
     with pytest.raises(HlmError, match="device: expected"):
-        QueryEncoder.from_pretrained(student, backend="torch", device=device)
+        QueryEncoder.from_pretrained(online_bert, backend="torch", device=device)
 
 
 @pytest.mark.parametrize("threads", ["2", 1.5, -1, 10**9])
-def test_threads_are_a_number_of_them(student, threads):
+def test_threads_are_a_number_of_them(online_bert, threads):
     with pytest.raises(HlmError, match="threads: expected a number from 1 to 1024"):
-        QueryEncoder.from_pretrained(student, threads=threads)
+        QueryEncoder.from_pretrained(online_bert, threads=threads)
 
 
 SERVE = """
@@ -244,17 +236,6 @@ def serve(folder, cache, **settings):
     )  # fmt: skip
 
 
-def test_an_export_at_the_start_is_one_line_and_leaves_the_root_logger_alone(tiny_bert, tmp_path):
-    process = serve(tiny_bert, tmp_path / "cache")
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err
-    assert len(err.splitlines()) == 1 and "exporting them, once" in err and "recipes/export.py" in err, err
-    expected = encode(load_encoder(tiny_bert, device="cpu"), ["red shoe"])[0]
-    np.testing.assert_allclose(json.loads(out), expected, atol=1e-5)
-    again, silence = serve(tiny_bert, tmp_path / "cache").communicate(timeout=200)
-    assert again == out and silence == ""
-
-
 def test_exporting_leaves_loggers_warnings_and_bars_as_they_were(tiny_bert, tmp_path, recwarn, caplog):
     import warnings
 
@@ -269,7 +250,8 @@ def test_exporting_leaves_loggers_warnings_and_bars_as_they_were(tiny_bert, tmp_
     assert before == ([logging.getLogger(name).level for name in names], warnings.filters[:], is_progress_bar_enabled())
 
 
-def test_two_processes_export_once_and_sweep_what_a_killed_one_left(tiny_bert, tmp_path):
+def test_two_processes_export_once_in_one_line_and_sweep_what_a_killed_one_left(tiny_bert, tmp_path):
+    """Nor do they touch the root logger; see `SERVE`."""
     cache = tmp_path / "cache"
     killed = serve(tiny_bert, cache)
     for _ in range(1200):
@@ -281,14 +263,38 @@ def test_two_processes_export_once_and_sweep_what_a_killed_one_left(tiny_bert, t
     assert len(list(cache.glob(".*.partial"))) == 1
     both = [serve(tiny_bert, cache) for _ in range(2)]
     (first, said), (second, others) = (process.communicate(timeout=300) for process in both)
-    assert first == second != "" and len((said + others).splitlines()) == 1
+    assert [process.returncode for process in both] == [0, 0], said + others
+    (line,) = (said + others).splitlines()
+    assert "exporting them, once" in line and "recipes/export.py" in line
+    expected = encode(load_encoder(tiny_bert, device="cpu"), ["red shoe"])[0]
+    np.testing.assert_allclose(json.loads(first), expected, atol=1e-5)
+    assert first == second
     assert not list(cache.glob(".*.partial"))
     assert len(list(cache.glob("*/onnx/model.onnx"))) == 1
+    again, silence = serve(tiny_bert, cache).communicate(timeout=200)
+    assert again == first and silence == ""
 
 
-def test_a_damaged_export_is_made_again(tiny_bert, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def cached(tiny_bert, tmp_path_factory):
+    """A cache with the export of a folder that has no ONNX files, and the vector it gave."""
+    cache = tmp_path_factory.mktemp("cache") / "hlm"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HLM_CACHE", str(cache))
+        return cache, QueryEncoder.from_pretrained(tiny_bert, threads=1).encode("red shoe")
+
+
+def test_a_folder_without_onnx_is_exported_once(cached, tiny_bert, monkeypatch):
+    cache, first = cached
+    monkeypatch.setenv("HLM_CACHE", str(cache))
+    monkeypatch.setattr("hlm.serving.export.export", None)
+    np.testing.assert_array_equal(QueryEncoder.from_pretrained(tiny_bert).encode("red shoe"), first)
+
+
+def test_a_damaged_export_is_made_again(cached, tiny_bert, tmp_path, monkeypatch):
+    cache, expected = cached
+    shutil.copytree(cache, tmp_path, dirs_exist_ok=True)
     monkeypatch.setenv("HLM_CACHE", str(tmp_path))
-    expected = QueryEncoder.from_pretrained(tiny_bert, threads=1).encode("red shoe")
     (graph,) = tmp_path.glob("*/onnx/model.onnx")
     graph.write_bytes(graph.read_bytes()[:1000])
     np.testing.assert_allclose(QueryEncoder.from_pretrained(tiny_bert, threads=1).encode("red shoe"), expected)

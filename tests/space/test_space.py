@@ -32,10 +32,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def config(tiny_bert, catalogue_200, tmp_path_factory) -> DemoConfig:
+def config(tiny_bert, online_bert, catalogue_200, tmp_path_factory) -> DemoConfig:
     """A teacher, a student with the same weights, and a catalogue with hostile ads among others."""
     root = tmp_path_factory.mktemp("demo")
-    run = hostile_run(root, tiny_bert, catalogue_200)
+    run = hostile_run(root, tiny_bert, online_bert, catalogue_200)
     AdIndex.build(VectorStore.open(root / "vectors/corpus")).save(root / "index")
     for name, result in (("report", "quickstart"), ("latency", "latency-quickstart")):
         measured = json.loads((ROOT / f"results/{result}.json").read_text())
@@ -303,7 +303,7 @@ def test_charts_follow_the_theme_and_no_label_covers_a_mark(opened, scheme, widt
     found = page.evaluate(CHARTS)
     assert len(found["boxes"]) == 7 + 4 + 4 + 4
     for name, marks, value in found["boxes"]:
-        assert 0 <= name[0] and name[1] <= marks[0] < marks[1] <= value[0] and value[1] <= width
+        assert name[0] >= 0 and name[1] <= marks[0] < marks[1] <= value[0] and value[1] <= width
     for colour in found["colours"]:  # WCAG: 3:1 for graphics
         light, dark = sorted((luminance(colour), luminance(found["page"])), reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= 3

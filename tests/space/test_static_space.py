@@ -29,8 +29,8 @@ spec.loader.exec_module(recipe)
 
 
 @pytest.fixture(scope="module")
-def given(tiny_bert, catalogue_200, tmp_path_factory) -> dict[str, str]:
-    run = hostile_run(tmp_path_factory.mktemp("static"), tiny_bert, catalogue_200)
+def given(tiny_bert, online_bert, catalogue_200, tmp_path_factory) -> dict[str, str]:
+    run = hostile_run(tmp_path_factory.mktemp("static"), tiny_bert, online_bert, catalogue_200)
     return {name: run[name] for name in ("student", "data", "vectors")}
 
 

@@ -115,20 +115,28 @@ def test_an_older_whole_one_is_taken_and_the_reason_told(tmp_path, caplog):
     assert last_checkpoint(tmp_path) is None and "training starts anew" in caplog.text
 
 
-@pytest.mark.parametrize("lost", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_a_damaged_checkpoint_ends_in_the_weights_of_a_run_never_stopped(run, tmp_path, monkeypatch, caplog, lost):
-    teacher.main(words("teacher", run, tmp_path / "never"))
-    with monkeypatch.context() as patch:
+@pytest.fixture(scope="module")
+def killed_teacher(run, tmp_path_factory):
+    """A teacher that was stopped after checkpoint 6; and one never stopped."""
+    folder = tmp_path_factory.mktemp("killed_teacher")
+    teacher.main(words("teacher", run, folder / "never"))
+    with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, "hlm.training.teacher", 7)
         with pytest.raises(Stop):
-            teacher.main(words("teacher", run, tmp_path / "killed"))
+            teacher.main(words("teacher", run, folder / "killed"))
+    return folder
+
+
+@pytest.mark.parametrize("lost", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_damaged_checkpoint_ends_in_the_weights_of_a_run_never_stopped(run, killed_teacher, tmp_path, caplog, lost):
+    shutil.copytree(killed_teacher / "killed.training", tmp_path / "killed.training")
     newest = tmp_path / "killed.training/checkpoint-6"
     flip(newest / lost) if lost == "optimizer.pt" else (newest / lost).unlink()
     caplog.set_level("INFO")
     teacher.main(words("teacher", run, tmp_path / "killed"))
     assert f"checkpoint-6 is not resumed: {lost}" in caplog.text and "resuming from" in caplog.text
     assert caplog.text.split("resuming from ")[1].split()[0].endswith("checkpoint-4")
-    assert same_weights(tmp_path / "killed", tmp_path / "never")
+    assert same_weights(tmp_path / "killed", killed_teacher / "never")
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +221,7 @@ def test_another_runs_whole_checkpoints_are_not(killed, tmp_path):
         align.main(words("align", tmp_path, tmp_path / "aligned"))
 
 
-def test_checkpoints_without_the_optimizer_are_never_resumed(run, tmp_path, monkeypatch, caplog):
+def test_checkpoints_without_the_optimizer_are_never_resumed(run, killed, tmp_path, monkeypatch, caplog):
     arguments = [*words("align", run, tmp_path / "killed"), "--save_only_model", "true"]
     with monkeypatch.context() as patch:
         stop_at(patch, "hlm.training.align", 7)
@@ -222,8 +230,7 @@ def test_checkpoints_without_the_optimizer_are_never_resumed(run, tmp_path, monk
     caplog.set_level("INFO")
     align.main(arguments)
     assert "resuming from" not in caplog.text
-    align.main([*words("align", run, tmp_path / "never"), "--save_only_model", "true"])
-    assert same_weights(tmp_path / "killed", tmp_path / "never")
+    assert same_weights(tmp_path / "killed", killed[0] / "never")
 
 
 def test_training_that_did_harm_says_so_and_the_manifest_tells(run, tmp_path, caplog):
@@ -254,7 +261,7 @@ def test_an_output_is_written_where_its_path_leads(run, tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(tmp_path / "disk")
     monkeypatch.setenv("HOME", str(tmp_path))
     for number, output in enumerate((f"{tmp_path}/link/one/", "~/two", str(tmp_path / "link"))):
-        teacher.main([*words("teacher", run, Path("none")), "--output", output])
+        teacher.main([*words("teacher", run, Path("none")), "--output", output, "--max_steps", "1"])
         where = [tmp_path / "disk/one", tmp_path / "two", tmp_path / "disk"][number]
         assert read_manifest(where, "teacher") and (tmp_path / "link").is_symlink()
         shutil.rmtree(tmp_path / "disk/one", ignore_errors=True)

@@ -89,15 +89,15 @@ def test_only_the_wanted_rows_are_read(tmp_path):
     """A sparse shard of 4 GiB opens and gives three rows without its content passing through memory."""
     rows, dim = 1 << 22, 512
     header = json.dumps({"vectors": {"dtype": "F16", "shape": [rows, dim], "data_offsets": [0, 2 * rows * dim]}})
-    path = tmp_path / "vectors-00000.safetensors"
-    with open(path, "wb") as file:
+    entries = {"vectors": {"bytes": 8 + len(header) + 2 * rows * dim, "sha256": ""}, "ids": {"bytes": 0, "sha256": ""}}
+    facts = {"dim": dim, "rows": rows, "shard_rows": rows, "shards": [{"rows": rows, **entries}]}
+    # Before the files are there: it would hash them.
+    write_manifest(tmp_path, "vectors", inputs={"encoder": "e", "source": "s"}, config={}, **facts)
+    with open(tmp_path / "vectors-00000.safetensors", "wb") as file:
         file.write(len(header).to_bytes(8, "little") + header.encode())
         file.seek(2 * (rows - 1) * dim, 1)
         file.write(np.full(dim, 0.5, dtype="<f2").tobytes())
     (tmp_path / "ids-00000.parquet").touch()
-    entries = {"vectors": {"bytes": path.stat().st_size, "sha256": ""}, "ids": {"bytes": 0, "sha256": ""}}
-    facts = {"dim": dim, "rows": rows, "shard_rows": rows, "shards": [{"rows": rows, **entries}]}
-    write_manifest(tmp_path, "vectors", inputs={"encoder": "e", "source": "s"}, config={}, **facts)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     got = VectorStore.open(tmp_path).gather([rows - 1, 0, rows // 2])
     assert got[:, 0].tolist() == [0.5, 0, 0]
