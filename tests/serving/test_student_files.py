@@ -329,10 +329,10 @@ assert pulled._origin["revision"] is None and "torch" not in sys.modules
 """
 
 
-def test_of_a_hub_id_what_is_needed_is_downloaded(student, tmp_path):
+def test_of_a_hub_id_what_is_needed_is_downloaded(online_bert, tmp_path):
     with HubServer(tmp_path / "hub") as hub:
         environment = os.environ | hub.environment("acme", home=tmp_path / "home")
-        command = [sys.executable, "-c", FROM_THE_HUB, str(student)]
+        command = [sys.executable, "-c", FROM_THE_HUB, str(online_bert)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
     cached = {path.name for path in (tmp_path / "home").rglob("*.onnx")}
