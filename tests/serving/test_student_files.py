@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hub_server import HubServer
 
 from hlm.artefacts import HlmError
 from hlm.encoders.loading import encode, load_encoder
@@ -325,3 +326,30 @@ def test_a_cache_that_cannot_be_written_is_named(tiny_bert, tmp_path, monkeypatc
     monkeypatch.setenv("HLM_CACHE", "/proc/nowhere/hlm")
     with pytest.raises(HlmError, match="/proc/nowhere/hlm .*set HLM_CACHE"):
         QueryEncoder.from_pretrained(tiny_bert, threads=1)
+
+
+FROM_THE_HUB = """
+import sys
+from huggingface_hub import HfApi
+from hlm import QueryEncoder
+
+api = HfApi()
+api.create_repo("acme/student")
+api.upload_folder(repo_id="acme/student", folder_path=sys.argv[1])
+kept = QueryEncoder.from_pretrained(sys.argv[1], threads=1).encode("red shoe")
+pulled = QueryEncoder.from_pretrained("acme/student", threads=1)
+assert (pulled.encode("red shoe") == kept).all()
+assert (QueryEncoder.from_pretrained("acme/student", precision="int8", threads=1).encode("red shoe") != kept).any()
+assert pulled._origin["revision"] is None and "torch" not in sys.modules
+"""
+
+
+def test_of_a_hub_id_what_is_needed_is_downloaded(online_bert, tmp_path):
+    with HubServer(tmp_path / "hub") as hub:
+        environment = os.environ | hub.environment("acme", home=tmp_path / "home")
+        command = [sys.executable, "-c", FROM_THE_HUB, str(online_bert)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+    cached = {path.name for path in (tmp_path / "home").rglob("*.onnx")}
+    assert cached == {"model.onnx", "model_quantized.onnx"}
+    assert not list((tmp_path / "home").rglob("*.safetensors"))  # weights are for torch
