@@ -159,7 +159,7 @@ class Pairs(argparse.Action):
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
     ) -> None:
-        name, sign, value = values.rpartition("=")
+        name, _sign, value = values.rpartition("=")
         entries = getattr(namespace, self.dest, {})
         if not name:
             parser.error(f"argument {option}: expected name=value, found {values!r}")

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm as plain_tqdm
 from tqdm.auto import tqdm
@@ -71,6 +71,12 @@ class _Lines(plain_tqdm):
 class AboveBars(logging.StreamHandler):
     """Writes records above the bars that are on the screen, not through them."""
 
+    def __init__(self, stream: TextIO | None = None) -> None:
+        super().__init__(stream)
+        self.process = os.getpid()
+
     def emit(self, record: logging.LogRecord) -> None:
+        if os.getpid() != self.process:  # a worker has no bars, and must not wait for a lock that was held as it forked
+            return super().emit(record)
         with tqdm.external_write_mode(self.stream):
             super().emit(record)

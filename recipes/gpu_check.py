@@ -116,9 +116,15 @@ def embed_rate(setting: Setting, seconds: float, note: Note) -> dict[str, Any]:
 def align_rate(setting: Setting, seconds: float, note: Note) -> dict[str, Any]:
     steps = 4 if setting.tiny else 400
     return gpu_stages.align_rate(
-        setting.student, setting.steps["align"], setting.sizes, teacher_width=setting.teacher.hidden_size,
-        device=setting.device, steps=steps, seconds=0.5 * seconds, note=note,
-    )  # fmt: skip
+        setting.student,
+        setting.steps["align"],
+        setting.sizes,
+        teacher_width=setting.teacher.hidden_size,
+        device=setting.device,
+        steps=steps,
+        seconds=0.5 * seconds,
+        note=note,
+    )
 
 
 def refine_rate(setting: Setting, seconds: float, note: Note) -> dict[str, Any]:
@@ -213,13 +219,23 @@ def make_setting(tiny: bool, device: str) -> Setting:
         student = shape_config("Qwen/Qwen3-Embedding-0.6B", layers=4, ffn=768)
         return Setting(device, shape_config("Qwen/Qwen3-Embedding-8B"), student, steps, sizes, False)
     shape = {
-        "vocab_size": 500, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-        "intermediate_size": 64, "max_position_embeddings": 64,
-    }  # fmt: skip
+        "vocab_size": 500,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 64,
+        "max_position_embeddings": 64,
+    }
     less: dict[str, Any] = {
-        "per_device_train_batch_size": 4, "lora_rank": 4, "cache_chunk": 3, "max_seq_length": 16, "pool": 32,
-        "hard_negatives": 2, "batch_tokens": 64,
-    }  # fmt: skip
+        "per_device_train_batch_size": 4,
+        "lora_rank": 4,
+        "cache_chunk": 3,
+        "max_seq_length": 16,
+        "pool": 32,
+        "hard_negatives": 2,
+        "batch_tokens": 64,
+    }
     less |= {} if device == "cuda" else {"bf16": False, "dtype": "float32"}
     steps = {name: {**step, **{key: less[key] for key in less.keys() & step.keys()}} for name, step in steps.items()}
     sizes = Assumptions(

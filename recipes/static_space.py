@@ -134,9 +134,15 @@ def settings(config: StaticSpaceConfig, data: Any, store: VectorStore, student: 
     shown = f"{count:,} of {len(store):,} ads" if count < len(store) else f"{count:,} ads"
     label, chosen = examples(config, data, store, student, count)
     return {
-        "ads": count, "dim": student.dim, "max_tokens": student.max_tokens, "prompt": student.prompt,
-        "dtype": DTYPES[config.precision], "weights_beside": graph_files(config)[1].is_file(),
-        "synthetic": is_synthetic(config.data), "examples_label": label, "examples": chosen,
+        "ads": count,
+        "dim": student.dim,
+        "max_tokens": student.max_tokens,
+        "prompt": student.prompt,
+        "dtype": DTYPES[config.precision],
+        "weights_beside": graph_files(config)[1].is_file(),
+        "synthetic": is_synthetic(config.data),
+        "examples_label": label,
+        "examples": chosen,
         "facts": [
             ["Student", f"{folder.name}, {config.precision}, width {student.dim}"],
             ["Student's fingerprint", student.fingerprint or "none"],
@@ -144,7 +150,7 @@ def settings(config: StaticSpaceConfig, data: Any, store: VectorStore, student: 
             ["Catalogue", f"{shown}, their vectors as int8"],
             ["Fingerprint of the ads' texts", store.source],
         ],
-    }  # fmt: skip
+    }
 
 
 def examples(

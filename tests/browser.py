@@ -39,9 +39,14 @@ def hostile_run(root: Path, encoder: str, online: Path, catalogue: str) -> dict[
     }
     for part, records in parts.items():
         write_store(
-            root / "vectors" / part, records, lambda texts: encode(model, texts, prompt_name="query"), dim=32,
-            encoder="t" * 16, source=data.fingerprint(part), n_rows=len(records),
-        )  # fmt: skip
+            root / "vectors" / part,
+            records,
+            lambda texts: encode(model, texts, prompt_name="query"),
+            dim=32,
+            encoder="t" * 16,
+            source=data.fingerprint(part),
+            n_rows=len(records),
+        )
     return {name: str(root / name) for name in ("teacher", "student", "data", "vectors")}
 
 

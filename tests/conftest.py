@@ -74,14 +74,23 @@ def tiny_bert(tmp_path_factory) -> str:
         single="[CLS] $A [SEP]", special_tokens=[(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
     )
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
         model_max_length=48,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=tokenizer.get_vocab_size(), hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=4,
-        intermediate_size=FFN, max_position_embeddings=64, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        intermediate_size=FFN,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
     return sentence_transformer(BertModel(config), fast, tmp_path_factory.mktemp("tiny_bert"), "mean", {})
 
 
@@ -92,8 +101,11 @@ def tiny_qwen3(tmp_path_factory) -> str:
     As with Qwen3-Embedding, the tokenizer's post-processor appends `<|endoftext|>` while `eos_token` is `<|im_end|>`.
     """
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    merges = list(dict.fromkeys((text[:end], text[end]) for word in WORDS for text in (word, f"Ġ{word}")
-                                for end in range(1, len(text))))  # fmt: skip
+    merges = list(
+        dict.fromkeys(
+            (text[:end], text[end]) for word in WORDS for text in (word, f"Ġ{word}") for end in range(1, len(text))
+        )
+    )
     pieces = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(left + right for left, right in merges)]
     vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges))

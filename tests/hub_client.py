@@ -79,9 +79,14 @@ class Client:
     def _start(self) -> None:
         with open(self.said, "a") as said:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", "import hub_client; hub_client.serve()"], cwd=ROOT, env=self._environment,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True,
-            )  # fmt: skip
+                [sys.executable, "-P", "-c", "import hub_client; hub_client.serve()"],
+                cwd=ROOT,
+                env=self._environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=said,
+                text=True,
+            )
         self._answers: queue.Queue[str] = queue.Queue()
         threading.Thread(target=_pass_on, args=(self._process.stdout, self._answers), daemon=True).start()
 

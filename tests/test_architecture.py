@@ -59,7 +59,7 @@ def ours(path: Path, everywhere: bool = True) -> set[str]:
 
 def package(name: str) -> str:
     """The folder of a module inside hlm/; "" of a file in hlm/ itself."""
-    return name.split(".")[1] if name.count(".") == 2 or MODULES[name].name == "__init__.py" and name != "hlm" else ""
+    return name.split(".")[1] if name.count(".") == 2 or (MODULES[name].name == "__init__.py" and name != "hlm") else ""
 
 
 def floor(folder: str) -> int:

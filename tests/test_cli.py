@@ -124,7 +124,9 @@ def test_hub_ids_stand_for_folders(hub, capsys):
     assert (
         main(["search", "steel kettle 1 litre", "--student", "acme/student", "--vectors", "acme/ads", "-k", "1"]) == 0
     )
-    assert asked == [("acme/student", None, "model", None), ("acme/ads", None, "dataset", "vectors/corpus")]
+    catalogue = ("acme/ads", None, "dataset", "vectors/corpus")
+    weights = ("acme/student", "student", "model", None)  # of the commit that the pulled folder is named by
+    assert asked == [("acme/student", None, "model", None), catalogue, weights]
     assert capsys.readouterr().out.splitlines()[-1].split() == ["1", "1.0000", "a2"]
     assert main(["verify", "acme/student", str(ads)]) == 0  # a dataset's folder: the index in it
     capsys.readouterr()
@@ -243,7 +245,7 @@ def test_control_characters_of_ads_never_reach_the_terminal(house, odd_ads, caps
     assert main([str(word) for word in search_argv(house, odd_ads)]) == 0
     out = capsys.readouterr().out
     assert len(out.splitlines()) == len(out.split("\n")) - 1 == 3  # one line an ad, whatever a line's end is taken for
-    assert not [c for c in out if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") and c != "\n" or c in "\u202e"]
+    assert not [c for c in out if (unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") and c != "\n") or c in "\u202e"]
     assert "\\x1b[31mRed\\x1b[0m\\x07 sh\\u202eoe  error: x y" in out
     assert "می\u200cخواهم\\x9b2J" in out and "k\u0151 ketl\u2615" in out  # spelling is kept
 

@@ -122,8 +122,11 @@ def test_a_dict_entry_by_entry(yaml_file):
     (gate,) = parse(Gate, argv=["--config", path, "--limit", "recovery=0.98", "--limit=a=b=2", "--limits", "c=1e-3"])
     assert gate.limits == {"p99_ms": 15.0, "recovery": 0.98, "a=b": 2.0, "c": 1e-3}
     assert parse(Gate, argv=[])[0].limits == {}
-    for argv, words in ((["--limit", "p99_ms"], "name=value, found 'p99_ms'"), (["--limit", "a=x"], "--limits.*'x'"),
-                        (["--limit", "a=1", "--limit", "a=2"], "'a' was given before")):  # fmt: skip
+    for argv, words in (
+        (["--limit", "p99_ms"], "name=value, found 'p99_ms'"),
+        (["--limit", "a=x"], "--limits.*'x'"),
+        (["--limit", "a=1", "--limit", "a=2"], "'a' was given before"),
+    ):
         with pytest.raises(HlmError, match=words):
             parse(Gate, argv=argv)
 

@@ -114,8 +114,14 @@ def test_nothing_of_other_libraries_is_shown(tiny_bert):
 def test_accelerate_launch_shows_the_error(tmp_path, quiet):
     words = ["-m", "accelerate.commands.launch", *(["--quiet"] if quiet else []), "--config_file",
              str(ROOT / "recipes/configs/accelerate/single.yaml"), "recipes/align.py", "--student", "x"]  # fmt: skip
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=120,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     lines = done.stderr.splitlines()
     assert done.returncode != 0 and lines[0].startswith("error: missing required settings: data"), done.stderr
     assert "--quiet" in lines[1] and (len(lines) == 2) == quiet
@@ -123,8 +129,14 @@ def test_accelerate_launch_shows_the_error(tmp_path, quiet):
 
 def test_torchrun_shows_the_error_last():
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", "recipes/align.py"]
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=120,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     lines = [line for line in done.stderr.splitlines() if line.strip("= -")]
     assert "error: missing required settings: " in lines[-1], done.stderr[-1500:]
 

@@ -15,6 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import hlm
 from hlm.encoders.loading import encode, fingerprint, load_encoder, save_encoder
 from hlm.extras import EXTRAS
 from hlm.serving.export import export_model
@@ -57,6 +58,15 @@ def test_the_extra_of_all_has_every_package_that_an_error_may_name():
     assert {*EXTRAS.values(), "serve"} <= found
 
 
+def test_what_hlm_offers_is_documented():
+    for name in hlm.__all__:
+        offered = getattr(hlm, name)
+        assert offered.__doc__, name
+        methods = vars(offered) if isinstance(offered, type) else {}
+        for method, value in methods.items():
+            assert method.startswith("_") or not callable(value) or value.__doc__, f"{name}.{method}"
+
+
 @pytest.fixture(scope="module")
 def house(tmp_path_factory, tiny_bert):
     """A student that was exported, its vector of a query, one that was not, and an index."""
@@ -76,9 +86,13 @@ def light(house, code, *argv):
     """`code` where the packages of every extra are missing."""
     variables = os.environ | {"HLM_CACHE": str(house / "cache")}
     return subprocess.run(
-        [sys.executable, "-c", HIDDEN + code, *argv], cwd=house, env=variables, capture_output=True, text=True,
+        [sys.executable, "-c", HIDDEN + code, *argv],
+        cwd=house,
+        env=variables,
+        capture_output=True,
+        text=True,
         check=False,
-    )  # fmt: skip
+    )
 
 
 def test_an_exported_student_encodes(house):

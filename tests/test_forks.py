@@ -83,8 +83,9 @@ sys.exit(0 if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7 else 1)
 
 def test_torch_says_at_once_what_to_do(folder):
     for encoder in (
-        QueryEncoder.from_pretrained(folder, backend="torch"), QueryEncoder.from_model(load_encoder(str(folder)))
-    ):  # fmt: skip
+        QueryEncoder.from_pretrained(folder, backend="torch"),
+        QueryEncoder.from_model(load_encoder(str(folder))),
+    ):
 
         def work(encoder=encoder):
             for texts in ("red", MANY):

@@ -96,9 +96,13 @@ def no_old_faults(hub):
 def run(hub, code, *words, cwd, **who):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, words)], cwd=cwd, capture_output=True, text=True, check=False,
+        [sys.executable, "-c", code, *map(str, words)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
         env=environment | hub.environment(**who, home=cwd / "home"),
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 

@@ -29,8 +29,11 @@ def names(tmp_path: Path, text: str) -> set[str]:
 
 def test_imports_are_followed_through_others(tmp_path):
     assert names(tmp_path, "import numpy, hlm.training.losses\n") == {
-        "__init__", "training/__init__", "training/losses", "ground"
-    }  # fmt: skip
+        "__init__",
+        "training/__init__",
+        "training/losses",
+        "ground",
+    }
     assert names(tmp_path, "from hlm.training import losses, nothing\n") >= {"training/losses", "ground"}
 
 

@@ -165,8 +165,11 @@ def test_a_mount_point_and_a_read_only_or_full_disk(tmp_path):
         (tmp_path / name).mkdir()
     run = subprocess.run(
         ["unshare", "-m", "sh", "-c", f"({mounts} || exit 77) && exec {sys.executable} case.py"],
-        cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()},
-    )  # fmt: skip
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+    )
     if run.returncode == 77:
         pytest.skip("no mounts here")
     assert run.returncode == 0, run.stderr

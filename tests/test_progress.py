@@ -1,10 +1,12 @@
 """What a recipe shows: bars on a terminal, lines of the log elsewhere, and nothing that a user can do nothing about."""
 
 import ast
+import contextlib
 import logging
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +94,41 @@ def test_records_go_above_bars_into_the_stream(capsys):
     handler = AboveBars(sys.stderr)
     handler.emit(logging.LogRecord("hlm", logging.INFO, "", 0, "a line", None, None))
     assert capsys.readouterr().err == "a line\n"
+
+
+FORK = """
+import logging, os, threading
+from hlm import progress
+logging.basicConfig(level=logging.INFO, handlers=[progress.AboveBars()], format="%(message)s")
+held, over = threading.Event(), threading.Event()
+def hold():
+    with progress.tqdm.get_lock():
+        held.set()
+        over.wait()
+threading.Thread(target=hold).start()
+held.wait()
+child = os.fork()
+if child == 0:
+    logging.info("from the worker")
+    os._exit(0)
+status = os.waitpid(child, 0)[1]
+over.set()
+raise SystemExit(status)
+"""
+
+
+def test_a_forked_worker_logs_without_the_lock_of_the_bars():
+    process = subprocess.Popen(
+        [sys.executable, "-c", FORK],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        assert process.communicate(timeout=60)[1] == b"from the worker\n" and process.returncode == 0
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # where it hangs, its child hangs too
 
 
 def test_training_shows_a_bar_its_loss_and_no_notes_of_other_libraries(tiny_bert, catalogue_200, tmp_path):

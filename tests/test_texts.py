@@ -21,18 +21,28 @@ ODD = [
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("red", "red"), ("größe 👩‍🦰", "größe 👩‍🦰"), ("a\ud83d", "a\ufffd"), ("\ude00a", "\ufffda"),
-        ("\ud83dx\ud83d\ud83d", "\ufffdx\ufffd\ufffd"), ("\ud83d\ude00", "😀"), ("\udce9", "\ufffd"),
+        ("red", "red"),
+        ("größe 👩‍🦰", "größe 👩‍🦰"),
+        ("a\ud83d", "a\ufffd"),
+        ("\ude00a", "\ufffda"),
+        ("\ud83dx\ud83d\ud83d", "\ufffdx\ufffd\ufffd"),
+        ("\ud83d\ude00", "😀"),
+        ("\udce9", "\ufffd"),
         ("a\x00", "a\x00"),
     ],
-)  # fmt: skip
+)
 def test_halves_of_surrogate_pairs_are_joined_or_replaced(text, expected):
     assert well_formed(text) == expected
 
 
 def test_any_collection_in_an_order_is_a_list_of_plain_texts():
-    for texts in (("a", "b"), (letter for letter in "ab"), np.array(["a", "b"]), np.array(["a", "b"], dtype=object),
-                  [np.str_("a"), np.str_("b")]):  # fmt: skip
+    for texts in (
+        ("a", "b"),
+        (letter for letter in "ab"),
+        np.array(["a", "b"]),
+        np.array(["a", "b"], dtype=object),
+        [np.str_("a"), np.str_("b")],
+    ):
         found = as_texts(texts)
         assert found == ["a", "b"] and [type(text) for text in found] == [str, str]
     assert as_texts([]) == []

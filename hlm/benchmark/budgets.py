@@ -71,8 +71,13 @@ def check_budgets(report: LatencyReport, budgets: Sequence[tuple[str, str, float
         for key in path:
             found = found.get(key) if isinstance(found, Mapping) else None
         entry: CheckedBudget = {
-            "system": system, "budget": name, "wanted": wanted, "bound": bound, "found": found, "passed": None
-        }  # fmt: skip
+            "system": system,
+            "budget": name,
+            "wanted": wanted,
+            "bound": bound,
+            "found": found,
+            "passed": None,
+        }
         if found is None:
             quality = report["systems"][system].get("quality", {})
             reason = quality.get("recovery_reason") if name == "recovery" else None

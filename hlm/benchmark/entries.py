@@ -49,9 +49,13 @@ class BenchmarkConfig:
     candidate: str | None = field(default=None, metadata={"help": "system that budgets bind; default: the last"})
     budgets: dict[str, float] = field(
         default_factory=dict,
-        metadata={"help": f"[SYSTEM.]BUDGET=VALUE, one a flag; BUDGET among {', '.join(BUDGETS)}",
-                  "aliases": ["--budget"], "action": Pairs, "metavar": "NAME=VALUE"},
-    )  # fmt: skip
+        metadata={
+            "help": f"[SYSTEM.]BUDGET=VALUE, one a flag; BUDGET among {', '.join(BUDGETS)}",
+            "aliases": ["--budget"],
+            "action": Pairs,
+            "metavar": "NAME=VALUE",
+        },
+    )
     repeats: int = field(default=5, metadata={"help": "every repeat measures every system at every batch size"})
     block_s: float = field(default=1.0, metadata={"help": "seconds of calls for each of them"})
     batch_sizes: list[int] = field(default_factory=lambda: [8, 32, 128], metadata={"help": "beside 1"})

@@ -148,8 +148,13 @@ def _onnx_product(precision: str, side: int) -> Callable[[], Any]:
     ports = [
         helper.make_tensor_value_info(name, kind, [side, side]) for name, kind in zip(("a", "c"), kinds, strict=True)
     ]
-    graph = helper.make_graph([helper.make_node(operator, ["a", "b"], ["c"])], "product", ports[:1], ports[1:],
-                              [numpy_helper.from_array(weights, "b")])  # fmt: skip
+    graph = helper.make_graph(
+        [helper.make_node(operator, ["a", "b"], ["c"])],
+        "product",
+        ports[:1],
+        ports[1:],
+        [numpy_helper.from_array(weights, "b")],
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return lambda: session.run(None, {"a": left})

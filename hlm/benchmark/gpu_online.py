@@ -61,8 +61,10 @@ def parity(device: str) -> dict[str, Any]:
             served = encoder.encode(texts)
             with ThreadPoolExecutor(4) as pool:
                 alone = np.stack(list(pool.map(encoder.encode, texts)))
-            differences = {name: float(np.abs(vectors - expected).max()) for name, vectors in
-                           (("served", served), ("alone", alone), ("eager", eager))}  # fmt: skip
+            differences = {
+                name: float(np.abs(vectors - expected).max())
+                for name, vectors in (("served", served), ("alone", alone), ("eager", eager))
+            }
             agrees = max(differences["served"], differences["alone"]) < TOLERANCE[dtype]
             found[f"{family} {dtype}"] = differences | {"agrees": bool(agrees)}
     return found | {"agrees": all(each["agrees"] for each in found.values())}
@@ -136,8 +138,10 @@ def faiss_gpu(rows: int, dim: int, *, queries: int = 256, k: int = 100) -> dict[
     on_gpu = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
     _, expected = index.search(asked, k)
     _, found = on_gpu.search(asked, k)
-    rates = {name: queries / min(timed(lambda: each.search(asked, k)) for _ in range(3))  # noqa: B023
-             for name, each in (("cpu", index), ("gpu", on_gpu))}  # fmt: skip
+    rates = {
+        name: queries / min(timed(lambda: each.search(asked, k)) for _ in range(3))  # noqa: B023
+        for name, each in (("cpu", index), ("gpu", on_gpu))
+    }
     same = float(np.mean([len(set(a) & set(b)) / k for a, b in zip(found, expected, strict=True)]))
     return {"measured": {"overlap": same, **{f"{name}_queries_per_s": rate for name, rate in rates.items()}}}
 
@@ -181,17 +185,27 @@ def _predicted(work: dict[str, float], layers: int) -> dict[str, Any]:
 
 def _tiny_qwen3() -> SentenceTransformer:
     config = Qwen3Config(
-        vocab_size=500, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-        intermediate_size=96, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=500,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=96,
+        max_position_embeddings=64,
+    )
     return made_encoder(config, "float32", "cpu", 32)
 
 
 def _tiny_bert() -> SentenceTransformer:
     config = BertConfig(
-        vocab_size=500, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96,
+        vocab_size=500,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=96,
         max_position_embeddings=64,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         BertModel(config).save_pretrained(folder)

@@ -93,9 +93,7 @@ def run_steps(
             disable_tqdm=True,
             learning_rate=1e-5,
         )
-        trainer = RecipeTrainer(
-            model, args, rows=count, collate=collate, step_loss=noted, keys=keys, callbacks=[clock]
-        )  # fmt: skip
+        trainer = RecipeTrainer(model, args, rows=count, collate=collate, step_loss=noted, keys=keys, callbacks=[clock])
         trainer.train()
     ran = block * len(clock.blocks)
     share = ran / (ran + 1)  # the first step warmed up

@@ -123,9 +123,14 @@ def shallower(model: nn.Module, layers: int) -> nn.Module:
 def random_encoder(backbone: nn.Module, tokenizer: PreTrainedTokenizerFast, *, prompt: str = "") -> SentenceTransformer:
     """A whole sentence-transformers model around a backbone: last-token pooling, normalised, `prompt` for queries."""
     tiny = backbone.config.to_dict() | {
-        "num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "head_dim": 8,
-        "num_attention_heads": 1, "num_key_value_heads": 1, "vocab_size": 8,
-    }  # fmt: skip
+        "num_hidden_layers": 1,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "head_dim": 8,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "vocab_size": 8,
+    }
     tiny.pop("layer_types", None)
     with tempfile.TemporaryDirectory() as folder:  # Transformer is made from a folder: a small one, then the real body
         AutoModel.from_config(type(backbone.config).from_dict(tiny)).save_pretrained(folder)

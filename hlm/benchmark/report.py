@@ -31,8 +31,12 @@ def rows(report: LatencyReport) -> list[list[str]]:
         ("p95 ms", lambda s: _milliseconds(s, "p95")),
         ("p99 ms", lambda s: _milliseconds(s, "p99")),
         ("p50 x", lambda s: f"{s['ratio']['p50']:.1f}x"),
-        ("queries/s", lambda s: f"{s['best_queries_per_s']:,.0f}" if s["best_queries_per_s"] >= 10
-         else f"{s['best_queries_per_s']:.2g}"),
+        (
+            "queries/s",
+            lambda s: (
+                f"{s['best_queries_per_s']:,.0f}" if s["best_queries_per_s"] >= 10 else f"{s['best_queries_per_s']:.2g}"
+            ),
+        ),
         ("batch", lambda s: str(s["best_batch_size"])),
         ("throughput x", lambda s: f"{s['ratio']['throughput']:.1f}x"),
         ("x floor", lambda s: f"{s['floor']['over']:.1f}x{_looks_up(s)}" if s.get("floor") else None),
@@ -40,9 +44,11 @@ def rows(report: LatencyReport) -> list[list[str]]:
         ("cold start s", lambda s: f"{s['cold_start']['total_s']:.1f}" if s.get("cold_start") else None),
         ("peak MiB", lambda s: f"{s['cold_start']['peak_memory_mib']:,.0f}" if s.get("cold_start") else None),
         ("nDCG", lambda s: f"{s['quality']['ndcg']:.4f}" if s.get("quality") else None),
-        ("recovery", lambda s: f"{s['quality']['recovery']:.1%}"
-         if s.get("quality", {}).get("recovery") is not None else None),
-    ]  # fmt: skip
+        (
+            "recovery",
+            lambda s: f"{s['quality']['recovery']:.1%}" if s.get("quality", {}).get("recovery") is not None else None,
+        ),
+    ]
     cells = {title: [cell(system) for system in systems.values()] for title, cell in columns}
     cells = {title: found for title, found in cells.items() if any(found)}
     table = [["system", *cells]]

@@ -215,7 +215,7 @@ def _session(path: Path, backend: str) -> tuple[Callable[[dict[str, np.ndarray]]
 
 
 def _pooling(files: EncoderFolder) -> str:
-    """ "mean", "cls" or "lasttoken"."""
+    """One of "mean", "cls" and "lasttoken"."""
     kinds = [module.name for module in files.modules()]
     if kinds not in (["Transformer", "Pooling", "Normalize"], ["Transformer", "Pooling"]):
         raise HlmError(

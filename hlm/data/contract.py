@@ -264,8 +264,12 @@ def _without(qrels: Qrels, lost_queries: set[str], lost_documents: set[str], nam
         logger.warning(
             "%s: left out %d judgements of queries that are not in queries, %d of documents that are not in corpus; "
             "%d of %d queries are left",
-            name, of_queries, of_documents, len(kept), len(qrels),
-        )  # fmt: skip
+            name,
+            of_queries,
+            of_documents,
+            len(kept),
+            len(qrels),
+        )
     if not kept:
         raise HlmError(f"{name}: expected judgements of this data, found none; choose the judgements that belong to it")
     return kept
@@ -276,7 +280,7 @@ def _beside(value: str, dataset: datasets.Dataset) -> str:
     wanted, ids = _look(value), dataset.data.column("_id")
     alike = [known for chunk in ids.chunks for known in chunk.to_pylist() if _look(known) == wanted]
     if alike:
-        return f"{ascii(value)}, which is not there, but {ascii(alike[0])} is"
+        return f"{value!a}, which is not there, but {alike[0]!a} is"
     first = ", ".join(f"'{known}'" for known in ids[:3].to_pylist())
     return f"'{value}', which is not there (its first ids are {first})"
 

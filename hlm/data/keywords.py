@@ -8,6 +8,7 @@ satisfied by products that contain all its words.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -293,7 +294,7 @@ class Catalogue:
         together: set[tuple[str, str]] = set()
         for row in rows:
             runs = [run for field in ("title", "text") for run, _ in self._phrases(row.get(field) or "")]
-            together.update(pair for run in runs for pair in zip(run, run[1:], strict=False))
+            together.update(pair for run in runs for pair in itertools.pairwise(run))
             pairs = {(run[-2], run[-1]) for run in runs if len(run) >= 2 and run[-1] in self.types}
             for modifier, noun in pairs:
                 nouns[modifier].add(noun)

@@ -214,7 +214,12 @@ DEPARTMENTS: dict[str, tuple[list[str], list[str], list[tuple[str, list[str]]]]]
 }  # fmt: skip
 
 PITCHES = (
-    "Delivered within two days.", "Two years of guarantee.", "Free returns for 30 days.",
+    "Delivered within two days.",
+    "Two years of guarantee.",
+    "Free returns for 30 days.",
     "A favourite of our customers.",
-    "New in this season.", "Tested by our own team.", "While stocks last.", "Designed to last for years.",
-)  # fmt: skip
+    "New in this season.",
+    "Tested by our own team.",
+    "While stocks last.",
+    "Designed to last for years.",
+)

@@ -8,6 +8,7 @@ word separate, other than in UAX #29: product names are full of them.
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 
@@ -68,7 +69,7 @@ def _parts(word: str, single: bool) -> list[str]:
         characters = _CHARACTER.findall(run[0])
         if single or len(characters) == 1:
             parts += characters
-        parts += map("".join, zip(characters, characters[1:], strict=False))
+        parts += map("".join, itertools.pairwise(characters))
         position = run.end()
     return parts + ([word[position:]] if position < len(word) else [])
 

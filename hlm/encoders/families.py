@@ -217,8 +217,9 @@ def _set_pattern(config: PretrainedConfig, pattern: Pattern) -> None:
             logger.warning(
                 "the layers that stay are %s, which no %s stands for; readers that do not know `layer_types` would "
                 "compute another model",
-                ", ".join(kind.removesuffix("_attention") for kind in config.layer_types), pattern.field,
-            )  # fmt: skip
+                ", ".join(kind.removesuffix("_attention") for kind in config.layer_types),
+                pattern.field,
+            )
 
 
 def longest_text(config: PretrainedConfig | Mapping[str, Any]) -> int | None:

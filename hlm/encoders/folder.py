@@ -22,14 +22,20 @@ from hlm.integrity import check_files
 GRAPHS = {"fp32": "onnx/model.onnx", "lookup": "onnx/model_lookup.onnx", "int8": "onnx/model_quantized.onnx"}
 MODULES, TOKENIZER, ARCHITECTURE = "modules.json", "tokenizer.json", "config.json"
 TOKENIZER_SETTINGS, LIMITS, SETTINGS = (
-    "tokenizer_config.json", "sentence_bert_config.json", "config_sentence_transformers.json",
-)  # fmt: skip
+    "tokenizer_config.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+)
 READ = (MODULES, TOKENIZER, TOKENIZER_SETTINGS, LIMITS, ARCHITECTURE, SETTINGS)
 # Ways of pooling -> the flags of older sentence-transformers, after "pooling_mode_".
 POOLING = {
-    "cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "weightedmean": "weightedmean_tokens", "lasttoken": "lasttoken",
-}  # fmt: skip
+    "cls": "cls_token",
+    "mean": "mean_tokens",
+    "max": "max_tokens",
+    "mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "weightedmean": "weightedmean_tokens",
+    "lasttoken": "lasttoken",
+}
 NO_LIMIT = 2**31  # tokens; transformers writes 10^30 where a tokenizer has no limit
 
 

@@ -95,10 +95,16 @@ def teacher_phases(shape: Shape, step: Mapping[str, Any], sizes: Assumptions, co
     if step["hard_negatives"]:
         flops = forward_flops(shape, sizes.documents, document) + forward_flops(shape, sizes.train_queries, query)
         phases.append(
-            Phase("teacher", "mine hard negatives", encoding, flops, busy,
-                  disk={"backbone's vectors, until the step ends": store_bytes(sizes.documents, shape.hidden)},
-                  search_flops=2.0 * sizes.train_queries * sizes.documents * shape.hidden)
-        )  # fmt: skip
+            Phase(
+                "teacher",
+                "mine hard negatives",
+                encoding,
+                flops,
+                busy,
+                disk={"backbone's vectors, until the step ends": store_bytes(sizes.documents, shape.hidden)},
+                search_flops=2.0 * sizes.train_queries * sizes.documents * shape.hidden,
+            )
+        )
     pairs = min(sizes.train_pairs, sizes.train_queries * (step["pairs_per_query"] or sizes.train_pairs))
     steps, rows = steps_of(step, pairs, count)
     kind = {"lora_rank": step["lora_rank"], "checkpointing": training.checkpointing, "caching": bool(training.chunk)}

@@ -141,7 +141,7 @@ def index_bytes(rows: int, dim: int, factory: str) -> int:
     import faiss
 
     def sizes(index: faiss.Index) -> tuple[int, int]:
-        """(bytes whatever the rows, bytes a row)"""
+        """(bytes whatever the rows, bytes a row)."""
         index = faiss.downcast_index(index)
         if isinstance(index, faiss.IndexPreTransform):
             return sizes(index.index)

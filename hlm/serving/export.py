@@ -36,9 +36,12 @@ from hlm.serving.online_graph import LookupGraph, OnlineGraph, lookup_pays
 
 # Loggers of what exports, which say nothing that a user could act on.
 CHATTY = (
-    "torch.onnx", "onnxscript", "onnx_ir", "sentence_transformers",
+    "torch.onnx",
+    "onnxscript",
+    "onnx_ir",
+    "sentence_transformers",
     "onnxruntime.quantization.matmul_nbits_quantizer",
-)  # fmt: skip
+)
 
 # fp32 sums in another order: components of unit vectors differ by some 1e-7 to 1e-6.
 FP32_TOLERANCE = 1e-4
@@ -158,11 +161,16 @@ def _traced(model: SentenceTransformer, *, lookup: bool = False) -> ir.Model:
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
     graph, inputs = (LookupGraph(model), (ids,)) if lookup else (OnlineGraph(model), (ids, mask))
     program = torch.onnx.export(
-        graph.eval(), inputs, dynamo=True, dynamic_shapes=tuple({0: batch, 1: length} for _ in inputs),
+        graph.eval(),
+        inputs,
+        dynamo=True,
+        dynamic_shapes=tuple({0: batch, 1: length} for _ in inputs),
         input_names=["input_ids", "attention_mask"][: len(inputs)],
         output_names=["sentence_embedding"] if lookup else ["last_hidden_state", "sentence_embedding"],
-        opset_version=20, external_data=False, verbose=False,  # 20 has Gelu
-    )  # fmt: skip
+        opset_version=20,
+        external_data=False,
+        verbose=False,  # 20 has Gelu
+    )
     _simplify(program.model)
     return program.model
 

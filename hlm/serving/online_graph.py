@@ -169,8 +169,11 @@ class _LookedUp(torch.nn.Module):
         length, width = input_ids.shape[1], self.positions.shape[1]
         hidden, _mean, scale = torch.native_layer_norm(
             self.word_embeddings(input_ids) + self.positions[:length],
-            [width], self.norm.weight, self.norm.bias, self.norm.eps,
-        )  # fmt: skip
+            [width],
+            self.norm.weight,
+            self.norm.bias,
+            self.norm.eps,
+        )
         rows = torch.nn.functional.embedding(input_ids, self.of_tokens) + self.of_positions[:length]
         self.found.query, self.found.key, self.found.value = (rows * scale).chunk(3, dim=-1)
         return hidden
@@ -203,9 +206,13 @@ class _OneStepAttention(torch.nn.Module):
     def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
         query, key, value = self.query(hidden_states), self.key(hidden_states), self.value(hidden_states)
         attended = torch.onnx.ops.symbolic(
-            "com.microsoft::MultiHeadAttention", (query, key, value, self.bias), {"num_heads": self.num_heads},
-            dtype=query.dtype, shape=query.shape, version=1,
-        )  # fmt: skip
+            "com.microsoft::MultiHeadAttention",
+            (query, key, value, self.bias),
+            {"num_heads": self.num_heads},
+            dtype=query.dtype,
+            shape=query.shape,
+            version=1,
+        )
         return attended, None
 
 

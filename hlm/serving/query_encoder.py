@@ -167,10 +167,15 @@ class QueryEncoder:
             fingerprint=files.encoder(),
             teacher=files.teacher(),
             origin={
-                "id_or_folder": files.source, "revision": files.revision, "backend": backend,
-                "precision": precision, "device": device, "threads": threads, "identity": files.identity(path),
+                "id_or_folder": files.source,
+                "revision": files.revision,
+                "backend": backend,
+                "precision": precision,
+                "device": device,
+                "threads": threads,
+                "identity": files.identity(path),
             },
-        )  # fmt: skip
+        )
 
     def __reduce__(self) -> tuple:
         if self._origin is None:
@@ -313,7 +318,6 @@ def _loaded_again(origin: dict[str, Any]) -> QueryEncoder:
 
 def _one_core(path: Path, run: Run) -> Callable[[], Run]:
     """Loads the graph once more, for one core; gives `run` where the file is no longer what it is now."""
-
     loaded = file_state(path)
 
     def load() -> Run:

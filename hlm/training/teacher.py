@@ -107,9 +107,13 @@ def _tune(config: TeacherConfig, args: TrainingArguments) -> None:
         adapter = {name: state[name].clone() for name in trained}
         peft_config = model[0].model.peft_config["default"]
         save_encoder(
-            merge_lora(model), config.output, "teacher", **identity, **measured,
+            merge_lora(model),
+            config.output,
+            "teacher",
+            **identity,
+            **measured,
             beside=lambda folder: save_adapter(adapter, peft_config, config.backbone, folder / "adapter"),
-        )  # fmt: skip
+        )
     finish(trainer, measured)
 
 

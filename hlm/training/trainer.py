@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -284,7 +284,7 @@ class _Epochs(TrainerCallback):
 
 
 class _Collator:
-    valid_label_columns: list[str] = []  # asked for by sentence-transformers' loader
+    valid_label_columns: ClassVar[list[str]] = []  # asked for by sentence-transformers' loader
 
     def __init__(self, collate: Callable[[list[int]], dict[str, Any]]) -> None:
         self.collate = collate

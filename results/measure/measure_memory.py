@@ -121,9 +121,14 @@ def write_run(folder: Path, rows: int, config: MeasureMemoryConfig) -> int:
             return ((name, "") for name in ids)  # the vectors are drawn: texts are not looked at
 
         write_store(
-            vectors / part, records, encode, dim=config.dim, encoder=teacher, source=made.fingerprint(part),
+            vectors / part,
+            records,
+            encode,
+            dim=config.dim,
+            encoder=teacher,
+            source=made.fingerprint(part),
             n_rows=len(table),
-        )  # fmt: skip
+        )
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
@@ -140,10 +145,16 @@ def queries(start: int, stop: int) -> list[str]:
 def run_limited(folder: Path, config: MeasureMemoryConfig) -> dict[str, Any]:
     """Runs recipes/align.py under the limit and watches it."""
     words = {
-        "student": config.student, "data": folder / "data", "vectors": folder / "vectors", "output": folder / "out",
-        "per_device_train_batch_size": config.batch, "max_steps": config.steps, "save_strategy": "no",
-        "eval_strategy": "no", "disable_tqdm": "true",
-    }  # fmt: skip
+        "student": config.student,
+        "data": folder / "data",
+        "vectors": folder / "vectors",
+        "output": folder / "out",
+        "per_device_train_batch_size": config.batch,
+        "max_steps": config.steps,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "disable_tqdm": "true",
+    }
     command = [sys.executable, str(RECIPES / "align.py"), "--parts", "unlabelled"]
     command += [str(word) for name, value in words.items() for word in (f"--{name}", value)]
     variables = os.environ | {"HF_DATASETS_CACHE": str(folder / "cache"), "MALLOC_TRIM_THRESHOLD_": "131072"}
@@ -160,12 +171,14 @@ def run_limited(folder: Path, config: MeasureMemoryConfig) -> dict[str, Any]:
         told = log.read().strip().splitlines()
     tokenised = folder / "out.training"
     found = {
-        "passed": process.returncode == 0, "limit": kind, "limit_mib": config.limit_mib,
+        "passed": process.returncode == 0,
+        "limit": kind,
+        "limit_mib": config.limit_mib,
         "seconds": time.perf_counter() - started,
         "anonymous_peak_mib": max((anonymous for anonymous, _ in samples), default=0.0),
         "anonymous_end_mib": samples[-1][0] if samples else 0.0,
         "file_backed_peak_mib": max((backed for _, backed in samples), default=0.0),
-    }  # fmt: skip
+    }
     shutil.rmtree(tokenised, ignore_errors=True)
     return found if found["passed"] else found | {"status": process.returncode, "last_words": told[-3:]}
 

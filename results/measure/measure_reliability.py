@@ -274,7 +274,6 @@ class Step:
 
     def run(self, work: Path) -> None:
         """The step in the folder of a run, as its command runs it."""
-
         sys.path.append(str(ROOT))  # run as a script, its own folder is there and the one above is not
         os.chdir(work)
         os.environ["HF_DATASETS_CACHE"] = str(work / "cache")

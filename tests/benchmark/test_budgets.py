@@ -45,8 +45,11 @@ def test_budgets_bind_the_candidate_or_the_system_named():
     given = {"p99_ms": 15, "recovery": 0.98, "queries_per_s": 100, "teacher.p99_ms": 50, "v1.5.p50_ms": 1}
     budgets = read_budgets(given, ["teacher", "v1.5", "student"], "student")
     assert [system for system, *_ in budgets] == ["student", "student", "student", "teacher", "v1.5"]
-    found = {"teacher": system_of(60.0), "v1.5": system_of(2.0),
-             "student": system_of(14.0, quality={"recovery": 0.975})}  # fmt: skip
+    found = {
+        "teacher": system_of(60.0),
+        "v1.5": system_of(2.0),
+        "student": system_of(14.0, quality={"recovery": 0.975}),
+    }
     checked = check_budgets(report_of(**found), budgets)
     assert [budget["passed"] for budget in checked] == [True, False, True, False, True]
     assert failures(checked) == [
@@ -58,9 +61,13 @@ def test_budgets_bind_the_candidate_or_the_system_named():
 
 @pytest.mark.parametrize(
     ("budget", "words"),
-    [("p99", "did you mean 'p99_ms'"), ("recvery", "did you mean 'recovery'"), ("zzz", "found 'zzz'$"),
-     ("studnet.p99_ms", "a system among teacher, student, found 'studnet'")],
-)  # fmt: skip
+    [
+        ("p99", "did you mean 'p99_ms'"),
+        ("recvery", "did you mean 'recovery'"),
+        ("zzz", "found 'zzz'$"),
+        ("studnet.p99_ms", "a system among teacher, student, found 'studnet'"),
+    ],
+)
 def test_unknown_budgets_are_named(budget, words):
     with pytest.raises(HlmError, match=words):
         read_budgets({budget: 1.0}, ["teacher", "student"], "student")
@@ -80,8 +87,10 @@ def test_a_figure_without_a_clean_sample_is_neither_kept_nor_broken():
     assert undecided(report_of(**crowded)) == latency
     # A ratio rests on both of its sides.
     assert undecided(report_of(**(clean | {"teacher": system_of(latency="all")}))) == {
-        "speedup_p50", "speedup_p95", "speedup_p99"
-    }  # fmt: skip
+        "speedup_p50",
+        "speedup_p95",
+        "speedup_p99",
+    }
     assert undecided(report_of(**(clean | {"twin": system_of(latency="all")}))) == {"same_model_speedup_p50"}
     assert undecided(report_of(**(clean | {"teacher": system_of(throughput="all")}))) == {"speedup_throughput"}
     busy = clean | {"student": full_system() | system_of(throughput="all")}

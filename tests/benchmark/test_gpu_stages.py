@@ -27,9 +27,15 @@ LESS = {"per_device_train_batch_size": 4, "bf16": False}
 
 def tiny(hidden=32):
     return Qwen3Config(
-        vocab_size=200, hidden_size=hidden, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, intermediate_size=64, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=200,
+        hidden_size=hidden,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -122,8 +122,9 @@ def test_warm_up_is_not_timed(house):
         return FIRST_CALL_S if first else 0.001
 
     other = house.encoder("other", lambda texts: 0.001)
-    blocks = measure({"one": house.encoder("one", slow_at_first), "other": other}, QUERIES, repeats=1, block_s=0.01,
-                     batch_sizes=[3])  # fmt: skip
+    blocks = measure(
+        {"one": house.encoder("one", slow_at_first), "other": other}, QUERIES, repeats=1, block_s=0.01, batch_sizes=[3]
+    )
     assert max(call for block in blocks for call in block.calls_ms) == pytest.approx(1)
     timed = sum(len(block.calls_ms) for block in blocks)
     assert len(house.log) > timed + len(blocks)  # one untimed call a block, and the warm-up
@@ -153,8 +154,11 @@ def test_contaminated_blocks_are_flagged_counted_and_left_out(house):
     assert mixed["latency_ms"]["all"]["samples"] == sum(counts)
     assert mixed["latency_ms"]["all"]["contaminated"] == counts[1]
     assert mixed["throughput"]["1"] == {
-        "queries_per_s": pytest.approx(100), "blocks": 3, "contaminated": 1, "over": "clean"
-    }  # fmt: skip
+        "queries_per_s": pytest.approx(100),
+        "blocks": 3,
+        "contaminated": 1,
+        "over": "clean",
+    }
 
     alone = summarise(loaded, QUERIES)["one"]["latency_ms"]["all"]
     assert alone["over"] == "all" and alone["p50"] == pytest.approx(20) and alone["contaminated"] == alone["samples"]
@@ -301,8 +305,10 @@ def report_of(blocks, reference, **parts):
 
 
 def test_table_and_notes(house):
-    encoders = {"teacher": house.encoder("teacher", lambda texts: 0.0625 * len(texts)),
-                "student": house.encoder("student", lambda texts: 2**-9, lambda texts: 0.002)}  # fmt: skip
+    encoders = {
+        "teacher": house.encoder("teacher", lambda texts: 0.0625 * len(texts)),
+        "student": house.encoder("student", lambda texts: 2**-9, lambda texts: 0.002),
+    }
     blocks = measure(encoders, QUERIES, repeats=1, block_s=1, batch_sizes=[4])
     parts = {
         "teacher": {
@@ -367,12 +373,16 @@ def test_plot_is_a_png(house, tmp_path, with_quality):
 @pytest.mark.parametrize("with_quality", [True, False])
 def test_a_system_has_one_colour_in_both_panels(house, tmp_path, monkeypatch, with_quality):
     names = [f"s{number}" for number in range(12)]
-    blocks = measure({name: house.encoder(name, words_ms) for name in names}, QUERIES, repeats=1, block_s=0.01,
-                     batch_sizes=[4])  # fmt: skip
+    blocks = measure(
+        {name: house.encoder(name, words_ms) for name in names}, QUERIES, repeats=1, block_s=0.01, batch_sizes=[4]
+    )
     figures = []
     save = latency_report.Figure.savefig
-    monkeypatch.setattr(latency_report.Figure, "savefig", lambda figure, *args, **more: figures.append(figure)
-                        or save(figure, *args, **more))  # fmt: skip
+    monkeypatch.setattr(
+        latency_report.Figure,
+        "savefig",
+        lambda figure, *args, **more: figures.append(figure) or save(figure, *args, **more),
+    )
     known = {name: {"quality": {"metric": "ndcg@10", "ndcg": 0.5 + n / 100}} for n, name in enumerate(names)}
     plot(report_of(blocks, "s0", **(known if with_quality else {})), tmp_path / "latency.png")
     left, right = figures[0].axes

@@ -22,9 +22,13 @@ from hlm.encoders.qwen_tokenizer import find_tokenizer
 
 @pytest.mark.parametrize(
     ("name", "layers", "ffn", "millions"),
-    [("Qwen/Qwen3-Embedding-0.6B", None, None, 595.8), ("Qwen3-Embedding-0.6B", 4, 768, 189.9),
-     ("Qwen/Qwen3-Embedding-8B", None, None, 7567.3), ("Qwen/Qwen3-Embedding-4B", None, None, 4021.8)],
-)  # fmt: skip
+    [
+        ("Qwen/Qwen3-Embedding-0.6B", None, None, 595.8),
+        ("Qwen3-Embedding-0.6B", 4, 768, 189.9),
+        ("Qwen/Qwen3-Embedding-8B", None, None, 7567.3),
+        ("Qwen/Qwen3-Embedding-4B", None, None, 4021.8),
+    ],
+)
 def test_published_shapes(name, layers, ffn, millions):
     assert planned_parameters(shape_config(name, layers=layers, ffn=ffn))[0] / 1e6 == pytest.approx(millions, abs=0.05)
 
@@ -67,8 +71,11 @@ def test_random_encoder_is_a_whole_model(tiny_qwen3, tmp_path):
     vectors = model.encode(["red shoe", "a long text about a steel kettle"], prompt_name="query")
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     model.save_pretrained(str(tmp_path / "saved"), create_model_card=False)
-    np.testing.assert_allclose(encode(load_encoder(str(tmp_path / "saved"), device="cpu"),
-                                      ["red shoe"], prompt_name="query"), vectors[:1], atol=1e-5)  # fmt: skip
+    np.testing.assert_allclose(
+        encode(load_encoder(str(tmp_path / "saved"), device="cpu"), ["red shoe"], prompt_name="query"),
+        vectors[:1],
+        atol=1e-5,
+    )
 
 
 def test_random_ids_have_the_texts_lengths(tiny_qwen3):

@@ -68,13 +68,19 @@ def onnx_folder(request, tiny_bert, tmp_path):
     settings = json.loads((folder / "config_sentence_transformers.json").read_text()) | {"prompts": {"query": "new "}}
     (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
     table = np.random.default_rng(0).normal(size=(1000, 8)).astype(np.float32)
-    ports = [helper.make_tensor_value_info(name, TensorProto.INT64, ["rows", "tokens"])
-             for name in ("input_ids", "attention_mask")]  # fmt: skip
-    outputs = [helper.make_tensor_value_info("last_hidden_state", TensorProto.FLOAT, ["rows", "tokens", 8]),
-               helper.make_tensor_value_info("sentence_embedding", TensorProto.INT64, ["rows", "tokens"])]  # fmt: skip
-    nodes = [helper.make_node("Gather", ["table", "input_ids"], ["found"]),
-             helper.make_node("CumSum", ["found", "axis"], ["last_hidden_state"]),
-             helper.make_node("Identity", ["attention_mask"], ["sentence_embedding"])]  # fmt: skip
+    ports = [
+        helper.make_tensor_value_info(name, TensorProto.INT64, ["rows", "tokens"])
+        for name in ("input_ids", "attention_mask")
+    ]
+    outputs = [
+        helper.make_tensor_value_info("last_hidden_state", TensorProto.FLOAT, ["rows", "tokens", 8]),
+        helper.make_tensor_value_info("sentence_embedding", TensorProto.INT64, ["rows", "tokens"]),
+    ]
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["found"]),
+        helper.make_node("CumSum", ["found", "axis"], ["last_hidden_state"]),
+        helper.make_node("Identity", ["attention_mask"], ["sentence_embedding"]),
+    ]
     constants = [numpy_helper.from_array(table, "table"), numpy_helper.from_array(np.array(1), "axis")]
     graph = helper.make_graph(nodes, "rows", ports, outputs, constants)
     (folder / "onnx").mkdir()

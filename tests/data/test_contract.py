@@ -177,8 +177,11 @@ BAD = [
     ("corpus.jsonl", '{"_id": "d1", "title": "a"}\n{"title": "b"}\n', ["line 2", "_id", "title"]),
     ("corpus.jsonl", '{"_id": "", "title": "a"}\n', ["line 1", "an id", "''"]),
     ("corpus.jsonl", '{"_id": null, "title": "a"}\n', ["line 1", "an id", "None"]),
-    ("corpus.jsonl", '{"_id": "d1", "title": "a"}\n{"_id": "x", "title": "a"}\n{"_id": "d1", "title": "b"}\n',
-     ["line 3", "'d1'", "line 1"]),
+    (
+        "corpus.jsonl",
+        '{"_id": "d1", "title": "a"}\n{"_id": "x", "title": "a"}\n{"_id": "d1", "title": "b"}\n',
+        ["line 3", "'d1'", "line 1"],
+    ),
     ("corpus.jsonl", '{"_id": "d1", "title": " ", "text": ""}\n', ["line 1", "title or text", "empty"]),
     ("corpus.jsonl", '{"_id": "d1", "title": 7}\n', ["line 1", "text", "7"]),
     ("corpus.jsonl", '{"id": "d1", "name": "a"}\n', ["line 1", "_id", "id, name", "rename"]),
@@ -212,7 +215,7 @@ BAD = [
     ("corpus.jsonl", '[\n{"_id": "d1", "title": "a"}\n]\n', ["line 1", "one object a line"]),
     ("corpus.jsonl", '{"_id": 1.5, "title": "a"}\n', ["line 1", "an id", "1.5"]),
     ("corpus.jsonl", "_id,title\n".encode("utf-16"), ["line 1", "UTF-16"]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "content", "words"), BAD)
@@ -253,7 +256,7 @@ def test_ids_that_look_alike_are_told_apart(folder, read, known, judged):
     write_qrels(folder, [("q1", judged, 1)])
     with pytest.raises(HlmError) as error:
         read(folder)
-    assert f"found {ascii(judged)}, which is not there, but {ascii(known)} is" in str(error.value)
+    assert f"found {judged!a}, which is not there, but {known!a} is" in str(error.value)
 
 
 def test_whole_number_ids_become_text(folder, read):

@@ -70,8 +70,10 @@ def test_proper_quoting_in_tsv(tmp_path):
     path = tmp_path / "a.tsv"
     assert texts(path, 'text\n"a\tb"\n"say ""hi"""\n""\n') == ["a\tb", 'say "hi"', ""]
     assert rows(path, '_id\ttext\nd1\t"two\nlines"\nd2\t"one\n\nblank\nmore"\nd3\t"x"\n') == [
-        {"_id": "d1", "text": "two\nlines"}, {"_id": "d2", "text": "one\n\nblank\nmore"}, {"_id": "d3", "text": "x"},
-    ]  # fmt: skip
+        {"_id": "d1", "text": "two\nlines"},
+        {"_id": "d2", "text": "one\n\nblank\nmore"},
+        {"_id": "d3", "text": "x"},
+    ]
     assert rows(path, '_id\ttext\tn\nd1\t"two\nlines"\t1\n') == [{"_id": "d1", "text": "two\nlines", "n": "1"}]
     for lost in ('_id\ttext\nd0\tx\nd1\t"two\nlines\n', '_id\ttext\nd0\tx\nd1\t"two\nlines\nd2\ty\n'):
         with pytest.raises(HlmError, match="line 3: expected 2 cells"):

@@ -63,7 +63,7 @@ def test_grades_follow_from_the_attributes_that_the_corpus_states(folder):
     seen = set()
     for name, judged in data.qrels["test"].items():
         department, category, brand, values = json.loads(queries[name]["intent"])
-        axes, brands, _ = DEPARTMENTS[department]
+        axes, _brands, _ = DEPARTMENTS[department]
         wanted = {axis: list(AXES[axis])[value] for axis, value in zip(axes, values, strict=True) if value >= 0}
         for row in corpus:
             place = row["department"] == department and (category < 0 or row["category"] == CATEGORIES[category][1])

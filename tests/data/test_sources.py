@@ -172,14 +172,18 @@ def test_text_stays_text_in_a_repository(tmp_path):
     repo = repository(
         tmp_path,
         {
-            "corpus.csv.gz": gzip.compress(b'_id,title\n007,null\n1e3,2026-01-02 10:00:00\n'),
+            "corpus.csv.gz": gzip.compress(b"_id,title\n007,null\n1e3,2026-01-02 10:00:00\n"),
             "queries.jsonl": '{"_id": "q1", "text": "2026-01-02"}\n{"_id": "q2", "text": "NA"}\n',
             "log.csv": "text;n\nNA;1\n",
             "qrels/test.tsv": "query-id\tcorpus-id\tscore\nq1\t007\t1\n",
         },
-        [config("corpus", "corpus.csv.gz"), config("queries", "queries.jsonl"),
-         config("unlabelled", "log.csv", sep=";"), config("default", "qrels/test.tsv", "test")],
-    )  # fmt: skip
+        [
+            config("corpus", "corpus.csv.gz"),
+            config("queries", "queries.jsonl"),
+            config("unlabelled", "log.csv", sep=";"),
+            config("default", "qrels/test.tsv", "test"),
+        ],
+    )
     tables = hub_tables(repo, None, ("train", "test"))
     found = {part: [tuple(row.values()) for _, row in table.rows()] for part, table in tables.items()}
     assert found == {

@@ -20,9 +20,13 @@ def test_ranks_and_overlap_of_two_that_disagree():
     vectors = {name: np.array([row], np.float32) for name, row in near.items()}
     corpus = load_corpus([{"_id": n, "title": f"Red shoes {n}", "text": None, "price": "cheap"} for n in names])
     demo = Demo(
-        student=lambda _: vectors["student"], teacher=lambda _: vectors["teacher"], live=True, corpus=corpus,
-        indexes={"Flat": lambda: index}, facts=[],
-    )  # fmt: skip
+        student=lambda _: vectors["student"],
+        teacher=lambda _: vectors["teacher"],
+        live=True,
+        corpus=corpus,
+        indexes={"Flat": lambda: index},
+        facts=[],
+    )
     found = demo.compare("red shoe", 2)
     assert [(hit["id"], hit["other_rank"]) for hit in found["teacher"]["hits"]][1] == ("ad1", 1)
     assert [hit["id"] for hit in found["student"]["hits"]] == ["ad1", "ad2"]

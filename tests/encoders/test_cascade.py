@@ -93,9 +93,15 @@ def test_planned_counts_are_the_cut_models(model):
 )
 def test_planned_counts_of_qwen3_embedding(layers, width, millions):
     config = Qwen3Config(
-        vocab_size=151_669, hidden_size=1024, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
-        head_dim=128, intermediate_size=3072, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=151_669,
+        hidden_size=1024,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=3072,
+        tie_word_embeddings=True,
+    )
     total, body = planned_parameters(config, layers=layers, ffn_width=width)
     assert round(total / 1e6, 1) == millions and total - body == 151_669 * 1024
 

@@ -69,9 +69,11 @@ def test_pooling_is_read_as_it_is_written_now_and_as_it_was(mode, legacy, tiny_b
     [
         ({"pooling_mode": ["mean", "cls"]}, "mean+cls"),
         ({"pooling_mode": "average"}, r"pooling among cls, .*, lasttoken, found \['average'\]"),
-        ({"pooling_mode": 3}, "found 3"), ({}, "found none"), ({"pooling_mode": []}, "found none"),
+        ({"pooling_mode": 3}, "found 3"),
+        ({}, "found none"),
+        ({"pooling_mode": []}, "found none"),
     ],
-)  # fmt: skip
+)
 def test_pooling_that_is_none(config, found, tiny_bert, tmp_path):
     folder = shutil.copytree(tiny_bert, tmp_path / "model")
     (folder / "1_Pooling/config.json").write_text(json.dumps(config))
@@ -134,11 +136,12 @@ def test_weights_beside_a_graph_that_nobody_told_of(name, exported, tmp_path):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        (None, "'onnx.fp32.file', found nothing"), ({"file": "onnx/model.onnx"}, "onnx.fp32.fingerprint"),
+        (None, "'onnx.fp32.file', found nothing"),
+        ({"file": "onnx/model.onnx"}, "onnx.fp32.fingerprint"),
         ({"file": "onnx/other.onnx", "fingerprint": "0"}, "a record of onnx/model.onnx, found one of onnx/other.onnx"),
         ({"file": "onnx/model.onnx", "fingerprint": "0", "data": {"file": "x"}}, "record of onnx/model.onnx_data"),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_record_of_a_graph(record, message, tmp_path):
     with pytest.raises(HlmError, match=message):
         graph_files("fp32", record, tmp_path / "hlm.json")

@@ -187,9 +187,13 @@ def test_infinity_serves_equal_vectors(saved):
     model = load_encoder(str(saved), device="cpu")
     texts = [model.prompts["query"] + text for text in TEXTS]
     settings = infinity.EngineArgs(
-        model_name_or_path=str(saved), engine="torch", device="cpu", dtype="float32", model_warmup=False,
+        model_name_or_path=str(saved),
+        engine="torch",
+        device="cpu",
+        dtype="float32",
+        model_warmup=False,
         bettertransformer=False,
-    )  # fmt: skip
+    )
 
     async def serve():
         engine = infinity.AsyncEmbeddingEngine.from_args(settings)

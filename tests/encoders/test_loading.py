@@ -135,9 +135,13 @@ def settings_changed(path, folder, **changed):
 
 CHANGES = {
     "tiny_bert": [("num_attention_heads", 8), ("layer_norm_eps", 0.1), ("is_decoder", True), ("hidden_act", "relu")],
-    "tiny_qwen3": [("rms_norm_eps", 0.1), ("is_causal", False), ("hidden_act", "gelu"),
-                   ("rope_parameters", {"rope_theta": 100.0, "rope_type": "default"})],
-}  # fmt: skip
+    "tiny_qwen3": [
+        ("rms_norm_eps", 0.1),
+        ("is_causal", False),
+        ("hidden_act", "gelu"),
+        ("rope_parameters", {"rope_theta": 100.0, "rope_type": "default"}),
+    ],
+}
 
 
 @pytest.mark.parametrize(("family", "name", "value"), [(k, *change) for k, rows in CHANGES.items() for change in rows])

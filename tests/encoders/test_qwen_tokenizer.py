@@ -1,6 +1,7 @@
 """Qwen's tokenizer from its file of ranks."""
 
 import base64
+import itertools
 
 import pytest
 from tokenizers import pre_tokenizers
@@ -10,12 +11,10 @@ from hlm.encoders.qwen_tokenizer import find_tokenizer, qwen_tokenizer
 
 
 def joined_by_rank(word, ranks):
-    """tiktoken's rule, written plainly: join the two neighbours whose union has the lowest rank until none is known."""
+    """Tiktoken's rule, written plainly: join the two neighbours whose union has the lowest rank until none is known."""
     parts = [bytes([byte]) for byte in word]
     while True:
-        known = [
-            (ranks[a + b], place) for place, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in ranks
-        ]
+        known = [(ranks[a + b], place) for place, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in ranks]
         if not known:
             return [ranks[part] for part in parts]
         place = min(known)[1]

@@ -33,8 +33,14 @@ def test_few_faults_and_the_round_trip(release, tmp_path):
     found = json.loads(out.read_text())
     trip, update, pull = (found["xet"][name] for name in ("round_trip", "update", "pull"))
     assert set(trip["max_difference"]) == {
-        "student fp32", "student int8", "student torch", "adapter", "vectors/corpus", "vectors/queries", "index"
-    }  # fmt: skip
+        "student fp32",
+        "student int8",
+        "student torch",
+        "adapter",
+        "vectors/corpus",
+        "vectors/queries",
+        "index",
+    }
     assert set(trip["max_difference"].values()) == {0.0} and trip["files_that_differ"] == []
     assert set(trip["files"]) == {"teacher", "dataset", "student", "space"} and trip["bytes"]["student"] > 50_000
     assert trip["downloads"]["/xorbs/"] > 3 and trip["downloads"]["/large/"] == 0

@@ -24,8 +24,10 @@ def test_all_kinds_and_steps_are_counted(tmp_path, capsys):
         assert found["rounds"] == 3
         assert not found["mixed"] + found["unloadable"] + found["other"]
     assert {name: found["kills"] for name, found in report["kills"].items()} == {
-        "make_catalogue": 1, "teacher": 1, "embed": 1,
-    }  # fmt: skip
+        "make_catalogue": 1,
+        "teacher": 1,
+        "embed": 1,
+    }
     assert "two writers of" in capsys.readouterr().out
 
 

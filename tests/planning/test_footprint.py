@@ -64,8 +64,12 @@ def model_of(config, precision=None, device="cpu"):
     with torch.device(device):
         model = AutoModel.from_config(config, dtype=getattr(torch, precision.weights)).train()
         if precision.lora_rank:
-            lora = LoraConfig(r=precision.lora_rank, target_modules="all-linear", exclude_modules=r".*pooler.*",
-                              task_type="FEATURE_EXTRACTION")  # fmt: skip
+            lora = LoraConfig(
+                r=precision.lora_rank,
+                target_modules="all-linear",
+                exclude_modules=r".*pooler.*",
+                task_type="FEATURE_EXTRACTION",
+            )
             model = get_peft_model(model, lora)
             leave_casts_to_autocast(model)
     return model

@@ -88,8 +88,11 @@ def test_the_plan_of_a_folder(folder, tiny_bert):
     (train,) = [phase for phase in plan.phases if (phase.step, phase.name) == ("teacher", "train")]
     assert train.steps == 18
     embed = next(phase for phase in plan.phases if phase.step == "embed")
-    assert embed.disk == {"corpus": store_bytes(1000, 32), "unlabelled": store_bytes(650, 32),
-                          "queries": store_bytes(200, 32)}  # fmt: skip
+    assert embed.disk == {
+        "corpus": store_bytes(1000, 32),
+        "unlabelled": store_bytes(650, 32),
+        "queries": store_bytes(200, 32),
+    }
     # Ads: 128 tokens and 10% padding, cut to 512; queries: 28 with the instruction.
     assert embed.flops == pytest.approx(forward_flops(whole, 1000, 128 * 1.1) + forward_flops(whole, 850, 28 * 1.1))
     assert plan.index["SQ8, 16 wide"] == 1000 * 16 and plan.index["Flat, 32 wide"] == plan.host == 1000 * 32 * 4
@@ -121,8 +124,9 @@ def test_store_sizes_are_those_on_disk(tmp_path):
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
     names = [f"B{number:09d}" for number in generator.integers(0, 10**9, rows)]
-    write_store(tmp_path / "store", [(name, "text") for name in names], encode, dim=dim, encoder="e", source="s",
-                n_rows=rows)  # fmt: skip
+    write_store(
+        tmp_path / "store", [(name, "text") for name in names], encode, dim=dim, encoder="e", source="s", n_rows=rows
+    )
     measured = sum(path.stat().st_size for path in (tmp_path / "store").iterdir())
     assert store_bytes(rows, dim) == pytest.approx(measured, rel=0.05)
 

@@ -43,9 +43,14 @@ def house(tmp_path_factory, tiny_bert, catalogue_200):
     data = load(str(home / "dataset"), splits=())
     records = [(row["_id"], document_text(row)) for row in iterate(data.corpus)]
     write_store(
-        home / "dataset/vectors/corpus", records, lambda texts: encode(model, texts), dim=32, encoder=teacher,
-        source=data.fingerprint("corpus"), n_rows=len(records),
-    )  # fmt: skip
+        home / "dataset/vectors/corpus",
+        records,
+        lambda texts: encode(model, texts),
+        dim=32,
+        encoder=teacher,
+        source=data.fingerprint("corpus"),
+        n_rows=len(records),
+    )
     AdIndex.build(VectorStore.open(home / "dataset/vectors/corpus")).save(home / "dataset/index")
     (home / "dataset/reports").mkdir()
     report = {"dataset": "/srv/private/team/shop", "environment": {"command": f"x --token {SECRET}"}}
@@ -98,12 +103,16 @@ def test_a_secret_anywhere_else_stops_it(mine, monkeypatch, token):
 @pytest.mark.parametrize(
     "kind, name",
     [
-        ("student", "optimizer.pt"), ("student", "runs/log.txt"), ("student", "pytorch_model.bin"),
-        ("student", "model.safetensors.bak"), ("teacher", "adapter/training_args.bin"),
+        ("student", "optimizer.pt"),
+        ("student", "runs/log.txt"),
+        ("student", "pytorch_model.bin"),
+        ("student", "model.safetensors.bak"),
+        ("teacher", "adapter/training_args.bin"),
         ("dataset", "per_query.parquet"),
-        ("dataset", "vectors/unlabelled/x.pkl"), ("dataset", "vectors/corpus/vectors-00000.npy"),
+        ("dataset", "vectors/unlabelled/x.pkl"),
+        ("dataset", "vectors/corpus/vectors-00000.npy"),
     ],
-)  # fmt: skip
+)
 def test_what_has_no_place_there_is_refused_by_name(mine, kind, name):
     path = mine / kind / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,10 +146,12 @@ def change(path: Path) -> None:
 @pytest.mark.parametrize(
     "kind, name",
     [
-        ("student", "model.safetensors"), ("dataset", "vectors/corpus/vectors-00000.safetensors"),
-        ("dataset", "index/index.faiss"), ("dataset", "index/ids.parquet"),
+        ("student", "model.safetensors"),
+        ("dataset", "vectors/corpus/vectors-00000.safetensors"),
+        ("dataset", "index/index.faiss"),
+        ("dataset", "index/ids.parquet"),
     ],
-)  # fmt: skip
+)
 def test_what_was_tampered_with_is_not_published(mine, kind, name, damage):
     damage(mine / kind / name)
     with pytest.raises(HlmError):

@@ -55,9 +55,12 @@ def run(hub: HubServer, folder: Path, name: str, *steps: dict) -> list:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment |= hub.environment("acme", xet=False) | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", STEPS, str(folder), name, json.dumps(steps)], env=environment, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", STEPS, str(folder), name, json.dumps(steps)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
 
@@ -198,10 +201,12 @@ def test_files_are_told_apart_by_the_record():
     assert asked.deleted == ("gone", "added", "gone_edited") and not asked.kept and not asked.edited
     asked.refuse_edited("model acme/x")
     assert list(found.lines()) == [
-        "added: hlm.json, new", "changed: ours, theirs, taken", "deleted: gone",
+        "added: hlm.json, new",
+        "changed: ours, theirs, taken",
+        "deleted: gone",
         "kept, as others wrote it: added, gone_edited; --delete_others deletes it",
         "refused, as others edited it on the Hub: theirs, taken; --overwrite_edited replaces it",
-    ]  # fmt: skip
+    ]
     assert "overwritten, though others edited it on the Hub: theirs, taken" in asked.lines()
     none = compare("head", there(), FILES, None, False)
     assert none.edited == none.changed == ("ours", "theirs", "taken") and none.kept == ("gone", "gone_edited")

@@ -286,10 +286,15 @@ def test_quality_names_a_system_of_the_report(run, inputs, tiny_qwen3):
 
 def test_shapes_beside_a_model_and_derived_from_fewer_layers(run, tiny_qwen3):
     report = run(
-        "--shape", f"{tiny_qwen3}:layers=2,ffn=16,dtype=bfloat16", "--random_weights",
-        systems={"whole": {"shape": tiny_qwen3, "depths": [1, 3], "prompt": "Query:"}, "real": tiny_qwen3,
-                 "small_fp32": {"shape": tiny_qwen3, "layers": 2, "ffn": 16}},
-    )  # fmt: skip
+        "--shape",
+        f"{tiny_qwen3}:layers=2,ffn=16,dtype=bfloat16",
+        "--random_weights",
+        systems={
+            "whole": {"shape": tiny_qwen3, "depths": [1, 3], "prompt": "Query:"},
+            "real": tiny_qwen3,
+            "small_fp32": {"shape": tiny_qwen3, "layers": 2, "ffn": 16},
+        },
+    )
     whole, small = report["systems"]["whole"], report["systems"]["model:layers=2,ffn=16,dtype=bfloat16"]
     assert list(report["systems"])[:2] == ["whole", "real"] and len(report["systems"]) == 4
     assert whole["derived"] == "derived from 1 and 3 of 6 layers" and set(whole["measured"]) == {"1", "3"}

@@ -246,7 +246,7 @@ def test_only_the_first_process_works(inputs, tmp_path, monkeypatch):
 )
 def test_refuses_before_anything_is_searched(inputs, tmp_path, monkeypatch, change, settings, message):
     monkeypatch.setattr("hlm.evaluation.evaluate.bm25", lambda *_: pytest.fail("searched"))
-    if "encoder" != message:  # known of a model without a manifest once it is loaded
+    if message != "encoder":  # known of a model without a manifest once it is loaded
         monkeypatch.setattr("hlm.evaluation.evaluate.load_encoder", lambda *_, **__: pytest.fail("loaded"))
     else:
         monkeypatch.setattr("hlm.evaluation.evaluate.bm25", lambda *_: {})
@@ -292,8 +292,13 @@ def test_a_home_of_other_files_and_an_older_report_are_fine(inputs, tmp_path, mo
     assert (tmp_path / "letter.txt").read_text() == "dear"
     kept = json.loads((tmp_path / "report.json").read_text())
     assert list(kept["systems"]) == ["bm25"] and sorted(path.name for path in tmp_path.iterdir()) == [
-        "config.yaml", "letter.txt", "per_query.parquet", "report.json", "report.png", "runs"
-    ]  # fmt: skip
+        "config.yaml",
+        "letter.txt",
+        "per_query.parquet",
+        "report.json",
+        "report.png",
+        "runs",
+    ]
 
 
 def test_a_second_evaluation_of_one_output_is_told_who_runs(inputs, tmp_path):

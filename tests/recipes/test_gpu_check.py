@@ -43,8 +43,9 @@ def test_every_stage_runs_tiny_on_the_cpu(tmp_path):
     for name in ("online_190m", "online_8b", "teacher_step_8b", "embed_8b", "align_190m", "refine_190m"):
         assert result["stages"][name]["predicted"].keys() == {"H100", "H200"}
     assert [row["figure"] for row in result["asked"]][:2] == [
-        "190M p50, tokenisation included, ms", "8B p50 / 190M p50, both as HLM serves",
-    ]  # fmt: skip
+        "190M p50, tokenisation included, ms",
+        "8B p50 / 190M p50, both as HLM serves",
+    ]
     assert all(name in done.stdout for name in status)
 
 

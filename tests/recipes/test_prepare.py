@@ -122,9 +122,15 @@ def catalogue_rows():
     for number, noun in enumerate(("lock", "stand", "battery", "sleeve", "charger")):
         for brand in ("Acme", "Bolt", "Corex"):
             rows.append(
-                {"_id": f"{noun}{brand}", "title": f"{brand} ZT-{number} laptop {noun} Black", "text": None,
-                 "brand": brand, "model": f"ZT-{number}", "attrs": {}}
-            )  # fmt: skip
+                {
+                    "_id": f"{noun}{brand}",
+                    "title": f"{brand} ZT-{number} laptop {noun} Black",
+                    "text": None,
+                    "brand": brand,
+                    "model": f"ZT-{number}",
+                    "attrs": {},
+                }
+            )
     return rows
 
 
@@ -245,7 +251,7 @@ SHOPS = {
     "Japanese": (["赤", "青い", "ｸﾞﾘｰﾝ", "白"], ["防水イヤホン", "木製テーブル", "革靴"], ["ソニー", "無印", "象印"]),
     "Tamil": (["சிவப்பு", "நீலம்", "பச்சை"], ["காலணி", "குடை", "நாற்காலி"], ["டாடா", "பாடா", "கோத்ரெஜ்"]),
     "Arabic": (["أحمر", "أزرق", "أخضر"], ["كِتاب", "كرسي", "ساعة"], ["سامسونغ", "توشيبا", "شارب"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("language", SHOPS)

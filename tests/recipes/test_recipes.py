@@ -49,7 +49,7 @@ class House(type(Path())):
 
 @pytest.fixture(scope="module", params=["tiny_bert", "tiny_qwen3"])
 def house(request, tmp_path_factory, catalogue_200):
-    """teacher -> embed -> prune -> align -> refine, once for each kind of backbone."""
+    """Teacher -> embed -> prune -> align -> refine, once for each kind of backbone."""
     folder = House(tmp_path_factory.mktemp("house"))
     folder.data = catalogue_200
     backbone = request.getfixturevalue(request.param)
@@ -91,10 +91,13 @@ def test_alignment_brings_queries_to_the_teachers(house):
     target = store.gather(store.rows_of(list(queries)))
     # The pruned student keeps its prompt: it must lose against the aligned one that has none.
     cosines = {
-        name: float((encode(load_encoder(str(house / name)), list(queries.values()), prompt_name="query") * target)
-                    .sum(axis=1).mean())
+        name: float(
+            (encode(load_encoder(str(house / name)), list(queries.values()), prompt_name="query") * target)
+            .sum(axis=1)
+            .mean()
+        )
         for name in ("pruned", "aligned")
-    }  # fmt: skip
+    }
     assert cosines["aligned"] > cosines["pruned"]
 
 
@@ -200,8 +203,10 @@ def test_each_document_of_a_batch_is_encoded_once_and_the_loss_stays(house, tmp_
     encoded = sum(len(chunk["input_ids"]) for chunk in batch["document"])
     assert encoded == len(set(pairs.rows[rows, 1]) | set(np.maximum(negatives[pairs.rows[rows, 0]], 0).ravel()))
     query, positive = pairs.rows[rows].T
-    vectors = {name: torch.from_numpy(encode(model, texts, prompt_name=name)) for name, texts in
-               [("query", pairs.queries), ("document", pairs.documents)]}  # fmt: skip
+    vectors = {
+        name: torch.from_numpy(encode(model, texts, prompt_name=name))
+        for name, texts in [("query", pairs.queries), ("document", pairs.documents)]
+    }
     plain = qwen3_contrastive(
         vectors["query"][query],
         vectors["document"][positive],

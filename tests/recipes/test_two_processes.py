@@ -36,8 +36,12 @@ from recipes import align, embed, refine, teacher
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = {"teacher": teacher, "embed": embed, "align": align, "refine": refine}
-STEPS = {"teacher": "hlm.training.teacher", "embed": "hlm.vectors.embed", "align": "hlm.training.align",
-         "refine": "hlm.training.refine"}  # fmt: skip
+STEPS = {
+    "teacher": "hlm.training.teacher",
+    "embed": "hlm.vectors.embed",
+    "align": "hlm.training.align",
+    "refine": "hlm.training.refine",
+}
 ROWS = {"teacher": 36, "align": 24, "refine": 24}  # of a process at a step: 2, 3 and 6 steps an epoch
 # On two processes -> on one: the same but for gradient caching and sharding.
 EQUAL = {"teacher": "teacher", "teacher cached": "teacher", "teacher sharded": "teacher", "align": "align",
@@ -276,8 +280,10 @@ def test_ranks_end_with_equal_weights_and_one_process_with_nearly_these(house, n
 @pytest.mark.parametrize("name", EQUAL)
 def test_artefacts_give_the_vectors_of_one_process(house, catalogue_200, name):
     texts = list(dict(load(catalogue_200, splits=("test",)).split_queries("test")).values())
-    found, wanted = (encode(load_encoder(str(path)), texts, prompt_name="query")
-                     for path in (house / "two" / name, house / "one" / EQUAL[name]))  # fmt: skip
+    found, wanted = (
+        encode(load_encoder(str(path)), texts, prompt_name="query")
+        for path in (house / "two" / name, house / "one" / EQUAL[name])
+    )
     np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 

@@ -44,10 +44,15 @@ async def answers(tasks, seconds=20):
     """What each task ended with: "vector", an error's class, or "nothing"."""
     await asyncio.wait(tasks, timeout=seconds)
     said = collections.Counter(
-        "nothing" if not task.done() else "cancelled" if task.cancelled()
-        else type(task.exception()).__name__ if task.exception() else "vector"
+        "nothing"
+        if not task.done()
+        else "cancelled"
+        if task.cancelled()
+        else type(task.exception()).__name__
+        if task.exception()
+        else "vector"
         for task in tasks
-    )  # fmt: skip
+    )
     for task in tasks:
         task.cancel()
     return said
@@ -134,12 +139,14 @@ def test_another_loop_is_refused_while_the_first_runs(student):
 @pytest.mark.parametrize(
     ("fault", "raised", "match"),
     [
-        (fail(MemoryError("no room")), MemoryError, "no room"), (fail(StopIteration()), HlmError, "StopIteration"),
-        (fail(SystemExit(3)), HlmError, "SystemExit: 3"), (fail(KeyboardInterrupt()), HlmError, "KeyboardInterrupt"),
+        (fail(MemoryError("no room")), MemoryError, "no room"),
+        (fail(StopIteration()), HlmError, "StopIteration"),
+        (fail(SystemExit(3)), HlmError, "SystemExit: 3"),
+        (fail(KeyboardInterrupt()), HlmError, "KeyboardInterrupt"),
         (lambda self, ids: np.zeros((len(ids) + 1, 2)), HlmError, "vectors of the encoder, found"),
         (lambda self, ids: None, TypeError, "NoneType"),
     ],
-)  # fmt: skip
+)
 def test_an_error_goes_to_its_batch_and_the_next_one_is_served(student, fault, raised, match):
     async def run():
         async with AsyncQueryEncoder(Broken(student, fault), max_tokens=1) as encoder:

@@ -195,8 +195,10 @@ def test_weights_beside_the_graph(tiny_bert, tmp_path, monkeypatch):
     write_manifest(folder, "student", inputs={}, config={}, encoder="e" * 16, dim=32, onnx=facts)
     expected = encode(load_encoder(tiny_bert, device="cpu"), TEXTS, prompt_name="query")
     for settings, atol in (
-        ({"threads": 2}, 1e-5), ({"threads": 2, "precision": "int8"}, 0.03), ({"backend": "openvino"}, 1e-4),
-    ):  # fmt: skip
+        ({"threads": 2}, 1e-5),
+        ({"threads": 2, "precision": "int8"}, 0.03),
+        ({"backend": "openvino"}, 1e-4),
+    ):
         found = QueryEncoder.from_pretrained(folder, **settings).encode(TEXTS * 40)
         np.testing.assert_allclose(found, np.tile(expected, (40, 1)), atol=atol)
     (folder / "onnx" / "model.onnx_data").unlink()
@@ -247,9 +249,13 @@ def test_bad_input_is_refused(online, tmp_path):
         with pytest.raises(HlmError, match="expected texts"):
             encoder.encode(wrong)
     for settings in (
-        {"backend": "tensorrt"}, {"precision": "int4"}, {"threads": 0}, {"device": "cuda", "backend": "openvino"},
-        {"precision": "bf16", "backend": "onnxruntime"}, {"device": "cuda:0"},
-    ):  # fmt: skip
+        {"backend": "tensorrt"},
+        {"precision": "int4"},
+        {"threads": 0},
+        {"device": "cuda", "backend": "openvino"},
+        {"precision": "bf16", "backend": "onnxruntime"},
+        {"device": "cuda:0"},
+    ):
         with pytest.raises(HlmError, match=next(iter(settings))):
             QueryEncoder.from_pretrained(online, **settings)
     with pytest.raises(HlmError, match="expected a folder or a Hub id"):

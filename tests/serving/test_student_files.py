@@ -41,13 +41,15 @@ def rotate(tokenizer):
 @pytest.mark.parametrize(
     ("file", "change"),
     [
-        ("tokenizer.json", rotate), ("tokenizer.json", lambda v: v["normalizer"].update(lowercase=False)),
+        ("tokenizer.json", rotate),
+        ("tokenizer.json", lambda v: v["normalizer"].update(lowercase=False)),
         ("config_sentence_transformers.json", lambda v: v.update(prompts={"query": "passage: "})),
         ("sentence_bert_config.json", lambda v: v.update(max_seq_length=4)),
         ("tokenizer_config.json", lambda v: v.update(model_max_length=4)),
-        ("config.json", lambda v: v.update(max_position_embeddings=4)), ("modules.json", lambda v: v.pop()),
+        ("config.json", lambda v: v.update(max_position_embeddings=4)),
+        ("modules.json", lambda v: v.pop()),
     ],
-)  # fmt: skip
+)
 def test_a_changed_configuration_is_refused(copied, file, change):
     edit(copied / file, change)
     for settings in ({}, {"precision": "int8"}, {"backend": "openvino"}, {"backend": "torch"}):
@@ -67,11 +69,14 @@ def test_a_missing_file_is_refused(copied, file):
 @pytest.mark.parametrize(
     ("file", "settings"),
     [
-        ("onnx/model.onnx_data", {}), ("adapter_config.json", {"backend": "torch"}),
-        ("2_Dense/config.json", {"backend": "torch"}), ("pytorch_model.bin", {"backend": "torch"}),
-        ("model.safetensors.index.json", {"backend": "torch"}), ("vocab.txt", {"backend": "torch"}),
+        ("onnx/model.onnx_data", {}),
+        ("adapter_config.json", {"backend": "torch"}),
+        ("2_Dense/config.json", {"backend": "torch"}),
+        ("pytorch_model.bin", {"backend": "torch"}),
+        ("model.safetensors.index.json", {"backend": "torch"}),
+        ("vocab.txt", {"backend": "torch"}),
     ],
-)  # fmt: skip
+)
 def test_an_added_file_that_would_be_read_is_refused(copied, file, settings):
     (copied / file).parent.mkdir(exist_ok=True)
     (copied / file).write_text("{}")
@@ -118,12 +123,18 @@ def test_a_folder_that_has_no_records_is_read_as_it_is(copied):
     [
         lambda v: v["onnx"]["fp32"].update(file="onnx/model_quantized.onnx"),
         lambda v: v["onnx"]["fp32"].update(data={"file": "onnx/kept", "fingerprint": "0" * 16}),
-        lambda v: v["onnx"]["fp32"].update(data=None), lambda v: v["onnx"].update(fp32=None),
-        lambda v: v["onnx"].update(fp32=[]), lambda v: v["onnx"]["fp32"].pop("fingerprint"),
-        lambda v: v["onnx"].update(lookup=None), lambda v: v.update(onnx=3), lambda v: v.update(encoder={}),
-        lambda v: v.update(inputs=3), lambda v: v["inputs"].update(teacher=3), lambda v: v.update(schema_version=99),
+        lambda v: v["onnx"]["fp32"].update(data=None),
+        lambda v: v["onnx"].update(fp32=None),
+        lambda v: v["onnx"].update(fp32=[]),
+        lambda v: v["onnx"]["fp32"].pop("fingerprint"),
+        lambda v: v["onnx"].update(lookup=None),
+        lambda v: v.update(onnx=3),
+        lambda v: v.update(encoder={}),
+        lambda v: v.update(inputs=3),
+        lambda v: v["inputs"].update(teacher=3),
+        lambda v: v.update(schema_version=99),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("records", [True, False])
 def test_a_damaged_manifest_is_refused(copied, change, records):
     edit(copied / "hlm.json", change)
@@ -230,9 +241,13 @@ print(vector.tolist())
 
 def serve(folder, cache, **settings):
     return subprocess.Popen(
-        [sys.executable, "-c", SERVE, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"HLM_CACHE": str(cache)}, **settings,
-    )  # fmt: skip
+        [sys.executable, "-c", SERVE, str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"HLM_CACHE": str(cache)},
+        **settings,
+    )
 
 
 def test_exporting_leaves_loggers_warnings_and_bars_as_they_were(tiny_bert, tmp_path, recwarn, caplog):

@@ -1,5 +1,6 @@
 """Ids that are put together from known words are those of the tokenizer."""
 
+import itertools
 import string
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
@@ -82,7 +83,7 @@ def test_every_script_is_read_as_its_tokenizer_reads_it(tokenizer, prompt, cased
     # So that words are told apart: each character of these texts is known, at the start of a word and within.
     texts = [*SCRIPTS, *(form for text in SCRIPTS for form in (text.upper(), text.lower(), text.title()))]
     texts += [unicodedata.normalize(form, text) for text in SCRIPTS for form in ("NFC", "NFD", "NFKC", "NFKD")]
-    texts += [" ".join(pair) for pair in zip(SCRIPTS, SCRIPTS[1:], strict=False)] + list(unicode_texts(3000, seed=3))
+    texts += [" ".join(pair) for pair in itertools.pairwise(SCRIPTS)] + list(unicode_texts(3000, seed=3))
     characters = sorted(set("".join(unicodedata.normalize("NFD", text.lower()) + text for text in texts)))
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     pieces += [f"{before}{character}" for character in characters for before in ("", "##")]

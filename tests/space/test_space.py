@@ -289,8 +289,10 @@ CHARTS = """() => ({
 
 
 def luminance(colour: str) -> float:
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in
-              (int(part) / 255 for part in re.findall(r"\d+", colour)[:3])]  # fmt: skip
+    linear = [
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
+        for c in (int(part) / 255 for part in re.findall(r"\d+", colour)[:3])
+    ]
     return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
 
 
@@ -303,7 +305,7 @@ def test_charts_follow_the_theme_and_no_label_covers_a_mark(opened, scheme, widt
     found = page.evaluate(CHARTS)
     assert len(found["boxes"]) == 7 + 4 + 4 + 4
     for name, marks, value in found["boxes"]:
-        assert 0 <= name[0] and name[1] <= marks[0] < marks[1] <= value[0] and value[1] <= width
+        assert name[0] >= 0 and name[1] <= marks[0] < marks[1] <= value[0] and value[1] <= width
     for colour in found["colours"]:  # WCAG: 3:1 for graphics
         light, dark = sorted((luminance(colour), luminance(found["page"])), reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= 3

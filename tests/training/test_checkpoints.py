@@ -246,8 +246,10 @@ def test_somebodys_files_stop_a_recipe_before_any_work(run, tmp_path, name):
     for folder in ("out", "out.training", *(["out.stages/1", "out.stages/1.training"] if name == "align" else [])):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "thesis.txt").write_text("mine")
-        arguments = [*words(name, Path("nowhere"), tmp_path / "out"), *(["--backbone", str(run / "base")]
-                     if name == "teacher" else ["--student", str(run / "base")])]  # fmt: skip
+        arguments = [
+            *words(name, Path("nowhere"), tmp_path / "out"),
+            *(["--backbone", str(run / "base")] if name == "teacher" else ["--student", str(run / "base")]),
+        ]
         if name == "align":
             arguments += ["--cascade", '[{"layers": 4}, {"layers": 2}]']
         with pytest.raises(HlmError, match="thesis.txt"):

@@ -77,7 +77,7 @@ def test_a_narrower_student_meets_slices_of_length_one(make_store):
     store = make_store(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
     queries = np.random.default_rng(1).standard_normal((4, 3)).astype(np.float32)
     heads = vectors[:, :3] / np.linalg.norm(vectors[:, :3], axis=1, keepdims=True)
-    scores, rows = top_k_documents(queries, store, 9)
+    _scores, rows = top_k_documents(queries, store, 9)
     np.testing.assert_array_equal(rows, np.argsort(-(queries @ heads.T), axis=1))
     np.testing.assert_allclose(positive_scores(queries, [[2]] * 4, store), queries @ heads[2], atol=2e-3)
 

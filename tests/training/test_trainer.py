@@ -226,8 +226,9 @@ def test_another_teacher_is_no_start_for_alignment(run, tiny_bert, tmp_path):
 
 def test_the_teacher_itself_in_another_dtype_is_its_own_start(run, tmp_path):
     vectors = tmp_path / "vectors"
-    embed.main(["--model", str(run / "teacher"), "--data", str(run / "data"), "--output", str(vectors), "--dtype",
-                "bfloat16"])  # fmt: skip
+    embed.main(
+        ["--model", str(run / "teacher"), "--data", str(run / "data"), "--output", str(vectors), "--dtype", "bfloat16"]
+    )
     align.main([*words("align", run, tmp_path / "aligned"), "--vectors", str(vectors)])
     manifest = json.loads((tmp_path / "aligned" / MANIFEST).read_text())
     assert manifest["inputs"]["teacher"] != json.loads((run / "teacher" / MANIFEST).read_text())["encoder"]

@@ -89,7 +89,7 @@ def test_a_damaged_manifest_ends_in_one_error(saved, place):
     first, _, rest = place.partition(".")
     good = (saved / "hlm.json").read_text()
     for value in (7.5, True, [], [1], -1, 10**30, float("nan"), {"a": 1}):
-        if place == "config.k_factor" and value == 7.5 or place in ("canaries", "files") and value == {"a": 1}:
+        if (place == "config.k_factor" and value == 7.5) or (place in ("canaries", "files") and value == {"a": 1}):
             continue
 
         def change(manifest, value=value):

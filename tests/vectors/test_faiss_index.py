@@ -239,8 +239,11 @@ def test_numbers_beyond_the_index_mean_all_of_it(store, queries):
     for k in (np.int64(3000), 2**31, 2**70):
         assert exact.search(queries[0], k)[1] == everything[1]
     index = AdIndex.build(store, "IVF8,SQ8,RFlat")
-    for options in ({"nprobe": np.int64(8), "k_factor": np.float32(1e9)}, {"nprobe": 2**70, "k_factor": 1e300},
-                    {"nprobe": 2**31, "k_factor": 2**70}):  # fmt: skip
+    for options in (
+        {"nprobe": np.int64(8), "k_factor": np.float32(1e9)},
+        {"nprobe": 2**70, "k_factor": 1e300},
+        {"nprobe": 2**31, "k_factor": 2**70},
+    ):
         assert index.search(queries, 5, **options)[1] == exact.search(queries, 5)[1]
     graph = AdIndex.build(store, "HNSW8")
     assert recall(graph, exact, queries, ef_search=2**70) > 0.98
@@ -280,9 +283,14 @@ def test_factories_that_end_the_process_are_refused(store, factory):
 
 @pytest.mark.parametrize(
     ("factory", "built"),
-    [("HNSW1", "HNSW2"), ("HNSW1_SQ8", "HNSW2_SQ8"), ("IVF4_HNSW1,Flat", "IVF4_HNSW2,Flat"), ("HNSW16", "HNSW16"),
-     ("SQ8,Refine(HNSW1)", "SQ8,Refine(HNSW2)")],
-)  # fmt: skip
+    [
+        ("HNSW1", "HNSW2"),
+        ("HNSW1_SQ8", "HNSW2_SQ8"),
+        ("IVF4_HNSW1,Flat", "IVF4_HNSW2,Flat"),
+        ("HNSW16", "HNSW16"),
+        ("SQ8,Refine(HNSW1)", "SQ8,Refine(HNSW2)"),
+    ],
+)
 def test_a_graph_of_degree_1_is_built_as_the_next_that_faiss_can_build(store, queries, caplog, factory, built):
     index = AdIndex.build(store, factory)
     assert index.factory == built and len(index.search(queries[0], 3)[1]) == 3
@@ -349,9 +357,13 @@ for _ in range(2):
 def test_a_forked_process_searches_and_builds(store):
     """As under gunicorn --preload; in a process of its own, whose OpenMP has two threads."""
     ran = subprocess.run(
-        [sys.executable, "-c", FORK, str(store.folder)], env=os.environ | {"OMP_NUM_THREADS": "2"}, timeout=200,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", FORK, str(store.folder)],
+        env=os.environ | {"OMP_NUM_THREADS": "2"},
+        timeout=200,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert ran.returncode == 0, ran.stderr
 
 

@@ -193,12 +193,17 @@ def test_a_damaged_manifest_ends_in_one_error(whole, path):
 
 @pytest.mark.parametrize(
     "entry",
-    [7, {}, {"dtype": "F16", "shape": [9, 8], "data_offsets": ["a", "b"]},
-     {"dtype": "F16", "shape": [9, 8], "data_offsets": [-144, 0]},
-     {"dtype": "F16", "shape": [9, 8], "data_offsets": [2**40, 2**40 + 144]},
-     {"dtype": "F16", "shape": "x", "data_offsets": [0, 144]}, {"dtype": None, "shape": [9, 8], "data_offsets": [0]}],
+    [
+        7,
+        {},
+        {"dtype": "F16", "shape": [9, 8], "data_offsets": ["a", "b"]},
+        {"dtype": "F16", "shape": [9, 8], "data_offsets": [-144, 0]},
+        {"dtype": "F16", "shape": [9, 8], "data_offsets": [2**40, 2**40 + 144]},
+        {"dtype": "F16", "shape": "x", "data_offsets": [0, 144]},
+        {"dtype": None, "shape": [9, 8], "data_offsets": [0]},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_damaged_header_ends_in_one_error(whole, entry):
     header = json.dumps({"vectors": entry}).encode()
     path = whole / "vectors-00000.safetensors"

@@ -279,17 +279,27 @@ def test_a_folder_with_other_files_is_no_place_for_a_store(tmp_path):
     (tmp_path / "home/notes.txt").write_text("years")
     with pytest.raises(HlmError, match="found a folder with other files .notes.txt."):
         write_store(
-            tmp_path / "home", [("a", "t")], lambda texts: np.ones((1, 1), np.float32), dim=1, encoder="e", source="s",
+            tmp_path / "home",
+            [("a", "t")],
+            lambda texts: np.ones((1, 1), np.float32),
+            dim=1,
+            encoder="e",
+            source="s",
             n_rows=1,
-        )  # fmt: skip
+        )
     assert [path.name for path in (tmp_path / "home").iterdir()] == ["notes.txt"]
 
 
 def test_a_store_behind_a_link_is_written_through_it(tmp_path):
     (tmp_path / "store").symlink_to(tmp_path / "big/disk")
     write_store(
-        tmp_path / "store", [("a", "t")], lambda texts: np.ones((1, 1), np.float32), dim=1, encoder="e", source="s",
+        tmp_path / "store",
+        [("a", "t")],
+        lambda texts: np.ones((1, 1), np.float32),
+        dim=1,
+        encoder="e",
+        source="s",
         n_rows=1,
-    )  # fmt: skip
+    )
     assert (tmp_path / "store").is_symlink()
     assert len(VectorStore.open(tmp_path / "big/disk")) == 1
