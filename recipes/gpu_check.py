@@ -90,13 +90,15 @@ def parity(setting: Setting, seconds: float, note: Note) -> dict[str, Any]:
 def online_student(setting: Setting, seconds: float, note: Note) -> dict[str, Any]:
     model, queries = setting.encoder(setting.student)
     sizes = [8, 32] if setting.tiny else [32, 512, 2048, 8192]
-    return gpu_online.online(model, queries, batch_sizes=sizes, seconds=seconds / 2, note=note)
+    return gpu_online.online(model, queries, batch_sizes=sizes, seconds=2.0 if setting.tiny else seconds / 2, note=note)
 
 
 def online_teacher(setting: Setting, seconds: float, note: Note) -> dict[str, Any]:
     model, queries = setting.encoder(setting.teacher, INSTRUCTION)
     sizes = [8] if setting.tiny else [32, 512]
-    return gpu_online.online(model, queries[:50], batch_sizes=sizes, seconds=seconds / 2, note=note)
+    return gpu_online.online(
+        model, queries[:50], batch_sizes=sizes, seconds=2.0 if setting.tiny else seconds / 2, note=note
+    )
 
 
 def teacher_step(setting: Setting, seconds: float, note: Note) -> dict[str, Any]:
@@ -107,9 +109,9 @@ def teacher_step(setting: Setting, seconds: float, note: Note) -> dict[str, Any]
 
 
 def embed_rate(setting: Setting, seconds: float, note: Note) -> dict[str, Any]:
-    step = setting.steps["embed"]
+    step, seconds = setting.steps["embed"], 1.0 if setting.tiny else 0.6 * seconds
     return gpu_stages.store_rate(
-        setting.teacher, step, setting.sizes, device=setting.device, seconds=0.6 * seconds, note=note
+        setting.teacher, step, setting.sizes, device=setting.device, seconds=seconds, note=note
     )
 
 
@@ -270,7 +272,8 @@ def run_stage(
     name: str, setting: tuple[bool, str], limit: float, entry: dict[str, Any], write: Callable[[], None]
 ) -> None:
     """One stage in a process of its own: one that fails, hangs or runs out of memory takes no other with it."""
-    context = multiprocessing.get_context("spawn")  # a forked process cannot use a GPU that its parent has asked about
+    # A forked process starts at once, but cannot use a GPU that its parent, or what that imports, has asked about.
+    context: Any = multiprocessing.get_context("fork" if setting[1] == "cpu" else "spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=in_child, args=(name, setting, limit, theirs))
     began = perf_counter()
@@ -293,7 +296,7 @@ def run_stage(
         process.join()
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # type: ignore[arg-type]  # with what it started
+            os.killpg(process.pid, signal.SIGKILL)  # with what it started
         process.kill()
         process.join()
     if entry["status"] == "running":

@@ -169,15 +169,17 @@ for name in ("acme/bert", "acme/empty"):
     HfApi().create_repo(name)
 HfApi().upload_file(path_or_fileobj=sys.argv[1], path_in_repo="config.json", repo_id="acme/bert")
 """
+# One process answers all questions: to import what it needs takes seconds.
 ASKED = """
 import sys
 from hlm.artefacts import HlmError
 from hlm.planning.footprint import backbone_config, encoder_width
-for name in sys.argv[2:]:
+for line in sys.stdin:
+    what, name = line.split()
     try:
-        print(encoder_width(name) if sys.argv[1] == "width" else backbone_config(name).hidden_size)
+        print(encoder_width(name) if what == "width" else backbone_config(name).hidden_size, flush=True)
     except HlmError as error:
-        print(error)
+        print(error, flush=True)
 """
 
 
@@ -186,24 +188,30 @@ def test_the_hub_is_asked_once_and_of_shipped_shapes_never(tmp_path):
     with HubServer(tmp_path / "hub") as hub:
         environment = os.environ | hub.environment("acme", home=tmp_path / "home")
 
-        def ran(*words):
-            hub.log.clear()
-            command = [sys.executable, "-c", *map(str, words)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=100)
-            return done.stdout.splitlines(), len(hub.log)
-
         config_of("bert").save_pretrained(tmp_path / "bert")
-        ran(MADE, tmp_path / "bert/config.json")
-        assert ran(ASKED, "config", "Qwen/Qwen3-Embedding-8B", "qwen/qwen3-embedding-0.6b") == (["4096", "1024"], 0)
-        assert ran(ASKED, "width", "acme/bert")[0] == ["48"]
-        (empty, unknown), _ = ran(ASKED, "config", "acme/empty", "acme/none")
-        assert "at 'acme/empty', found none" in empty
-        assert "at 'acme/none', found none" in unknown and "404" in unknown and "shipped: qwen3-emb" in unknown
-        hub.faults = Always(1, "503")
-        assert ran(ASKED, "config", "acme/bert") == (["48"], 1)  # as it was seen last
-        assert ran(ASKED, "config", "mirror/Qwen3-Embedding-8B") == (["4096"], 1)
-        (unknown,), asked = ran(ASKED, "config", "acme/other")
-        assert asked == 1 and "503" in unknown and "name a folder or a reachable Hub id" in unknown
+        command = [sys.executable, "-c", MADE, str(tmp_path / "bert/config.json")]
+        subprocess.run(command, check=True, env=environment, timeout=100)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
+        with subprocess.Popen([sys.executable, "-c", ASKED], **pipes) as process:
+
+            def ran(what, name):
+                hub.log.clear()
+                process.stdin.write(f"{what} {name}\n")
+                process.stdin.flush()
+                return process.stdout.readline().strip(), len(hub.log)
+
+            assert ran("config", "Qwen/Qwen3-Embedding-8B") == ("4096", 0)
+            assert ran("config", "qwen/qwen3-embedding-0.6b") == ("1024", 0)
+            assert ran("width", "acme/bert")[0] == "48"
+            assert "at 'acme/empty', found none" in ran("config", "acme/empty")[0]
+            unknown, _ = ran("config", "acme/none")
+            assert "at 'acme/none', found none" in unknown and "404" in unknown and "shipped: qwen3-emb" in unknown
+            hub.faults = Always(1, "503")
+            assert ran("config", "acme/bert") == ("48", 1)  # as it was seen last
+            assert ran("config", "mirror/Qwen3-Embedding-8B") == ("4096", 1)
+            unknown, asked = ran("config", "acme/other")
+            assert asked == 1 and "503" in unknown and "name a folder or a reachable Hub id" in unknown
+            process.stdin.close()
 
 
 def test_what_cannot_be_is_refused():

@@ -50,9 +50,13 @@ def test_every_stage_runs_tiny_on_the_cpu(tmp_path):
 
 
 STAGES = """
-import os, subprocess, sys, time
+import multiprocessing, os, subprocess, sys, time
 sys.path.insert(0, {recipes!r})
 import gpu_check
+
+spawn = multiprocessing.get_context("spawn")
+if sys.argv[1] == "spawn":
+    gpu_check.multiprocessing.get_context = lambda name: spawn
 
 def fails(setting, seconds, note):
     note({{"measured": {{"p50_ms": 1.5}}}})
@@ -69,7 +73,7 @@ def dies(setting, seconds, note):
 stages = {{"machine": lambda *given: {{"measured": {{"agrees": True}}}}, "fails": fails, "hangs": hangs, "dies": dies}}
 gpu_check.STAGES = {{name: (stage, 2 if name == "hangs" else 99) for name, stage in stages.items()}}
 if __name__ == "__main__":
-    gpu_check.main(["--tiny", "--minutes", "5", "--output", {output!r}])
+    gpu_check.main(["--tiny", "--minutes", "5", "--output", {output!r}, *sys.argv[2:]])
 """
 
 
@@ -77,7 +81,7 @@ def test_stages_that_fail_or_hang_leave_the_others_alone(tmp_path):
     output = tmp_path / "gpu.json"
     (tmp_path / "stages.py").write_text(STAGES.format(recipes=str(SCRIPT.parent), output=str(output)))
     command = [sys.executable, str(tmp_path / "stages.py")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, "fork"], capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     found = json.loads(output.read_text())["stages"]
     status = {"machine": "done", "fails": "failed", "hangs": "stopped", "dies": "failed"}
@@ -88,6 +92,10 @@ def test_stages_that_fail_or_hang_leave_the_others_alone(tmp_path):
         for _ in range(100):
             os.kill(found["hangs"]["child"], 0)
             time.sleep(0.05)
+    # As on a GPU, where a process cannot be forked.
+    subprocess.run([*command, "spawn", "--only", "fails"], capture_output=True, check=False)
+    found = json.loads(output.read_text())["stages"]
+    assert {name: entry["status"] for name, entry in found.items()} == {"machine": "done", "fails": "failed"}
 
 
 @pytest.mark.parametrize(

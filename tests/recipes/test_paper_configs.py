@@ -23,6 +23,9 @@ FILES = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.parent.name != 
 TRAINED = {"teacher", "align", "refine"}
 
 
+HOMES = ("recipes", "results", "hlm")
+
+
 def recipe_of(path: Path) -> str:
     """The recipe that reads this file, where it is not named after it."""
     step = path.stem
@@ -42,11 +45,12 @@ def dataclasses_of(recipe: str) -> list[type]:
         return [Assumptions]
     own = [step.settings for step in STEPS.values() if step.script == recipe and step.settings][:1]
     if not own:
-        module = importlib.import_module(f"recipes.{recipe}")
+        home = "recipes" if (CONFIGS.parent / f"{recipe}.py").is_file() else "results.measure"
+        module = importlib.import_module(f"{home}.{recipe}")
         own = [
             value
             for name, value in vars(module).items()
-            if name.endswith("Config") and is_dataclass(value) and value.__module__ == module.__name__
+            if name.endswith("Config") and is_dataclass(value) and value.__module__.split(".")[0] in HOMES
         ]
     assert len(own) == 1, (recipe, own)
     return [*own, *([TrainingArguments] if recipe in TRAINED else [])]
