@@ -221,6 +221,8 @@ def started(house, *flags, **more):
     copy = house / "recipes/quickstart.py"
     copy.write_text(Path(quickstart.__file__).read_text())
     variables = os.environ | {"PYTHONPATH": str(ROOT)}
+    # Where the tests run under nohup, what they start would ignore the signal as well.
+    more.setdefault("preexec_fn", lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
     return subprocess.Popen(
         [sys.executable, str(copy), "--configs", "configs", *flags], cwd=house, env=variables, text=True, **more
     )
