@@ -271,7 +271,7 @@ def encode(
         for rows in batches:
             features = {name: sent(value, model.device) for name, value in pad(model, [ids[n] for n in rows]).items()}
             vectors = model(features)["sentence_embedding"].float()[:, : dim or width]
-            started = rows, _fetched(torch.nn.functional.normalize(vectors, dim=-1))
+            started = rows, fetched(torch.nn.functional.normalize(vectors, dim=-1))
             if before:  # a GPU computes this batch while the one before is dealt with
                 out[before[0]] = before[1]()
             before = started
@@ -289,8 +289,8 @@ def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def _fetched(vectors: torch.Tensor) -> Callable[[], np.ndarray]:
-    """Begins the copy to the host; what it gives waits for it."""
+def fetched(vectors: torch.Tensor) -> Callable[[], np.ndarray]:
+    """Begins the copy to the host; what it gives waits for it. From a GPU the array is a view of pinned memory."""
     if vectors.device.type != "cuda":
         return vectors.cpu().numpy
     host = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hlm.encoders.loading import fetched
 from hlm.serving.bulk import Batch
 
 logger = logging.getLogger(__name__)
@@ -80,25 +81,13 @@ class CudaGraphs:
         """Begins a batch; what it gives waits for its vectors."""
         shape = padded_shape(*ids.shape)
         if shape[0] * shape[1] <= GRAPH_TOKENS and self._device.type == "cuda":
-            vectors: Any = self._replayed(shape, ids, mask)
+            vectors = self._replayed(shape, ids, mask)
             if vectors is not None:
                 return lambda: vectors
         both = torch.empty((2, *ids.shape), dtype=torch.int64, pin_memory=self._device.type == "cuda")
         pad(ids, mask, both.numpy())  # launching its kernels takes less time than they run: no shape is padded to
         with torch.inference_mode():
-            output = self._forward(*both.to(self._device, non_blocking=True))
-            if self._device.type != "cuda":
-                return lambda: output.cpu().numpy()
-            vectors = torch.empty(output.shape, dtype=output.dtype, pin_memory=True)
-            vectors.copy_(output, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record(torch.cuda.current_stream(self._device))
-
-        def wait() -> np.ndarray:
-            done.synchronize()
-            return vectors.numpy()
-
-        return wait
+            return fetched(self._forward(*both.to(self._device, non_blocking=True)))
 
     def _replayed(self, shape: tuple[int, int], ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray | None:
         """The vectors of a batch padded to `shape`; None where that shape cannot be captured."""
