@@ -7,6 +7,7 @@ import re
 import resource
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -152,19 +153,24 @@ def _line_mib(path: Path, field: str) -> float | None:
     return next((int(line.split()[1]) / 2**10 for line in lines if line.startswith(f"{field}:")), None)
 
 
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those of the packages that are installed."""
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
 def facts() -> dict[str, Any]:
     """What latency depends on beyond `hlm.evaluation.report.environment`: JSON-able, None where it cannot be read."""
     import torch
 
     governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return {
-        "runtime_versions": versions,
+        "runtime_versions": installed_versions(_PACKAGES),
         "memory_mib": memory_mib("MemTotal"),
         "governor": governor.read_text().strip() if governor.is_file() else None,
         "instructions": instructions(),

@@ -11,7 +11,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from hlm.evaluation.metrics import (
     relevance_threshold,
     slices,
 )
-from hlm.machine import cores
+from hlm.machine import cores, installed_versions
 from hlm.redaction import without_secret_options
 from hlm.report_types import SCHEMA_VERSION, Environment, Recovery, Report
 
@@ -282,19 +281,13 @@ def command_line(script: str, argv: Sequence[str] | None) -> str:
 
 def environment(command: str) -> Environment:
     """Where a report comes from: command, date (UTC), git commit, package versions, processor, cores, GPU."""
-    versions = {"hlm": __version__}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return {
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "versions": versions,
+        "versions": {"hlm": __version__} | installed_versions(_PACKAGES),
         "cpu": _cpu_model(),
         "cores": cores(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
