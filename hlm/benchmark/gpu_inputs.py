@@ -17,14 +17,19 @@ WORDS = 4096  # distinct words of the made-up texts
 SEED = 0
 
 
-def made_encoder(config: PretrainedConfig, dtype: str, device: str, limit: int | None) -> SentenceTransformer:
-    """Random weights behind a tokenizer of made-up words: one token a word, and one that ends the text."""
-    words = min(WORDS, config.vocab_size - 2)
+def made_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """Reads made-up words: one token a word, and one that ends the text."""
+    words = min(WORDS, vocab_size - 2)
     vocabulary = {"<pad>": 0, "<end>": 1} | {f"w{number}": number + 2 for number in range(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 1)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<end>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<end>")
+
+
+def made_encoder(config: PretrainedConfig, dtype: str, device: str, limit: int | None) -> SentenceTransformer:
+    """Random weights behind a tokenizer of made-up words."""
+    fast = made_tokenizer(config.vocab_size)
     model = random_encoder(random_backbone(config, dtype, device=device), fast)
     model.max_seq_length = limit or 512
     return model

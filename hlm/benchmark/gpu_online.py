@@ -16,7 +16,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from transformers import BertConfig, BertModel, Qwen3Config
 
 from hlm.benchmark.floor import gemm_rate, stream_rate
-from hlm.benchmark.gpu_inputs import made_encoder, made_texts
+from hlm.benchmark.gpu_inputs import made_encoder, made_texts, made_tokenizer
 from hlm.benchmark.gpu_timing import peaks, reset_peak, timed
 from hlm.benchmark.gpu_work import BANDWIDTH_UTILISATION, PREDICTED
 from hlm.encoders.loading import DTYPES
@@ -97,7 +97,7 @@ def online(
     tokens = float(np.mean([len(row) for row in ids]))
     measured: dict[str, Any] = {"tokens": tokens, "dtype": str(model.dtype).removeprefix("torch.")}
     facts = {"measured": measured, "work": _work(shape, tokens, model.dtype.itemsize)}
-    facts["predicted"] = _predicted(facts["work"], shape.layers)
+    facts["predicted"] = _predicted(facts["work"])
     measured |= _times("", [lambda text=text: encoder.encode([text]) for text in queries], each)
     measured |= _times("tokenise_", [lambda text=text: encoder.tokenise([text]) for text in queries], each / 2)
     measured |= _times("model_", [lambda row=row: encoder.encode_ids([row]) for row in ids], each / 2)
@@ -168,7 +168,7 @@ def _work(shape: Shape, tokens: float, itemsize: int) -> dict[str, float]:
     }
 
 
-def _predicted(work: dict[str, float], layers: int) -> dict[str, Any]:
+def _predicted(work: dict[str, float]) -> dict[str, Any]:
     """Of each GPU: milliseconds at batch 1, of which the weights take `memory_ms` to stream; and the queries/s that
     arithmetic allows at 60% of the data sheet's rate, without tokenisation."""
     found = {}
@@ -209,7 +209,7 @@ def _tiny_bert() -> SentenceTransformer:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         BertModel(config).save_pretrained(folder)
-        _tiny_qwen3().tokenizer.save_pretrained(folder)
+        made_tokenizer(config.vocab_size).save_pretrained(folder)
         transformer = Transformer(folder)
     transformer.max_seq_length = 32
     return SentenceTransformer(modules=[transformer, Pooling(64, "mean"), Normalize()], device="cpu").eval()
