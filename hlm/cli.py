@@ -24,7 +24,7 @@ from hlm.fields import optional, read_json
 from hlm.hub.cache import local_folder
 from hlm.planning.settings import Assumptions, check_folder, read_steps
 from hlm.recipe_files import recipes
-from hlm.steps import STEPS
+from hlm.step_table import STEPS
 from hlm.vectors.lineage import open_fitting, read_student
 
 # torch, faiss and datasets are imported where they are used: `hlm --help` and a refusal come at once.
