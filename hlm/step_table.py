@@ -13,6 +13,7 @@ from hlm.steps import (
     EmbedConfig,
     EvaluateConfig,
     ExportConfig,
+    IndexConfig,
     PruneConfig,
     PublishConfig,
     RefineConfig,
@@ -92,6 +93,9 @@ STEPS = {
         "the baseline: refined, never aligned",
         trains=True,
         parallel=True,
+    ),
+    "index": Step(
+        "index", IndexConfig, OF_A_STUDENT, "index", "choose the ad index by what a student's queries find and cost"
     ),
     "evaluate": Step(
         "evaluate", EvaluateConfig, ("data", "systems"), "report.json", "score every system on judged queries"
