@@ -41,9 +41,18 @@ class Assumptions:
     student_utilisation: float = field(default=0.1, metadata={"help": "the same, students"})
     step_seconds: float = field(default=0.05, metadata={"help": "no training step is faster: launches, all-reduce"})
 
+    @property
+    def judged_queries(self) -> int:
+        """`train_queries`, or what stands for it where it is not given."""
+        return self.queries if self.train_queries is None else self.train_queries
+
+    @property
+    def judged_pairs(self) -> int:
+        """`train_pairs`, or what stands for it where it is not given."""
+        return self.judged_queries if self.train_pairs is None else self.train_pairs
+
     def __post_init__(self) -> None:
-        self.train_queries = self.queries if self.train_queries is None else self.train_queries
-        self.train_pairs = self.train_queries if self.train_pairs is None else self.train_pairs
+        self.train_queries, self.train_pairs = self.judged_queries, self.judged_pairs
         for name in ("documents", "queries", "train_pairs", "query_tokens", "document_tokens", "longest_query"):
             if getattr(self, name) <= 0:
                 raise HlmError(f"{name}: expected above 0, found {getattr(self, name)}")
