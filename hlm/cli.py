@@ -24,7 +24,7 @@ from hlm.fields import optional, read_json
 from hlm.hub.cache import local_folder
 from hlm.planning.settings import Assumptions, check_folder, read_steps
 from hlm.recipe_files import recipes
-from hlm.steps import STEPS
+from hlm.step_table import STEPS
 from hlm.vectors.lineage import open_fitting, read_student
 
 # torch, faiss and datasets are imported where they are used: `hlm --help` and a refusal come at once.
@@ -149,6 +149,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--commit", metavar="SHA", help="of the code (default: the report's)")
     command.set_defaults(run=card)
 
+    command = commands.add_parser("doctor", help="whether this machine can run HLM", allow_abbrev=False)
+    command.add_argument("--json", action="store_true", help="print JSON: name, status, text and remedy of each check")
+    command.set_defaults(run=doctor)
+
     command = commands.add_parser("init", help="puts a set of configs into a folder of your own", allow_abbrev=False)
     command.add_argument("folder", help="made where it is missing; nothing in it is overwritten")
     command.add_argument("--like", default="quickstart", metavar="NAME", help="which set (default: %(default)s)")
@@ -176,6 +180,20 @@ def init(options: argparse.Namespace) -> None:
     written = recipe_files.init(options.folder, options.like)
     folder = options.folder.rstrip("/")
     show(f"{len(written)} files in {folder}; all steps: hlm quickstart --configs {folder}")
+
+
+def doctor(options: argparse.Namespace) -> None:
+    """Prints the checks.
+
+    Raises:
+        HlmError: a check found a problem.
+    """
+    from hlm.planning.doctor import as_text, examine
+
+    checks = examine()
+    show(json.dumps([check._asdict() for check in checks], indent=2) if options.json else as_text(checks))
+    if problems := [check.name for check in checks if check.status == "problem"]:
+        raise HlmError(f"expected a machine that can run HLM, found problems with {', '.join(problems)}; see above")
 
 
 def plan(options: argparse.Namespace) -> None:

@@ -36,7 +36,8 @@ from hlm.machine import cores
 from hlm.processes import Supervisor
 from hlm.report_files import check_report
 from hlm.settings import hints_of, read_yaml
-from hlm.steps import PARTS, STEPS, Step
+from hlm.step_table import STEPS, Step
+from hlm.steps import PARTS
 
 RECIPES = Path(__file__).resolve().parent
 LIBRARY = Path(hlm.__file__).resolve().parent

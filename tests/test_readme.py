@@ -19,7 +19,7 @@ from hlm.artefacts import HlmError
 from hlm.benchmark.budgets import INCONCLUSIVE
 from hlm.config import parse
 from hlm.encoders.families import FAMILIES
-from hlm.steps import STEPS
+from hlm.step_table import STEPS
 from hlm.training.trainer import TrainingArguments
 from recipes import quickstart
 from results.measure import draw_quality, render_readme

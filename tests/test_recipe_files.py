@@ -10,7 +10,7 @@ import yaml
 
 from hlm import cli
 from hlm.recipe_files import recipes
-from hlm.steps import STEPS
+from hlm.step_table import STEPS
 
 SETS = sorted(path.name for path in (recipes() / "configs").iterdir() if path.name != "accelerate")
 

@@ -33,7 +33,7 @@ from hlm.evaluation.metrics import (
     relevance_threshold,
     slices,
 )
-from hlm.machine import cores, installed_versions
+from hlm.machine import cores, cpu_model, installed_versions
 from hlm.redaction import without_secret_options
 from hlm.report_types import SCHEMA_VERSION, Environment, Recovery, Report
 
@@ -288,7 +288,7 @@ def environment(command: str) -> Environment:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {"hlm": __version__} | installed_versions(_PACKAGES),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": cores(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
@@ -309,12 +309,3 @@ def _git_commit() -> str | None:
     except OSError:  # no git on this machine
         return None
     return found.stdout.strip() or None
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

@@ -9,7 +9,7 @@ from typing import Any
 
 from hlm.errors import HlmError
 from hlm.settings import defaults_of, hints_of, read_yaml
-from hlm.steps import STEPS
+from hlm.step_table import STEPS
 
 PLANNED = ("teacher", "embed", "prune", "align", "refine")
 # What a plan reads of the training arguments, beside the steps' own settings.
