@@ -95,7 +95,12 @@ STEPS = {
         parallel=True,
     ),
     "index": Step(
-        "index", IndexConfig, OF_A_STUDENT, "index", "choose the ad index by what a student's queries find and cost"
+        "index",
+        IndexConfig,
+        OF_A_STUDENT,
+        "index",
+        "choose the ad index by what a student's queries find and cost",
+        by_name=True,
     ),
     "evaluate": Step(
         "evaluate", EvaluateConfig, ("data", "systems"), "report.json", "score every system on judged queries"

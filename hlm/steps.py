@@ -222,7 +222,7 @@ class EvaluateConfig:
 
     data: str = field(metadata={"help": "folder or Hub id in the data contract"})
     systems: dict[str, Any] = field(
-        metadata={"help": "name -> nothing (bm25), a model, or {model, corpus (store), oracle, prompt_name}"}
+        metadata={"help": "name -> nothing (bm25), a model, or {model, corpus (store), index, oracle, prompt_name}"}
     )
     skip_bad_rows: bool = field(
         default=False, metadata={"help": "leave out rows without text, and judgements of what is not in the data"}
@@ -259,6 +259,7 @@ class System:
 
     model: str  # folder, "package:..." or Hub id; students: the folder that a recipe wrote
     corpus: str | None = None  # store of document vectors; encoded here (backbone, teacher) or the teacher's (students)
+    index: str | None = None  # folder of an index that is searched in place of the vectors, which are searched exactly
     oracle: bool = False  # the teacher's queries are read with their oracle column
     prompt_name: str | None = "query"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # what the model computes in

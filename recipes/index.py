@@ -1,7 +1,6 @@
 """Chooses the ad index for a student's queries and writes it: FAISS's kinds and settings, by recall, time and bytes.
 
-    python recipes/index.py --vectors runs/quickstart/vectors --student runs/quickstart/student \\
-        --data runs/quickstart/data --output runs/quickstart/index --target_recall 0.98 --memory_gb 8 --p99_ms 2
+    python recipes/index.py --config recipes/configs/quickstart/index.yaml --memory_gb 8 --p99_ms 2
 
 Prints the table that it chose from, and draws it in `output`/tuning.png. The choice, and the recall that other queries
 reached with it, are in `output`/hlm.json.
