@@ -68,12 +68,16 @@ def a_latency() -> dict:
         }  # fmt: skip
 
     return {
-        "data": "/srv/private/team/shop", "split": "test", "queries": 200, "lengths": {"3-4": 200},
+        "data": "/srv/private/team/shop",
+        "split": "test",
+        "queries": 200,
+        "lengths": {"3-4": 200},
         "reference": "teacher",
-        "settings": {"repeats": 5, "max_other_load": 0.05}, "blocks": [{"contaminated": False, "other_load": 0.01}],
+        "settings": {"repeats": 5, "max_other_load": 0.05},
+        "blocks": [{"contaminated": False, "other_load": 0.01}],
         "systems": {"teacher": system(15.4407, 1.0), "online": system(1.2345, 12.5077)},
         "environment": {"cpu": "AMD EPYC", "cores": 2, "gpu": None, "versions": {"torch": "2.13.0+cpu"}},
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="module")
@@ -233,9 +237,13 @@ def test_the_teachers_code_runs_and_gives_the_merged_teachers_vectors(tiny_qwen3
     config = copy.deepcopy(model[0].model.peft_config["default"])
     merge_lora(model)
     save_encoder(
-        model, tmp_path / "teacher", "teacher", inputs={"backbone": "2" * 16}, config={"backbone": "acme/backbone"},
+        model,
+        tmp_path / "teacher",
+        "teacher",
+        inputs={"backbone": "2" * 16},
+        config={"backbone": "acme/backbone"},
         beside=lambda folder: save_adapter(state, config, "acme/backbone", folder / "adapter"),
-    )  # fmt: skip
+    )
     card = teacher_card(tmp_path / "teacher", repo_id="acme/teacher", student_repo="acme/query-encoder")
     front = front_of(card)
     assert front["library_name"] == "peft" and front["base_model_relation"] == "adapter"
@@ -288,8 +296,10 @@ def test_what_metadata_say_is_only_shown(house, about, evil, tmp_path):
     outside = re.sub(r"(?s)^```.*?^```$|`[^`\n]*`", "", body, flags=re.MULTILINE)
     assert "<script" not in outside and "<img" not in outside and "6049261729" not in body
     assert not re.search(r"(?<!\\)\]\((?!https://huggingface\.co/)", outside)
-    widths = [{len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|")} for text in
-              re.findall(r"(?:^\|.*\|\n)+", body, flags=re.MULTILINE)]  # fmt: skip
+    widths = [
+        {len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|")}
+        for text in re.findall(r"(?:^\|.*\|\n)+", body, flags=re.MULTILINE)
+    ]
     assert all(len(width) == 1 for width in widths) and len(widths) == 4
 
 
@@ -332,9 +342,12 @@ def test_eval_results_are_what_the_hub_reads(about):
     entries = parse_eval_result_entries(yaml.safe_load(text))
     expected = about["report"]["systems"]["student"]
     assert {entry.task_id: entry.value for entry in entries} == {
-        "precision_10": expected["precision@10"], "ndcg_10": expected["ndcg@10"], "recall_100": expected["recall@100"],
-        "mrr_10": expected["mrr@10"], "overlap_10": expected["overlap@10"],
-    }  # fmt: skip
+        "precision_10": expected["precision@10"],
+        "ndcg_10": expected["ndcg@10"],
+        "recall_100": expected["recall@100"],
+        "mrr_10": expected["mrr@10"],
+        "overlap_10": expected["overlap@10"],
+    }
     assert {entry.dataset_id for entry in entries} == {"acme/ads"} and entries[0].dataset_revision == "v1"
     assert entries[0].date == about["report"]["environment"]["date"] and "private" not in text
 
@@ -345,9 +358,14 @@ def test_a_dataset_card(catalogue_200, tiny_bert, tmp_path):
     model = load_encoder(tiny_bert, device="cpu")
     rows = [(f"a{number}", f"red shoe {number}") for number in range(5)]
     write_store(
-        folder / "vectors/corpus", rows, lambda texts: encode(model, texts), dim=32, encoder="1" * 16, source="4" * 16,
+        folder / "vectors/corpus",
+        rows,
+        lambda texts: encode(model, texts),
+        dim=32,
+        encoder="1" * 16,
+        source="4" * 16,
         n_rows=5,
-    )  # fmt: skip
+    )
     AdIndex.build(VectorStore.open(folder / "vectors/corpus"), dim=8).save(folder / "index")
     card = dataset_card(folder, repo_id="acme/ads", student_repo="acme/query-encoder", licence="apache-2.0")
     data = RepoCard(card).data

@@ -258,10 +258,18 @@ SHOPS = {
 def test_derived_queries_are_words_of_the_catalogue_in_every_script(tmp_path, language):
     colours, things, brands = SHOPS[language]
     rows = [
-        {"_id": f"d{colour}{thing}{brand}", "title": f"{brand} M{len(thing)} {thing}", "text": f"{colour} {thing}",
-         "brand": brand, "model": f"M{len(thing)}", "attrs": {"product_type": thing, "colour": colour}}
-        for colour in colours for thing in things for brand in brands
-    ]  # fmt: skip
+        {
+            "_id": f"d{colour}{thing}{brand}",
+            "title": f"{brand} M{len(thing)} {thing}",
+            "text": f"{colour} {thing}",
+            "brand": brand,
+            "model": f"M{len(thing)}",
+            "attrs": {"product_type": thing, "colour": colour},
+        }
+        for colour in colours
+        for thing in things
+        for brand in brands
+    ]
     folder = tmp_path / "shop"
     (folder / "qrels").mkdir(parents=True)
     (folder / "corpus.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
