@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hlm.errors import HlmError
+from hlm.planning.run_file import RUN_FILE, expanded
 from hlm.settings import defaults_of, hints_of, read_yaml
 from hlm.step_table import STEPS
 
@@ -64,7 +65,7 @@ class Assumptions:
 def check_folder(folder: str | Path) -> Path:
     """Refuses a folder without the steps' YAML files, before anything heavy is imported."""
     folder = Path(folder)
-    if not (folder / "teacher.yaml").is_file():
+    if not ((folder / "teacher.yaml").is_file() or (folder / RUN_FILE).is_file()):
         found = ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else "no such folder"
         raise HlmError(f"--config: expected a folder with teacher.yaml and the other steps, found {found} at {folder}")
     return folder
@@ -85,8 +86,9 @@ def read_steps(folder: str | Path, training: type) -> dict[str, dict[str, Any]]:
             or of another type.
     """
     folder = check_folder(folder)
-    paths = {step: folder / f"{step}.yaml" for step in PLANNED}
-    return {step: _read_step(path, step, training) for step, path in paths.items() if path.is_file()}
+    with expanded(folder) as configs:
+        paths = {step: configs / f"{step}.yaml" for step in PLANNED}
+        return {step: _read_step(path, step, training) for step, path in paths.items() if path.is_file()}
 
 
 def _read_step(path: Path, step: str, training: type) -> dict[str, Any]:
