@@ -211,6 +211,18 @@ class EvaluateConfig:
     bm25_b: float = field(default=0.75, metadata={"help": "BM25's b: how much long documents are held back, 0 to 1"})
     bootstrap_samples: int = field(default=10_000, metadata={"help": "resamples of the queries for the intervals"})
     bootstrap_seed: int = field(default=0, metadata={"help": "seed of the resampling"})
+    slices: dict[str, str] = field(
+        default_factory=dict, metadata={"help": "name -> regular expression: queries that match, and the others"}
+    )
+    fusions: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "name -> {systems, method: rrf or weighted, weights (null: chosen on dev), normalisation}"},
+    )
+    impressions: int = field(default=100, metadata={"help": "simulated impressions of a query, for interleaving"})
+    shown_precision: float | None = field(
+        default=None, metadata={"help": "share of the shown ads that must be relevant: chooses a least score on dev"}
+    )
+    dev_split: str = field(default="dev", metadata={"help": "the split that weights and least scores are chosen on"})
     device: str | None = field(default=None, metadata={"help": "cpu or cuda; null: a GPU where there is one"})
 
 
@@ -224,6 +236,16 @@ class System:
     prompt_name: str | None = "query"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # what the model computes in
     max_seq_length: int | None = None  # the model's own; must be what the store was made with
+
+
+@dataclass
+class Fusion:
+    """One entry of `fusions`."""
+
+    systems: list[str]  # two or more of `systems`
+    method: Literal["rrf", "weighted"] = "rrf"
+    weights: list[float] | None = None  # of "weighted", one for each of `systems`; null: chosen on dev
+    normalisation: Literal["minmax", "zscore"] = "minmax"  # of "weighted"
 
 
 @dataclass
