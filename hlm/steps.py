@@ -50,9 +50,13 @@ class TeacherConfig:
     use_query_query: bool = field(default=True, metadata={"help": "q-q: other queries"})
     use_document_document: bool = field(default=True, metadata={"help": "d-d: other documents against the positive"})
     cache_chunk: int | None = field(default=None, metadata={"help": "rows encoded at a time (gradient caching)"})
-    merge_weight: float = field(
-        default=1.0, metadata={"help": "share of what was learnt that is kept; 0.5: half-way from the backbone"}
+    merge_weight: float | list[float] | str = field(
+        default=1.0, metadata={"help": "share of what was learnt that is kept; a list or auto: chosen on dev, 0 too"}
     )
+    agreed_pairs: int = field(
+        default=0, metadata={"help": "pairs of each typed unlabelled query, where BM25 and the backbone agree"}
+    )
+    anchor_weight: float = field(default=0.0, metadata={"help": "of the L2 to the backbone's vectors, kept beside"})
     dev_documents: int = field(default=2000, metadata={"help": "documents beside the positives in the dev corpus"})
     max_seq_length: int | None = field(
         default=None, metadata={"help": "tokens a text is cut to; null: the backbone's own limit"}

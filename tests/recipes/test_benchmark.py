@@ -31,8 +31,15 @@ from hlm.vectors.store import VectorStore, write_store
 from recipes import benchmark
 
 # Whatever else runs beside the tests, their blocks count as clean.
-QUICK = {"queries": 20, "repeats": 2, "block_s": 0.02, "batch_sizes": [4], "cold_starts": 0, "device": "cpu",
-         "max_other_load": 1.0}  # fmt: skip
+QUICK = {
+    "queries": 20,
+    "repeats": 2,
+    "block_s": 0.02,
+    "batch_sizes": [4],
+    "cold_starts": 0,
+    "device": "cpu",
+    "max_other_load": 1.0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +63,17 @@ def inputs(tiny_qwen3, catalogue_200, tmp_path_factory):
     )
     kept = {"ndcg@10": {"value": 0.9, "ci95": [0.85, 0.95]}}
     report = {
-        "dataset": "shop", "split": "test", "k": 10, "queries": 80, "relevance_level": 2,
+        "dataset": "shop",
+        "split": "test",
+        "k": 10,
+        "queries": 80,
+        "relevance_level": 2,
         "systems": {"teacher": {"ndcg@10": 0.5}, "student": {"ndcg@10": 0.45, "overlap@10": 0.7}},
-        "recovery": kept, "recovery_by_system": {"student": kept}, "slices": {}, "environment": {},
-    }  # fmt: skip
+        "recovery": kept,
+        "recovery_by_system": {"student": kept},
+        "slices": {},
+        "environment": {},
+    }
     write_report(root, report)
     return root
 
@@ -164,8 +178,16 @@ def test_from_text_to_ads(run, inputs, capsys, tmp_path):
 
 
 def test_cold_starts_of_every_model(run, inputs, tiny_qwen3, monkeypatch):
-    monkeypatch.setattr(hlm_systems, "cold_start", lambda settings, query: {"total_s": len(settings["model"]),
-                        "peak_memory_mib": 1.0, "other_load": 0.0, "query": len(query)})  # fmt: skip
+    monkeypatch.setattr(
+        hlm_systems,
+        "cold_start",
+        lambda settings, query: {
+            "total_s": len(settings["model"]),
+            "peak_memory_mib": 1.0,
+            "other_load": 0.0,
+            "query": len(query),
+        },
+    )
     report = run(cold_starts=2)
     found = {name: system["cold_start"] for name, system in report["systems"].items()}
     assert found["teacher"]["total_s"] == len(tiny_qwen3) and found["student"]["processes"] == 2
