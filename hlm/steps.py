@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from hlm.log_settings import PrepareLogsConfig
+
 PARTS = ("corpus", "unlabelled", "queries")  # of a dataset; embed writes a store of each
 
 
@@ -306,6 +308,13 @@ class Step(NamedTuple):
 OF_A_STUDENT = ("student", "data", "vectors")
 STEPS = {
     "make_catalogue": Step("make_catalogue", CatalogueConfig, (), "catalogue", "make the sample catalogue"),
+    "prepare_logs": Step(
+        "prepare_logs",
+        PrepareLogsConfig,
+        ("catalogue", "log", "clicks", "judgements"),
+        "dataset",
+        "make a dataset of a catalogue, a query log and clicks",
+    ),
     "prepare": Step(
         "prepare_catalogue_queries",
         None,
