@@ -75,6 +75,7 @@ def read_catalogue(
     writer.close()
     connection.execute("SET preserve_insertion_order = false")
     known.close()
+    dropped["lines that cannot be read"] += table.unread(connection, place)
     _first_of_each_id(connection, table, dropped)
     return known
 

@@ -145,6 +145,7 @@ def read_lines(
         "n <= 0), "
         "sum(n) FILTER (robot) FROM all_lines",
     )
+    dropped["lines that cannot be read"] += table.unread(connection, rows or 0)
     if not rows:
         raise HlmError(f"{table.what}: expected rows in {table.name}, found none that can be read; export it again")
     if (bad or 0) * 2 > rows:

@@ -47,6 +47,7 @@ def read_clicks(
     columns: Columns,
     day_first: bool | None,
     log: tuple[RawTable, Columns] | None,
+    dropped: Counter,
 ) -> None:
     """Fills `click_lines` (query, doc, user, hour, position, clicks, impressions, conversions)."""
     time = hour("time", reads_day_first(connection, table, columns, day_first)) if "time" in columns else "NULL"
@@ -66,7 +67,9 @@ def read_clicks(
         f"sum({bought}) AS conversions FROM {source} WHERE query IS NOT NULL AND _id IS NOT NULL GROUP BY ALL) "
         "WHERE clicks > 0 OR impressions > 0 OR conversions > 0"
     )
-    if not _row(connection, "SELECT count(*) FROM click_lines")[0]:
+    rows = _row(connection, "SELECT count(*) FROM click_lines")[0]
+    dropped["lines that cannot be read"] += table.unread(connection, rows)
+    if not rows:
         raise HlmError(
             f"clicks: expected rows with a query, an ad and a click in {table.name}, found none; correct the columns "
             "with --columns clicks.ROLE=COLUMN"
@@ -196,7 +199,7 @@ def grade(
     )
 
 
-def read_judgements(connection: duckdb.DuckDBPyConnection, table: RawTable, columns: Columns) -> None:
+def read_judgements(connection: duckdb.DuckDBPyConnection, table: RawTable, columns: Columns, dropped: Counter) -> None:
     """Fills `judged` (query, doc, grade).
 
     Raises:
@@ -208,6 +211,8 @@ def read_judgements(connection: duckdb.DuckDBPyConnection, table: RawTable, colu
         f"CREATE TABLE judged_lines AS SELECT query, {WHOLE.format('_id')} AS doc, grade AS said, {value} AS grade "
         f"FROM ({table.select(columns)}) WHERE query IS NOT NULL AND _id IS NOT NULL"
     )
+    rows = _row(connection, "SELECT count(*) FROM judged_lines")[0]
+    dropped["lines that cannot be read"] += table.unread(connection, rows)
     wrong = connection.execute(
         "SELECT coalesce(said, '') FROM judged_lines WHERE grade IS NULL OR grade NOT IN (0, 1, 2, 3) ORDER BY "
         "ALL LIMIT 1"

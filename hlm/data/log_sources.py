@@ -9,8 +9,10 @@ from __future__ import annotations
 import codecs
 import csv
 import gzip
+import io
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -91,8 +93,25 @@ class RawTable(NamedTuple):
             f"rejects_table='rejects_{self.what}', rejects_scan='scans_{self.what}', nullstr='')"
         )
 
-    def unread(self, connection: duckdb.DuckDBPyConnection) -> int:
-        """How many lines of a scan that has run were broken: other cells than the header has, quotes, no UTF-8."""
+    def unread(self, connection: duckdb.DuckDBPyConnection, read: int) -> int:
+        """How many lines of a scan that has run were broken: other cells than the header has, quotes, no UTF-8.
+
+        Args:
+            read: how many rows were not.
+
+        Raises:
+            HlmError: most were, so that the separator or the quotes must be others.
+        """
+        found = self._rejected(connection)
+        if found > read:
+            raise HlmError(
+                f"{self.what}: expected rows of {len(self.columns)} cells ({', '.join(self.columns[:8])}) in "
+                f"{self.name}, "
+                f"found {found} lines that are none; pass --separator, or export it with quotes around cells"
+            )
+        return found
+
+    def _rejected(self, connection: duckdb.DuckDBPyConnection) -> int:
         made = f"SELECT count(*) FROM duckdb_tables() WHERE table_name = 'rejects_{self.what}'"
         if not _number(connection, made):
             return 0
@@ -193,7 +212,7 @@ def _part(
         raise HlmError(f"{where}: expected a file that can be read, found {error}; copy it again") from error
     encoding = encoding or _encoding(where, beginning)
     text = codecs.getincrementaldecoder(encoding)(errors="replace").decode(beginning)
-    if encoding not in ("utf-8", "utf-8-sig"):
+    if encoding not in ("utf-8", "utf-8-sig") or ("\r\n" in text and re.search(r"(?<!\r)\n", text)):
         path = _recoded(where, path, packed, encoding, copy.with_stem(copy.stem + "-utf-8"))
     if not text.strip():
         raise HlmError(f"{where}: expected a table, found blank lines alone; export it again")
@@ -242,10 +261,10 @@ def _encoding(where: str, beginning: bytes) -> str:
 
 
 def _recoded(where: str, path: Path, packed: bool, encoding: str, target: Path) -> Path:
-    """A copy in UTF-8."""
+    """A copy in UTF-8 whose lines all end in the same way."""
     try:
-        with _opened(path, packed) as source, open(target, "w", encoding="utf-8", newline="") as sink:
-            shutil.copyfileobj(codecs.getreader(encoding)(source), sink, 1 << 20)
+        with _opened(path, packed) as source, open(target, "w", encoding="utf-8", newline="\n") as sink:
+            shutil.copyfileobj(io.TextIOWrapper(source, encoding), sink, 1 << 20)
     except (UnicodeError, OSError, EOFError) as error:
         raise HlmError(f"{where}: expected text in {encoding}, found {error}; name its encoding") from error
     return target
@@ -299,7 +318,7 @@ def _json_columns(where: str, text: str) -> dict[str, tuple[str, ...]]:
             found.setdefault(".".join(keys), keys)
     if not read:
         raise HlmError(
-            f"{where}: expected one JSON object a line, found '{text.strip()[:20]}...'; write one object a line"
+            f"{where}: expected one JSON object a line, found '{text.split()[0][:20]}'; write one object a line"
         )
     return found
 

@@ -118,6 +118,11 @@ def _database(work: Path, memory: str) -> Iterator[duckdb.DuckDBPyConnection]:
             "the disk of the output has room"
         ) from error
     except (duckdb.IOException, duckdb.InvalidInputException) as error:
+        if "state machine" in str(error):
+            raise HlmError(
+                "expected files whose lines end in one way, found one with both \\r\\n and \\n; convert it with "
+                "dos2unix"
+            ) from error
         raise HlmError(
             f"expected files that can be read to their end, found: {_line(error)}; write them again"
         ) from error
@@ -192,7 +197,7 @@ def _read(
     if "log" in tables:
         log_cleaning.read_lines(connection, *tables["log"], config.day_first, dropped["log"])
     if "clicks" in tables:
-        log_clicks.read_clicks(connection, *tables["clicks"], config.day_first, tables.get("log"))
+        log_clicks.read_clicks(connection, *tables["clicks"], config.day_first, tables.get("log"), dropped["clicks"])
         texts.append("SELECT query FROM click_lines")
         if "log" not in tables:
             connection.execute(
@@ -202,31 +207,12 @@ def _read(
     elif "log" not in tables:
         connection.execute("CREATE TABLE lines (query VARCHAR, user UBIGINT, hour INTEGER, n DOUBLE)")
     if "judgements" in tables:
-        log_clicks.read_judgements(connection, *tables["judgements"])
+        log_clicks.read_judgements(connection, *tables["judgements"], dropped["judgements"])
         texts.append("SELECT query FROM judged")
-    for what, (table, _) in tables.items():
-        dropped[what]["lines that cannot be read"] += _unread(connection, table, what)
     log_cleaning.clean_texts(connection, ["SELECT query FROM lines", *texts], known, config.max_characters)
     log_cleaning.commonest_spellings(
         connection, ["SELECT query, n FROM lines", *(f"SELECT query, 0 AS n FROM ({select})" for select in texts)]
     )
-
-
-def _unread(connection: duckdb.DuckDBPyConnection, table: RawTable, what: str) -> int:
-    """How many lines of a table were broken.
-
-    Raises:
-        HlmError: so many that the separator or the quotes must be others.
-    """
-    name = {"catalogue": "ads", "log": "lines", "clicks": "click_lines", "judgements": "judged_lines"}[what]
-    unread, read = table.unread(connection), log_cleaning._row(connection, f"SELECT count(*) FROM {name}")[0]
-    if unread > read:  # of the log and the clicks lines that are alike are one here: it takes more of them
-        raise HlmError(
-            f"{what}: expected rows of {len(table.columns)} cells ({', '.join(table.columns[:8])}) in "
-            f"{table.name}, found "
-            f"{unread} lines that are none; pass --separator, or export it with quotes around cells"
-        )
-    return unread
 
 
 def _check_said(said: dict[str, dict[str, str]], tables: Tables) -> None:
