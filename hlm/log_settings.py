@@ -1,4 +1,4 @@
-"""The settings of `hlm prepare`; one of the steps in `hlm/steps.py`, and a file of its own for its length."""
+"""The settings of `hlm prepare`; a step of `hlm/step_table.py`."""
 
 from __future__ import annotations
 

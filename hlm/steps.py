@@ -1,5 +1,4 @@
-"""The steps of the recipe: what each is called, what can be set, what it reads and writes. One table that the runner
-of all steps, `hlm plan` and the command line read.
+"""The settings of every step, and the only place of their defaults. `hlm.step_table` says which step has which.
 
 Loads nothing heavy: `hlm --help` reads it too.
 """
@@ -7,9 +6,7 @@ Loads nothing heavy: `hlm --help` reads it too.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
-
-from hlm.log_settings import PrepareLogsConfig
+from typing import Any, Literal
 
 PARTS = ("corpus", "unlabelled", "queries")  # of a dataset; embed writes a store of each
 
@@ -210,6 +207,18 @@ class EvaluateConfig:
     bm25_b: float = field(default=0.75, metadata={"help": "BM25's b: how much long documents are held back, 0 to 1"})
     bootstrap_samples: int = field(default=10_000, metadata={"help": "resamples of the queries for the intervals"})
     bootstrap_seed: int = field(default=0, metadata={"help": "seed of the resampling"})
+    slices: dict[str, str] = field(
+        default_factory=dict, metadata={"help": "name -> regular expression: queries that match, and the others"}
+    )
+    fusions: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "name -> {systems, method: rrf or weighted, weights (null: chosen on dev), normalisation}"},
+    )
+    impressions: int = field(default=100, metadata={"help": "simulated impressions of a query, for interleaving"})
+    shown_precision: float | None = field(
+        default=None, metadata={"help": "share of the shown ads that must be relevant: chooses a least score on dev"}
+    )
+    dev_split: str = field(default="dev", metadata={"help": "the split that weights and least scores are chosen on"})
     device: str | None = field(default=None, metadata={"help": "cpu or cuda; null: a GPU where there is one"})
 
 
@@ -223,6 +232,16 @@ class System:
     prompt_name: str | None = "query"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # what the model computes in
     max_seq_length: int | None = None  # the model's own; must be what the store was made with
+
+
+@dataclass
+class Fusion:
+    """One entry of `fusions`."""
+
+    systems: list[str]  # two or more of `systems`
+    method: Literal["rrf", "weighted"] = "rrf"
+    weights: list[float] | None = None  # of "weighted", one for each of `systems`; null: chosen on dev
+    normalisation: Literal["minmax", "zscore"] = "minmax"  # of "weighted"
 
 
 @dataclass
@@ -285,105 +304,3 @@ class PublishConfig:
     dry_run: bool = field(
         default=False, metadata={"help": "print every file, its size, the cards and what would change; send nothing"}
     )
-
-
-class Step(NamedTuple):
-    """One step, read from the YAML of its name."""
-
-    script: str  # recipes/<script>.py, and the command `hlm <script>`
-    settings: type | None  # None: those that the script itself declares
-    reads: tuple[str, ...]  # settings that name a file, a folder or a repository, or hold such names
-    writes: str  # the kind of artefact at `output`, or the file that a report is
-    help: str
-    trains: bool = False  # its YAML takes the training arguments too
-    parallel: bool = False  # works on several processes
-    by_name: bool = False  # left out when all steps are run
-
-    @property
-    def is_report(self) -> bool:
-        """Whether it writes files into a folder that others write into, instead of an artefact."""
-        return self.writes.endswith(".json")
-
-
-OF_A_STUDENT = ("student", "data", "vectors")
-STEPS = {
-    "make_catalogue": Step("make_catalogue", CatalogueConfig, (), "catalogue", "make the sample catalogue"),
-    "prepare_logs": Step(
-        "prepare_logs",
-        PrepareLogsConfig,
-        ("catalogue", "log", "clicks", "judgements"),
-        "dataset",
-        "make a dataset of a catalogue, a query log and clicks",
-    ),
-    "prepare": Step(
-        "prepare_catalogue_queries",
-        None,
-        ("source", "general_queries"),
-        "dataset",
-        "derive training pairs and unlabelled queries from a catalogue without any",
-    ),
-    "teacher": Step(
-        "teacher",
-        TeacherConfig,
-        ("backbone", "data"),
-        "teacher",
-        "phase 1: tune the teacher",
-        trains=True,
-        parallel=True,
-    ),
-    "embed": Step(
-        "embed",
-        EmbedConfig,
-        ("model", "data"),
-        "vectors",
-        "write the teacher's vectors, and an index over the ads",
-        parallel=True,
-    ),
-    "prune": Step("prune", PruneConfig, ("model", "data", "vectors"), "student", "phase 2, the cut alone: no training"),
-    "align": Step(
-        "align",
-        AlignConfig,
-        OF_A_STUDENT,
-        "student",
-        "phase 2: cut the student and align it to the teacher's queries",
-        trains=True,
-        parallel=True,
-    ),
-    "refine": Step(
-        "refine",
-        RefineConfig,
-        OF_A_STUDENT,
-        "student",
-        "phase 3: refine the student against the teacher's ads",
-        trains=True,
-        parallel=True,
-    ),
-    "contrastive_only": Step(
-        "refine",
-        RefineConfig,
-        OF_A_STUDENT,
-        "student",
-        "the baseline: refined, never aligned",
-        trains=True,
-        parallel=True,
-    ),
-    "evaluate": Step(
-        "evaluate", EvaluateConfig, ("data", "systems"), "report.json", "score every system on judged queries"
-    ),
-    "export": Step("export", ExportConfig, OF_A_STUDENT, "student", "write the online folder: the student in ONNX"),
-    "benchmark": Step(
-        "benchmark",
-        None,
-        ("data", "report", "corpus", "systems"),
-        "latency.json",
-        "time every system; a gate where budgets are given",
-    ),
-    "publish": Step(
-        "publish",
-        PublishConfig,
-        ("student", "vectors", "data", "teacher", "space", "report", "latency"),
-        "",
-        "publish the run on the Hub",
-        by_name=True,
-    ),
-}

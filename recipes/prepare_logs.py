@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from hlm.config import given, run_recipe
 from hlm.data.logs import prepare
-from hlm.steps import PrepareLogsConfig
+from hlm.log_settings import PrepareLogsConfig
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import hlm
-from hlm.steps import STEPS
+from hlm.step_table import STEPS
 
 INIT = Path(hlm.__file__)
 FUNCTIONS = {"teacher": "train_teacher", "prepare_logs": "prepare"} | {

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hlm.data.words import count_words
-from hlm.steps import PrepareLogsConfig
+from hlm.log_settings import PrepareLogsConfig
 
 if TYPE_CHECKING:
     import duckdb
@@ -28,9 +28,9 @@ body { margin: 0 auto; padding: 1rem; max-width: 46rem; background: var(--paper)
   font: 1rem/1.5 -apple-system, "Segoe UI", "Noto Sans", Helvetica, Arial, sans-serif }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem } p { margin: .5rem 0 } .soft { color: var(--soft) }
 table { border-collapse: collapse; width: 100% } caption { text-align: left; color: var(--soft) }
-th, td { text-align: left; padding: .3rem .5rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top;
-  overflow-wrap: anywhere } th { font-weight: 600 } .n { text-align: right; white-space: nowrap }
-svg { width: 100%; height: auto; display: block } svg text { fill: var(--soft); font-size: 18px }
+th, td { text-align: left; padding: .3rem 1rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
+th { font-weight: 600 } .n { text-align: right; white-space: nowrap } .wide { overflow-x: auto }
+svg { width: 100%; height: auto; display: block } svg text { fill: var(--soft); font-size: 20px }
 .bar { fill: var(--mark) } .axis { stroke: var(--line) } .curve { fill: none; stroke: var(--mark); stroke-width: 3 }
 """
 
@@ -109,7 +109,7 @@ def _tables(
     ]
     dropped = [(what, why, n) for what, reasons in about["dropped"].items() for why, n in reasons.items()]
     bands = connection.execute(
-        "SELECT band, count(*), sum(count)::BIGINT FROM bands GROUP BY band ORDER BY band"
+        "SELECT band, count(*), sum(count)::BIGINT FROM bands GROUP BY band ORDER BY band = 'tail', band"
     ).fetchall()
     grades = connection.execute(
         "SELECT split, count(*) FILTER (grade = 3), count(*) FILTER (grade = 2), count(*) FILTER (grade = 1), "
@@ -215,7 +215,7 @@ def _page(
             for number, name in enumerate(table.head)
         )
         rows = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in table.rows)
-        parts.append(f"<table><tr>{head}</tr>{rows}</table>")
+        parts.append(f'<div class="wide" tabindex="0"><table><tr>{head}</tr>{rows}</table></div>')
     body = "\n".join(parts)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'

@@ -24,9 +24,9 @@ from hlm.data.log_report import write_reports
 from hlm.data.log_sources import RawTable, named, open_table, quoted
 from hlm.errors import HlmError
 from hlm.extras import extras_named
+from hlm.log_settings import PrepareLogsConfig
 from hlm.machine import cores
 from hlm.settings import keywords
-from hlm.steps import PrepareLogsConfig
 
 if TYPE_CHECKING:
     import duckdb
@@ -154,7 +154,7 @@ def _make(
     _read(connection, config, tables, dropped)
     judged, clicked = "judgements" in tables, "clicks" in tables
     periods = _periods(connection, config, "click_lines" if clicked else "lines")
-    robots = log_cleaning.count_support(
+    robots, with_users = log_cleaning.count_support(
         connection,
         queries_a_day=config.queries_a_day,
         repeats=config.repeats,
@@ -170,7 +170,6 @@ def _make(
         log_clicks.make_pairs(connection, config, facts, judged=judged)
     )
     counts = _write(connection, config, folder)
-    with_users = log_cleaning._row(connection, "SELECT count(*) FROM support WHERE users > 0")[0]
     about: dict[str, Any] = {
         "counts": counts,
         "dropped": {what: {why: n for why, n in dropped[what].items() if n} for what in tables},
@@ -250,13 +249,12 @@ def _periods(connection: duckdb.DuckDBPyConnection, config: PrepareLogsConfig, n
 def _write(connection: duckdb.DuckDBPyConnection, config: PrepareLogsConfig, folder: Path) -> dict[str, int]:
     """Writes the tables of the contract; returns how many rows each has."""
     connection.execute("SET preserve_insertion_order = true")
-    support = "greatest(users, CASE WHEN users = 0 THEN count ELSE 0 END)"
     fewest = _fewest(config)
     connection.execute(
         "CREATE TABLE bands AS SELECT key, count, CASE WHEN before < 1 / 3 THEN 'head' WHEN before < 2 / 3 THEN "
         "'torso' "
         "ELSE 'tail' END AS band FROM (SELECT key, count, (sum(count) OVER (ORDER BY count DESC, key) - count) "
-        f"/ sum(count) OVER () AS before FROM support WHERE {support} >= {min(fewest, config.min_users)})"
+        f"/ sum(count) OVER () AS before FROM support WHERE users >= {min(fewest, config.min_users)})"
     )
     ad = [row[0] for row in connection.execute("DESCRIBE ads").fetchall() if row[0] != "place"]
     query_id = "'q' || md5(key)[:16]"
@@ -266,7 +264,7 @@ def _write(connection: duckdb.DuckDBPyConnection, config: PrepareLogsConfig, fol
         "coalesce(band, 'tail') AS band, split FROM (SELECT DISTINCT key, split FROM qrels) JOIN spellings USING (key) "
         "LEFT JOIN bands USING (key) ORDER BY split, key",
         "unlabelled": f"SELECT text, CAST(round(past) AS BIGINT) AS count, coalesce(band, 'tail') AS band FROM support "
-        f"JOIN spellings USING (key) LEFT JOIN (SELECT key, band FROM bands) USING (key) WHERE {support} >= "
+        f"JOIN spellings USING (key) LEFT JOIN (SELECT key, band FROM bands) USING (key) WHERE users >= "
         f"{fewest} AND past >= 0.5 AND "
         "key NOT IN (SELECT key FROM qrels WHERE split != 'train') ORDER BY past DESC, key",
     }
@@ -288,7 +286,6 @@ def _write(connection: duckdb.DuckDBPyConnection, config: PrepareLogsConfig, fol
         found = ", ".join(f"{counts[f'qrels/{split}']} for {split}" for split in ("train", "dev", "test"))
         raise HlmError(
             f"expected pairs for train, dev and test, found {found}; lower --min_users ({config.min_users}) or "
-            "--min_clicks "
-            f"({config.min_clicks}), pass --by_time false, or give more of the log"
+            f"--min_clicks ({config.min_clicks}), pass --by_time false, or give more of the log"
         )
     return counts

@@ -113,7 +113,8 @@ def check_parts(index: faiss.Index) -> None:
 
 
 def read_index(path: Path) -> faiss.Index:
-    """Reads an index; what it allocates is bounded by the file's size.
+    """Maps an index into memory: pages are read as a search touches them, and processes share them. FAISS before 1.11
+    reads it instead. What is allocated is bounded by the file's size.
 
     Raises:
         HlmError: not an index, damaged, or of a later FAISS.
@@ -121,7 +122,7 @@ def read_index(path: Path) -> faiss.Index:
     size = path.stat().st_size
     try:
         with _limits(size):
-            index = faiss.read_index(str(path))
+            index = faiss.read_index(str(path), getattr(faiss, "IO_FLAG_MMAP_IFC", 0))
     except (RuntimeError, MemoryError) as error:
         raise HlmError(
             f"FAISS {faiss.__version__} cannot read {path}: {reason(error)}; build the index again"
@@ -164,23 +165,31 @@ def is_ivf(index: faiss.Index) -> bool:
     return isinstance(index, (faiss.IndexIVF, *([faiss.GpuIndexIVF] if hasattr(faiss, "GpuIndexIVF") else [])))
 
 
-def parameters(index: faiss.Index, options: dict[str, float | None]) -> faiss.SearchParameters | None:
-    """Search parameters nested as the index is; None where it has none."""
+def parameters(
+    index: faiss.Index, options: dict[str, float | None], selector: faiss.IDSelector | None = None
+) -> faiss.SearchParameters | None:
+    """Search parameters nested as the index is, with the rows that it may find; None where it has none."""
     index = faiss.downcast_index(index)
+    chosen = {} if selector is None else {"sel": selector}
     if isinstance(index, faiss.IndexPreTransform):
-        inner = parameters(index.index, options)
+        inner = parameters(index.index, options, selector)
         return faiss.SearchParametersPreTransform(index_params=inner) if inner is not None else None
     if isinstance(index, faiss.IndexRefine):
-        inner = parameters(index.base_index, options)
+        inner = parameters(index.base_index, options, selector)
         nested = {"base_index_params": inner} if inner is not None else {}
         return faiss.IndexRefineSearchParameters(k_factor=options["k_factor"], **nested)
     if isinstance(index, faiss.IndexHNSW):
-        return faiss.SearchParametersHNSW(efSearch=options["ef_search"])
+        return faiss.SearchParametersHNSW(efSearch=options["ef_search"], **chosen)
     if is_ivf(index):
         inner = parameters(index.quantizer, options)
         nested = {"quantizer_params": inner} if inner is not None else {}
-        return faiss.SearchParametersIVF(nprobe=options["nprobe"], **nested)
+        return faiss.SearchParametersIVF(nprobe=options["nprobe"], **nested, **chosen)
     return None
+
+
+def cells_of(factory: str) -> int:
+    """The cells of the largest IVF in a factory string, which decide how many rows must train it; 0 without one."""
+    return max((int(cells) for cells in re.findall(r"IVF(\d+)", factory, re.IGNORECASE)), default=0)
 
 
 def to_gpu(index: faiss.Index) -> faiss.Index:

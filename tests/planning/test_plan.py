@@ -22,7 +22,7 @@ from hlm.planning.phases import CONTRASTIVE_MATRICES, REFINEMENT_MATRICES, steps
 from hlm.planning.plan import cascade, check_dim, check_step, index_bytes, make_plan
 from hlm.planning.settings import PLANNED, TRAINING, Assumptions, read_steps
 from hlm.settings import defaults_of
-from hlm.steps import STEPS
+from hlm.step_table import STEPS
 from hlm.training.losses import id_mask, qwen3_contrastive, refinement_contrastive
 from hlm.training.trainer import TrainingArguments
 from hlm.vectors.store import write_store

@@ -177,6 +177,26 @@ def test_a_recovery_that_is_undefined_is_a_dash_with_its_reason(house, about):
     assert "recovery of precision@10: 90.0% [-] (use more queries)" in card and "None" not in card
 
 
+def test_what_the_student_adds_to_an_ensemble_and_its_least_score(house, about):
+    report = json.loads(json.dumps(about["report"]))
+    member = {
+        "without": {"ndcg@10": 0.4}, "uplift": {"ndcg@10": {"value": 0.05, "ci95": [-0.01, 0.11]}},
+        "only_found": {"only": 7, "found": 90, "share": result(0.08)},
+        "interleaving": {"simulated": True, "preference": result(0.6)},
+    }  # fmt: skip
+    fusion = {"systems": ["bm25", "student"], "weights": None, "members": {"student": member}}
+    report["fusions"] = {"hybrid": fusion, "elsewhere": fusion | {"systems": ["bm25", "aligned"]}}
+    reported = {"precision": result(0.88), "coverage": 0.75, "kept": 0.5, "shown_per_query": 1.25}
+    least = {"threshold": 0.61237, "reported": reported}
+    report["thresholds"] = {"wanted_precision": 0.9, "split": "dev", "systems": {"student": least, "bm25": least}}
+    card = student_card(house / "bert", **(about | {"report": report})).replace("\\", "")
+    _, _, added, shown, *_ = tables(card)
+    assert added[2][1:] == ["0.4000", "+5.0% [-1.0, +11.0]", "8.0% [6.8, 10.3], 7 of 90", "60.0% [58.8, 62.3]"]
+    assert shown[2:] == [["student", "0.6124", "88.0% [86.8, 90.3]", "75.0%", "50.0%", "1.25"]]
+    assert "hybrid: bm25 + student, fused by reciprocal ranks." in card and "elsewhere" not in card
+    assert "simulated" in card and "90% of the ads shown are relevant" in card
+
+
 def percent(kept: dict) -> str:
     low, high = kept["ci95"]
     return f"{kept['value']:.1%} [{low:.1%}, {high:.1%}]"

@@ -149,7 +149,7 @@ def change(path: Path) -> None:
         ("student", "model.safetensors"),
         ("dataset", "vectors/corpus/vectors-00000.safetensors"),
         ("dataset", "index/index.faiss"),
-        ("dataset", "index/ids.parquet"),
+        ("dataset", "index/ads.arrow"),
     ],
 )
 def test_what_was_tampered_with_is_not_published(mine, kind, name, damage):
@@ -189,7 +189,7 @@ def test_objects_are_published_as_their_folders_are(house):
     made = publish_folder(store, "acme/ads", repo_type="dataset", dry_run=True)
     assert {name.rsplit("/", 1)[0] for name in made.files} == {"vectors/corpus"} and len(made.files) == 3
     made = publish_folder(AdIndex.build(store), "acme/ads", repo_type="dataset", dry_run=True)
-    assert set(made.files) == {"index/hlm.json", "index/ids.parquet", "index/index.faiss"}
+    assert set(made.files) == {"index/hlm.json", "index/ads.arrow", "index/index.faiss"}
 
 
 def test_a_linked_view_is_published_like_the_folder(house, tmp_path):

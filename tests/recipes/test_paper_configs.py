@@ -14,7 +14,7 @@ from hlm.planning.hardware import parse_gpus
 from hlm.planning.plan import check_fit, make_plan
 from hlm.planning.report import step_line
 from hlm.planning.settings import Assumptions, read_steps
-from hlm.steps import STEPS
+from hlm.step_table import STEPS
 from hlm.training.trainer import TrainingArguments
 
 CONFIGS = Path(__file__).resolve().parents[2] / "recipes/configs"

@@ -184,7 +184,7 @@ def test_a_shard_cut_short_or_changed_is_found(pair, name):
         verify(student, vectors / "corpus")
 
 
-@pytest.mark.parametrize("name", ["index.faiss", "ids.parquet"])
+@pytest.mark.parametrize("name", ["index.faiss", "ads.arrow"])
 def test_an_index_cut_short_or_changed_is_found(pair, name):
     student, vectors = pair
     path = vectors / "index" / name
