@@ -17,7 +17,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 
 from hlm.data.log_columns import Columns
-from hlm.data.log_sources import RawTable
+from hlm.data.log_sources import RawTable, quoted
 from hlm.data.personal import ProductNumbers, personal
 from hlm.data.words import fold
 from hlm.errors import HlmError
@@ -94,19 +94,37 @@ def hour(column: str, day_first: bool) -> str:
     )
 
 
-def reads_day_first(
-    connection: duckdb.DuckDBPyConnection, table: RawTable, columns: Columns, said: bool | None
-) -> bool:
-    """Whether dates such as 3/4/2024 begin with the day: as it was said, or as the table's other dates tell.
+def hours_of(connection: duckdb.DuckDBPyConnection, table: RawTable, columns: Columns, day_first: bool | None) -> str:
+    """SQL of the hour of a row; NULL where the table has no times.
+
+    Args:
+        day_first: of dates such as 3/4/2024; None: as the table's other dates tell.
 
     Raises:
-        HlmError: nothing tells, or dates of both orders are there.
+        HlmError: nothing tells which of both it is, dates of both orders are there, or what is there are no times.
     """
-    if said is not None or "time" not in columns:
-        return bool(said)
+    if "time" not in columns:
+        return "NULL"
+    select = table.select({"time": columns["time"]})
+    found = hour(
+        "time", _reads_day_first(connection, table, columns["time"], select) if day_first is None else day_first
+    )
+    times, read = _row(
+        connection,
+        f"SELECT count(*), count({found}) FROM (SELECT time FROM ({select}) WHERE time IS NOT NULL LIMIT {_BATCH})",
+    )
+    if read * 2 < times:
+        raise HlmError(
+            f"{table.what}: expected times in '{columns['time']}', found other text in {times - read} of {times} rows; "
+            "write them as 2024-12-31 23:59:59, or name another column with --columns "
+            f"{table.what}.time=COLUMN"
+        )
+    return found
+
+
+def _reads_day_first(connection: duckdb.DuckDBPyConnection, table: RawTable, column: str, select: str) -> bool:
     parts = ", ".join(f"max(try_cast(regexp_extract(time, '{_SLASHES}', {n}) AS INTEGER))" for n in (1, 2))
     dotted = "bool_and(regexp_matches(time, '^\\s*\\d{1,2}\\.'))"
-    select = table.select({"time": columns["time"]})
     first, second, by_dots = _row(
         connection, f"SELECT {parts}, {dotted} FROM ({select}) WHERE regexp_matches(time, '{_SLASHES}')"
     )
@@ -114,12 +132,12 @@ def reads_day_first(
         return True
     if first > 12 and second > 12:
         raise HlmError(
-            f"{table.what}: expected dates of one order in '{columns['time']}', found days in the first place and in "
+            f"{table.what}: expected dates of one order in '{column}', found days in the first place and in "
             "the second; write them as 2024-12-31"
         )
     if first <= 12 and second <= 12:
         raise HlmError(
-            f"{table.what}: expected dates that tell day from month in '{columns['time']}', found none above 12; pass "
+            f"{table.what}: expected dates that tell day from month in '{column}', found none above 12; pass "
             "--day_first true or false"
         )
     return first > 12
@@ -130,12 +148,12 @@ def read_lines(
 ) -> None:
     """Fills `lines` from the log; users are kept as hashes. `dropped` gets what is no line of a person."""
     read = {role: column for role, column in columns.items() if role != "query_id"}
-    time = hour("time", reads_day_first(connection, table, columns, day_first)) if "time" in columns else "NULL"
+    time = hours_of(connection, table, columns, day_first)
     n = number("count") if "count" in columns else "1::DOUBLE"
     agent = f"coalesce(regexp_matches(lower(agent), '{_ROBOTS}'), false)" if "agent" in columns else "false"
     action = _is_search(connection, table, columns)
     connection.execute(
-        f"CREATE TABLE all_lines AS SELECT query, {'hash(user)' if 'user' in columns else 'NULL::UBIGINT'} AS user, "
+        f"CREATE TABLE all_lines AS SELECT query, {user_of(columns)} AS user, "
         f"CAST({time} AS INTEGER) AS hour, {agent} AS robot, sum({n}) AS n, count(*) AS rows "
         f"FROM ({table.select(read)}) WHERE {action} GROUP BY ALL"
     )
@@ -154,7 +172,6 @@ def read_lines(
             "correct "
             "it, or name another column with --columns log.count=COLUMN"
         )
-    _check_times(connection, table, columns, "all_lines", "rows")
     dropped.update(
         {"empty": int(bare or 0), "without a count": int(bad or 0), "agents that are robots": int(robots or 0)}
     )
@@ -165,18 +182,11 @@ def read_lines(
     connection.execute("DROP TABLE all_lines")
 
 
-def _check_times(
-    connection: duckdb.DuckDBPyConnection, table: RawTable, columns: Columns, name: str, weight: str
-) -> None:
-    if "time" in columns:
-        rows, undated = _row(connection, f"SELECT sum({weight}), sum({weight}) FILTER (hour IS NULL) FROM {name}")
-        if (undated or 0) * 2 > (rows or 0):
-            raise HlmError(
-                f"{table.what}: expected times in '{columns['time']}', found other text in {int(undated)} of "
-                f"{int(rows)} "
-                "rows; write them as 2024-12-31 23:59:59, or name another column with --columns "
-                f"{table.what}.time=COLUMN"
-            )
+def user_of(columns: Columns) -> str:
+    """SQL of a user as a hash; NULL for those that are not known."""
+    unknown = ", ".join(map(quoted, ("", "-", "0", "null", "none", "nan", "undefined", "anonymous", "(not set)")))
+    known = f"user IS NOT NULL AND lower(trim(user)) NOT IN ({unknown})"
+    return f"CASE WHEN {known} THEN hash(user) END" if "user" in columns else "NULL::UBIGINT"
 
 
 def _is_search(connection: duckdb.DuckDBPyConnection, table: RawTable, columns: Columns) -> str:
@@ -216,8 +226,8 @@ def count_support(
     repeats: int,
     train_before: int | None,
     dropped: Counter,
-) -> int:
-    """Fills `robots` and `support`; returns how many users were left out as robots.
+) -> tuple[int, bool]:
+    """Fills `robots` and `support`; returns how many users were left out as robots, and whether the log has users.
 
     Args:
         queries_a_day: a user with more lines on one day is a robot (of a log without times, with more in all).
@@ -231,6 +241,7 @@ def count_support(
         "SELECT reason, sum(n) FROM lines JOIN texts USING (query) WHERE reason IS NOT NULL GROUP BY ALL"
     ).fetchall():
         dropped[reason] += int(n)
+    users = _row(connection, "SELECT count(user) FROM lines")[0]  # of a log without any the count stands in
     past = "true" if train_before is None else f"coalesce(hour < {train_before}, true)"
     people = (
         f"SELECT key, user, sum(n) AS n, coalesce(sum(n) FILTER ({past}), 0) AS past FROM lines JOIN texts USING "
@@ -241,7 +252,7 @@ def count_support(
     connection.execute(
         f"CREATE TABLE support AS SELECT key, sum({capped.format('n')}) AS count, sum({capped.format('past')}) AS "
         "past, "
-        f"sum(n) AS lines, count(user) AS users FROM ({people}) GROUP BY key"
+        f"sum(n) AS lines, {'count(user)' if users else 'sum(n)'} AS users FROM ({people}) GROUP BY key"
     )
     robots, of_robots = _row(
         connection,
@@ -250,7 +261,7 @@ def count_support(
     )
     repeated = _row(connection, "SELECT sum(lines - count) FROM support")[0]
     dropped.update({"users that are robots": int(of_robots or 0), "repeats of one user": int(repeated or 0)})
-    return int(robots or 0)
+    return int(robots or 0), bool(users)
 
 
 def commonest_spellings(connection: duckdb.DuckDBPyConnection, sources: list[str]) -> None:

@@ -14,7 +14,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hlm.data.log_catalogue import WHOLE
-from hlm.data.log_cleaning import _check_times, _row, hour, number, reads_day_first
+from hlm.data.log_cleaning import _row, hours_of, number, user_of
 from hlm.data.log_columns import Columns
 from hlm.data.log_sources import RawTable
 from hlm.errors import HlmError
@@ -50,10 +50,10 @@ def read_clicks(
     dropped: Counter,
 ) -> None:
     """Fills `click_lines` (query, doc, user, hour, position, clicks, impressions, conversions)."""
-    time = hour("time", reads_day_first(connection, table, columns, day_first)) if "time" in columns else "NULL"
+    time = hours_of(connection, table, columns, day_first)
     source = _with_queries(connection, table, columns, log)
     clicks, shown, bought = _counts(connection, table, columns)
-    user = "hash(user)" if "user" in columns else "NULL::UBIGINT"
+    user = user_of(columns)
     position = f"least(CAST({number('position')} AS INTEGER), {POSITIONS})" if "position" in columns else "NULL"
     # What one user does within an hour counts once.
     once = [
@@ -74,7 +74,6 @@ def read_clicks(
             f"clicks: expected rows with a query, an ad and a click in {table.name}, found none; correct the columns "
             "with --columns clicks.ROLE=COLUMN"
         )
-    _check_times(connection, table, columns, "click_lines", "1")
     _check_ids(connection, table, columns)
 
 
@@ -241,8 +240,8 @@ def make_pairs(
     share = f"('0x' || md5('{config.seed}' || key)[:8])::UBIGINT / 4294967296.0"
     sources = []
     if facts is not None:
-        known = "key IN (SELECT key FROM support WHERE greatest(users, CASE WHEN users = 0 THEN count ELSE 0 END) >= "
-        sources.append(f"SELECT key, doc, period, grade FROM graded WHERE {known}{config.min_users})")
+        known = f"SELECT key FROM support WHERE users >= {config.min_users}"
+        sources.append(f"SELECT key, doc, period, grade FROM graded WHERE key IN ({known})")
     if judged:
         sources.append(
             "SELECT key, doc, 'judged' AS period, max(grade) AS grade FROM judged JOIN texts USING (query) "

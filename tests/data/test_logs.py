@@ -381,3 +381,13 @@ def test_on_a_terminal_it_asks(tmp_path):
         test_share=0.3,
         ask=lambda question: "",
     )
+
+
+def test_lines_without_a_user_do_not_make_a_query_known(tmp_path):
+    """Neither as one user, nor by their number, where others have one."""
+    more = "".join(f"lone lamp,A1,{user},2024-01-03 1{n % 10}:00:00\n" for n in range(20) for user in ("", "null"))
+    folder = prepared(tmp_path, clicks_of(MANY, more=more), min_users=2)
+    texts = pq.read_table(folder / "queries.parquet")["text"].to_pylist()
+    assert "lone lamp" not in texts and "big lamp" in texts
+    bare = "query,sku\n" + "".join(f"{query},{ad}\n" for query, ad in MANY.items()) * 3
+    assert pq.read_table(prepared(tmp_path / "bare", bare, min_users=3) / "queries.parquet").num_rows == len(MANY)
