@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hlm.vectors.index import open_index
     from hlm.vectors.lineage import verify
     from hlm.vectors.store import VectorStore
+    from hlm.vectors.tune_index import tune_index
 
 __version__ = "0.1.0"
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "publish",
     "refine",
     "train_teacher",
+    "tune_index",
     "verify",
 ]
 # Public name -> its module, and its name there where that is another. Loaded when asked for: `import hlm` stays light.
@@ -68,6 +70,7 @@ _PLACES = {
     "publish": "publishing.release",
     "refine": "training.refine",
     "train_teacher": "training.teacher",
+    "tune_index": "vectors.tune_index",
     "verify": "vectors.lineage",
 }
 

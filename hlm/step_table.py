@@ -14,6 +14,7 @@ from hlm.steps import (
     EmbedConfig,
     EvaluateConfig,
     ExportConfig,
+    IndexConfig,
     PruneConfig,
     PublishConfig,
     RefineConfig,
@@ -100,6 +101,14 @@ STEPS = {
         "the baseline: refined, never aligned",
         trains=True,
         parallel=True,
+    ),
+    "index": Step(
+        "index",
+        IndexConfig,
+        OF_A_STUDENT,
+        "index",
+        "choose the ad index by what a student's queries find and cost",
+        by_name=True,
     ),
     "evaluate": Step(
         "evaluate", EvaluateConfig, ("data", "systems"), "report.json", "score every system on judged queries"

@@ -221,9 +221,17 @@ def store_rate(
     with tempfile.TemporaryDirectory() as folder:
         records = [(str(row), text) for row, text in enumerate(texts)]
         took = timed(
-            lambda: write_store(folder, records, encode_texts, dim=step["dim"] or shape.hidden, encoder="random",
-                                source="made-up words", n_rows=count, shard_rows=min(4096, count))
-        )  # fmt: skip
+            lambda: write_store(
+                folder,
+                records,
+                encode_texts,
+                dim=step["dim"] or shape.hidden,
+                encoder="random",
+                source="made-up words",
+                n_rows=count,
+                shard_rows=min(4096, count),
+            )
+        )
     tokens = sum(
         len(rows) * int(lengths[rows].max())
         for start in range(0, count, 4096)

@@ -120,9 +120,16 @@ def text(plan: Plan, count: int = 1, gpu: Gpu | None = None) -> str:
         fits = ("yes" if phase.peak <= gpu.usable else "NO") if gpu else "-"
         hours = duration(phase.hours(count, gpu)) if gpu else "-"
         rows.append(
-            (title(phase), size(phase.peak), fits, f"{phase.flops / 1e15:,.1f}", hours,
-             f"{phase.steps:,}" if phase.steps else "", phase.smallest())
-        )  # fmt: skip
+            (
+                title(phase),
+                size(phase.peak),
+                fits,
+                f"{phase.flops / 1e15:,.1f}",
+                hours,
+                f"{phase.steps:,}" if phase.steps else "",
+                phase.smallest(),
+            )
+        )
     lines += table(rows)
     if gpu:
         lines.append(f"  in all {duration(sum(phase.hours(count, gpu) for phase in plan.phases))}")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
-import numbers
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +32,6 @@ from hlm.vectors.store import VectorStore
 
 logger = logging.getLogger(__name__)
 INDEX_FILE, ADS_FILE, OLDER_IDS_FILE, _ = ENGINES["faiss"].files
-# FAISS warns of fewer rows than 39 a cell, and trains on 256 a cell at the most.
-TRAIN_ROWS, ROWS_A_CELL = 131_072, 40
 KEPT_PARAMETERS = 64
 
 
@@ -74,16 +70,8 @@ class AdIndex(Index):
         self.measured = measured
         # Building them takes as long as a twentieth of a fast search. They are read alone while FAISS searches.
         self._parameters: dict[tuple[float | None, ...], faiss.SearchParameters | None] = {}
-        parts = list(faiss_parts.parts(index))
-        cells = next((part.nlist for part in parts if faiss_parts.is_ivf(part)), 0)
-        self._cells = cells
-        # FAISS's own defaults (1, 16 and 1) trade most of the recall away; k_factor=1 even makes refinement a no-op.
-        self._defaults: dict[str, float | None] = {
-            "nprobe": min(cells, max(8, math.ceil(cells / 16))) if cells else None,
-            "ef_search": 128 if any(isinstance(part, faiss.IndexHNSW) for part in parts) else None,
-            "k_factor": 10.0 if any(isinstance(part, faiss.IndexRefine) for part in parts) else None,
-        }
-        self._defaults = self._options(nprobe, ef_search, k_factor)
+        self._defaults = faiss_parts.default_options(index)
+        self.set_options(nprobe=nprobe, ef_search=ef_search, k_factor=k_factor)
 
     def __len__(self) -> int:
         return self._index.ntotal
@@ -96,6 +84,21 @@ class AdIndex(Index):
     @property
     def dim(self) -> int:
         return self._index.d
+
+    @property
+    def columns(self) -> list[str]:
+        """What a search can be filtered by: "_id", and the columns that were kept."""
+        return self._ads.column_names
+
+    @property
+    def options(self) -> dict[str, float]:
+        """Those of nprobe, ef_search and k_factor that the index has a part for, and their defaults."""
+        return {name: value for name, value in self._defaults.items() if value is not None}
+
+    @property
+    def cells(self) -> int:
+        """Cells of its IVF; 0 without one."""
+        return faiss_parts.cells_in(self._index)
 
     @classmethod
     def build(
@@ -139,7 +142,7 @@ class AdIndex(Index):
             store.dim if dim is None else whole_number("dim (the store's width or less)", dim, least=1, most=store.dim)
         )
         if train_rows is None:
-            train_rows = max(TRAIN_ROWS, ROWS_A_CELL * faiss_parts.cells_of(str(factory)))
+            train_rows = faiss_parts.rows_to_train(str(factory))
         train_rows = whole_number("train_rows", train_rows, least=1)
         rows_per_block = whole_number("rows_per_block", rows_per_block, least=1)
         seed = whole_number("seed", seed, least=0)
@@ -191,8 +194,21 @@ class AdIndex(Index):
         index.add(normalised(vectors, vectors.shape[1], first_row=0))
         return cls(index, joined(checked_ids(list(ids)), None), encoder=encoder, source=source, factory="Flat")
 
-    def save(self, folder: str | Path) -> None:
+    def set_options(
+        self, *, nprobe: int | None = None, ef_search: int | None = None, k_factor: float | None = None
+    ) -> None:
+        """Sets the defaults of these options, which are saved.
+
+        Raises:
+            HlmError: an option that the index has no part for, or a number out of bounds.
+        """
+        self._defaults = self._options(nprobe=nprobe, ef_search=ef_search, k_factor=k_factor)
+
+    def save(self, folder: str | Path, beside: Callable[[Path], None] = lambda folder: None) -> None:
         """Writes `index.faiss`, `ads.arrow` and `hlm.json` (kind "index"); an older index is replaced whole.
+
+        Args:
+            beside: writes further files of the index into the folder that it is given, before the manifest.
 
         Raises:
             HlmError: `folder` holds something else, another process writes there, or it cannot be written.
@@ -203,6 +219,7 @@ class AdIndex(Index):
             except RuntimeError as error:
                 raise HlmError(f"could not write {folder}: {faiss_parts.reason(error)}; free some space") from error
             write_ads(aside / ADS_FILE, self._ads)
+            beside(aside)
             write_facts(aside, self, **self._defaults)
 
     @classmethod
@@ -284,7 +301,7 @@ class AdIndex(Index):
         chosen = None if where is None else self.select(where)
         k = k if chosen is None else min(k, chosen.count)
         unchanged = nprobe is None and ef_search is None and k_factor is None
-        options = self._defaults if unchanged else self._options(nprobe, ef_search, k_factor)
+        options = self._defaults if unchanged else self._options(nprobe=nprobe, ef_search=ef_search, k_factor=k_factor)
         if k and options["k_factor"] is not None and options["k_factor"] > len(self) / k:
             options = options | {"k_factor": len(self) / k}
         scores, ids = self._found(rows, k, options, chosen)
@@ -345,25 +362,8 @@ class AdIndex(Index):
     def _on_cpu(self) -> faiss.Index:
         return faiss.index_gpu_to_cpu(self._index) if self._on_gpu else self._index
 
-    def _options(self, nprobe: int | None, ef_search: int | None, k_factor: float | None) -> dict[str, float | None]:
-        given = {"nprobe": nprobe, "ef_search": ef_search, "k_factor": k_factor}
-        parts = {"nprobe": "IVF", "ef_search": "HNSW graph", "k_factor": "refinement such as ',RFlat'"}
-        for name, value in given.items():
-            if value is not None and self._defaults[name] is None:
-                raise HlmError(
-                    f"{name}={shown(value)} was given, but '{self.factory}' has no {parts[name]}; leave {name} out"
-                )
-        options = {name: default if given[name] is None else given[name] for name, default in self._defaults.items()}
-        if options["nprobe"] is not None:
-            options["nprobe"] = min(whole_number("nprobe", options["nprobe"], least=1), self._cells)
-        if options["ef_search"] is not None:
-            options["ef_search"] = min(whole_number("ef_search", options["ef_search"], least=1), max(16, len(self)))
-        if options["k_factor"] is not None:
-            factor = options["k_factor"]
-            if isinstance(factor, bool) or not isinstance(factor, numbers.Real) or not 1 <= factor < math.inf:
-                raise HlmError(f"k_factor: expected 1 or more, a finite number, found {shown(factor)}; correct it")
-            options["k_factor"] = float(min(factor, max(1, len(self))))
-        return options
+    def _options(self, **given: float | None) -> dict[str, float | None]:
+        return faiss_parts.checked_options(given, self._defaults, self.factory, self.cells, len(self))
 
 
 def _restored(raw: np.ndarray, ads: pa.Table, facts: dict[str, Any], gpu: bool) -> AdIndex:

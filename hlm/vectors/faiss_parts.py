@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import numbers
 import os
 import re
 import threading
@@ -18,7 +19,7 @@ from pathlib import Path
 import faiss
 
 from hlm.artefacts import HlmError
-from hlm.fields import shown
+from hlm.fields import shown, whole_number
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,9 @@ FACTORY_CHARACTERS = 200  # FAISS's parser recurses: tens of thousands of charac
 GRAPH_DEGREES = {"HNSW": (2, 2048), "NSG": (16, 512)}  # below them FAISS divides by zero or never ends
 CODEBOOK_BYTES = 2**32
 CODE_BITS, CELL_BITS, LARGEST = 16, 12, 2**14  # of "4x8", of "IMI2x8", of any other number but the cells of an IVF
+
+# FAISS warns of fewer rows than 39 a cell, and trains on 256 a cell at the most.
+TRAIN_ROWS, ROWS_A_CELL = 131_072, 40
 
 _forked = False
 _reading = threading.Lock()
@@ -187,9 +191,51 @@ def parameters(
     return None
 
 
-def cells_of(factory: str) -> int:
-    """The cells of the largest IVF in a factory string, which decide how many rows must train it; 0 without one."""
-    return max((int(cells) for cells in re.findall(r"IVF(\d+)", factory, re.IGNORECASE)), default=0)
+def rows_to_train(factory: str) -> int:
+    """How many rows train an index: more than 131,072 where the cells of its IVF need them."""
+    cells = max((int(cells) for cells in re.findall(r"IVF(\d+)", factory, re.IGNORECASE)), default=0)
+    return max(TRAIN_ROWS, ROWS_A_CELL * cells)
+
+
+def cells_in(index: faiss.Index) -> int:
+    """Cells of the outermost IVF; 0 without one."""
+    return next((part.nlist for part in parts(index) if is_ivf(part)), 0)
+
+
+def default_options(index: faiss.Index) -> dict[str, float | None]:
+    """nprobe, ef_search and k_factor; None where the index has no part for it. FAISS's own defaults (1, 16 and 1) trade
+    most of the recall away; k_factor=1 even makes refinement a no-op."""
+    found, cells = list(parts(index)), cells_in(index)
+    return {
+        "nprobe": min(cells, max(8, math.ceil(cells / 16))) if cells else None,
+        "ef_search": 128 if any(isinstance(part, faiss.IndexHNSW) for part in found) else None,
+        "k_factor": 10.0 if any(isinstance(part, faiss.IndexRefine) for part in found) else None,
+    }
+
+
+def checked_options(
+    given: dict[str, float | None], defaults: dict[str, float | None], factory: str, cells: int, rows: int
+) -> dict[str, float | None]:
+    """The options that are given, within what the index has, and the defaults of the others.
+
+    Raises:
+        HlmError: an option that the index has no part for, or that is no number from 1 on.
+    """
+    wanted = {"nprobe": "IVF", "ef_search": "HNSW graph", "k_factor": "refinement such as ',RFlat'"}
+    for name, value in given.items():
+        if value is not None and defaults[name] is None:
+            raise HlmError(f"{name}={shown(value)} was given, but '{factory}' has no {wanted[name]}; leave {name} out")
+    options = {name: default if given[name] is None else given[name] for name, default in defaults.items()}
+    if options["nprobe"] is not None:
+        options["nprobe"] = min(whole_number("nprobe", options["nprobe"], least=1), cells)
+    if options["ef_search"] is not None:
+        options["ef_search"] = min(whole_number("ef_search", options["ef_search"], least=1), max(16, rows))
+    if options["k_factor"] is not None:
+        factor = options["k_factor"]
+        if isinstance(factor, bool) or not isinstance(factor, numbers.Real) or not 1 <= factor < math.inf:
+            raise HlmError(f"k_factor: expected 1 or more, a finite number, found {shown(factor)}; correct it")
+        options["k_factor"] = float(min(factor, max(1, rows)))
+    return options
 
 
 def to_gpu(index: faiss.Index) -> faiss.Index:

@@ -48,8 +48,13 @@ Conditions: TypeAlias = Mapping[str, Any] | pc.Expression | Ids | np.ndarray
 Where: TypeAlias = Selection | Conditions
 
 COMPARE = {
-    "==": pc.equal, "!=": pc.not_equal, "<": pc.less, "<=": pc.less_equal, ">": pc.greater, ">=": pc.greater_equal,
-}  # fmt: skip
+    "==": pc.equal,
+    "!=": pc.not_equal,
+    "<": pc.less,
+    "<=": pc.less_equal,
+    ">": pc.greater,
+    ">=": pc.greater_equal,
+}
 
 
 def mask_of(where: Conditions, ads: pa.Table) -> np.ndarray:

@@ -84,8 +84,10 @@ def saved(store, tmp_path):
     return tmp_path / "index"
 
 
-PLACES = ["inputs", "inputs.encoder", "inputs.source", "config.factory", "config.nprobe", "config.k_factor",
-          "config.ef_search", "canaries", "dim", "count", "files", "files.index.faiss"]  # fmt: skip
+PLACES = (
+    "inputs inputs.encoder inputs.source config.factory config.nprobe config.k_factor config.ef_search canaries dim "
+    "count files files.index.faiss"
+).split()
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -13,8 +13,10 @@ from hlm.vectors import faiss_filters
 from hlm.vectors.faiss_index import AdIndex
 
 ROWS, K = 3000, 10
-FACTORIES = ["Flat", "HNSW16", "IVF32,Flat", "IVF32,SQ8", "IVF16,PQ32x4fs,RFlat", "IVF16_HNSW8,SQ8", "PCA24,IVF16,Flat",
-             "SQ8,RFlat", "PQ16x4fs,Refine(SQfp16)", "HNSW16_SQ8"]  # fmt: skip
+FACTORIES = (
+    "Flat HNSW16 IVF32,Flat IVF32,SQ8 IVF16,PQ32x4fs,RFlat IVF16_HNSW8,SQ8 PCA24,IVF16,Flat SQ8,RFlat "
+    "PQ16x4fs,Refine(SQfp16) HNSW16_SQ8"
+).split()
 
 
 @pytest.fixture(scope="module")
