@@ -152,11 +152,16 @@ def read_lines(
     n = number("count") if "count" in columns else "1::DOUBLE"
     agent = f"coalesce(regexp_matches(lower(agent), '{_ROBOTS}'), false)" if "agent" in columns else "false"
     action = _is_search(connection, table, columns)
-    connection.execute(
-        f"CREATE TABLE all_lines AS SELECT query, {user_of(columns)} AS user, "
-        f"CAST({time} AS INTEGER) AS hour, {agent} AS robot, sum({n}) AS n, count(*) AS rows "
-        f"FROM ({table.select(read)}) WHERE {action} GROUP BY ALL"
-    )
+
+    def grouped(source: str) -> str:
+        return (
+            f"SELECT query, {user_of(columns)} AS user, CAST({time} AS INTEGER) AS hour, {agent} AS robot, "
+            f"sum({n}) AS n, count(*) AS rows FROM ({source}) WHERE {action} GROUP BY ALL"
+        )
+
+    connection.execute(f"CREATE TABLE all_lines AS {grouped(table.select(read))}")
+    if rescued := table.rescued(connection, read):
+        connection.execute(f"INSERT INTO all_lines {grouped(rescued)}")
     rows, bare, bad, robots = _row(
         connection,
         "SELECT sum(rows), sum(rows) FILTER (query IS NULL), sum(rows) FILTER (n IS NULL OR "

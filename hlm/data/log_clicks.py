@@ -51,7 +51,6 @@ def read_clicks(
 ) -> None:
     """Fills `click_lines` (query, doc, user, hour, position, clicks, impressions, conversions)."""
     time = hours_of(connection, table, columns, day_first)
-    source = _with_queries(connection, table, columns, log)
     clicks, shown, bought = _counts(connection, table, columns)
     user = user_of(columns)
     position = f"least(CAST({number('position')} AS INTEGER), {POSITIONS})" if "position" in columns else "NULL"
@@ -60,13 +59,20 @@ def read_clicks(
         f"CASE WHEN user IS NULL THEN {what} ELSE least({what}, 1) END AS {what}"
         for what in ("clicks", "impressions", "conversions")
     ]
-    connection.execute(
-        f"CREATE TABLE click_lines AS SELECT query, doc, user, hour, position, {', '.join(once)} FROM ("
-        f"SELECT query, {WHOLE.format('_id')} AS doc, {user} AS user, CAST({time} AS INTEGER) AS hour, "
-        f"CAST({position} AS INTEGER) AS position, sum({clicks}) AS clicks, sum({shown}) AS impressions, "
-        f"sum({bought}) AS conversions FROM {source} WHERE query IS NOT NULL AND _id IS NOT NULL GROUP BY ALL) "
-        "WHERE clicks > 0 OR impressions > 0 OR conversions > 0"
-    )
+
+    def grouped(select: str) -> str:
+        return (
+            f"SELECT query, doc, user, hour, position, {', '.join(once)} FROM ("
+            f"SELECT query, {WHOLE.format('_id')} AS doc, {user} AS user, CAST({time} AS INTEGER) AS hour, "
+            f"CAST({position} AS INTEGER) AS position, sum({clicks}) AS clicks, sum({shown}) AS impressions, "
+            f"sum({bought}) AS conversions FROM {_with_queries(connection, table, columns, log, select)} "
+            "WHERE query IS NOT NULL AND _id IS NOT NULL GROUP BY ALL) "
+            "WHERE clicks > 0 OR impressions > 0 OR conversions > 0"
+        )
+
+    connection.execute(f"CREATE TABLE click_lines AS {grouped(table.select(columns))}")
+    if rescued := table.rescued(connection, columns):
+        connection.execute(f"INSERT INTO click_lines {grouped(rescued)}")
     rows = _row(connection, "SELECT count(*) FROM click_lines")[0]
     dropped["lines that cannot be read"] += table.unread(connection, rows)
     if not rows:
@@ -78,10 +84,14 @@ def read_clicks(
 
 
 def _with_queries(
-    connection: duckdb.DuckDBPyConnection, table: RawTable, columns: Columns, log: tuple[RawTable, Columns] | None
+    connection: duckdb.DuckDBPyConnection,
+    table: RawTable,
+    columns: Columns,
+    log: tuple[RawTable, Columns] | None,
+    select: str,
 ) -> str:
     """SQL of the rows with their queries. Events of UBI may name them by the id alone that they have in the log."""
-    source = f"({table.select(columns)})"
+    source = f"({select})"
     named_by_id = "query_id" in columns and log is not None and "query_id" in log[1]
     if "query" not in columns and not named_by_id:
         raise HlmError(

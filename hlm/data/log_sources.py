@@ -18,6 +18,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 
+import pyarrow as pa
+
 from hlm.data.log_files import KINDS, READ, File, reachable, suffix_of
 from hlm.errors import HlmError
 
@@ -93,6 +95,31 @@ class RawTable(NamedTuple):
             f"rejects_table='rejects_{self.what}', rejects_scan='scans_{self.what}', nullstr='')"
         )
 
+    def rescued(self, connection: duckdb.DuckDBPyConnection, chosen: dict[str, str]) -> str | None:
+        """SQL as `select`, after its scan: the rows that a stray quote had joined to one broken line, and that are
+        whole by themselves. None where nothing was broken."""
+        texts = [part for part in self.parts if part.kind == "csv"]
+        if not _rejects(connection, self.what) or len({(*part.columns, part.separator) for part in texts}) != 1:
+            return None
+        columns = list(texts[0].columns)
+        connection.execute(
+            f"CREATE TABLE rescued_{self.what} ({', '.join(f'{named(name)} VARCHAR' for name in columns)})"
+        )
+        connection.execute(
+            f"SELECT DISTINCT line, csv_line FROM rejects_{self.what} WHERE contains(trim(csv_line, chr(10)), chr(10))"
+        )
+        writer = connection.cursor()
+        while joined := connection.fetchmany(1000):
+            lines = (line for _, text in joined for line in text.splitlines())
+            whole = [row for line in lines if len(row := _whole(line, texts[0])) == len(columns)]
+            cells = [pa.array([row[n] for row in whole], pa.string()) for n in range(len(columns))]
+            writer.register("whole", pa.table(cells, names=columns))
+            writer.execute(f"INSERT INTO rescued_{self.what} SELECT * FROM whole")
+            writer.unregister("whole")
+        writer.close()
+        chosen_cells = ", ".join(_cell(texts[0], role, column) for role, column in chosen.items())
+        return f"SELECT {chosen_cells} FROM rescued_{self.what}"
+
     def unread(self, connection: duckdb.DuckDBPyConnection, read: int) -> int:
         """How many lines of a scan that has run were broken: other cells than the header has, quotes, no UTF-8.
 
@@ -102,22 +129,35 @@ class RawTable(NamedTuple):
         Raises:
             HlmError: most were, so that the separator or the quotes must be others.
         """
-        found = self._rejected(connection)
+        if not _rejects(connection, self.what):
+            return 0
+        found = _number(
+            connection,
+            "SELECT count(*) + sum(length(text) - length(replace(text, chr(10), ''))) FROM (SELECT DISTINCT line, "
+            f"trim(csv_line, chr(10)) AS text FROM rejects_{self.what})",
+        )
+        if _has(connection, f"rescued_{self.what}"):
+            found -= _number(connection, f"SELECT count(*) FROM rescued_{self.what}")
         if found > read:
             raise HlmError(
                 f"{self.what}: expected rows of {len(self.columns)} cells ({', '.join(self.columns[:8])}) in "
-                f"{self.name}, "
-                f"found {found} lines that are none; pass --separator, or export it with quotes around cells"
+                f"{self.name}, found {found} lines that are none; pass --separator, or export it with quotes "
+                "around cells"
             )
         return found
 
-    def _rejected(self, connection: duckdb.DuckDBPyConnection) -> int:
-        made = f"SELECT count(*) FROM duckdb_tables() WHERE table_name = 'rejects_{self.what}'"
-        if not _number(connection, made):
-            return 0
-        lines = "count(DISTINCT (scan_id, file_id, line)) + coalesce(sum(DISTINCT breaks), 0)"
-        within = "length(csv_line) - length(replace(ltrim(csv_line, chr(10)), chr(10), '')) AS breaks"
-        return _number(connection, f"SELECT {lines} FROM (SELECT *, {within} FROM rejects_{self.what})")
+
+def _has(connection: duckdb.DuckDBPyConnection, table: str) -> bool:
+    return _number(connection, f"SELECT count(*) FROM duckdb_tables() WHERE table_name = '{table}'") > 0
+
+
+def _rejects(connection: duckdb.DuckDBPyConnection, what: str) -> bool:
+    return _has(connection, f"rejects_{what}") and _number(connection, f"SELECT count(*) FROM rejects_{what}") > 0
+
+
+def _whole(line: str, part: Part) -> list[str]:
+    """The cells of a line whose quotes close in it; none of another."""
+    return _cells(line, part.separator) if line.count('"') % 2 == 0 else []
 
 
 def _number(connection: duckdb.DuckDBPyConnection, sql: str) -> int:

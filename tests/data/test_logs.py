@@ -391,3 +391,13 @@ def test_lines_without_a_user_do_not_make_a_query_known(tmp_path):
     assert "lone lamp" not in texts and "big lamp" in texts
     bare = "query,sku\n" + "".join(f"{query},{ad}\n" for query, ad in MANY.items()) * 3
     assert pq.read_table(prepared(tmp_path / "bare", bare, min_users=3) / "queries.parquet").num_rows == len(MANY)
+
+
+def test_a_stray_quote_costs_its_own_line_alone(tmp_path):
+    lines = clicks_of(MANY).splitlines()
+    lines.insert(30, '"big lamp,A1,u1,2024-01-02 10:00:00')
+    lines.insert(90, '"soft ""big"" lamp",A1,u1,2024-01-02 10:00:00')
+    folder = prepared(tmp_path, "\n".join(lines) + "\n")
+    assert read_manifest(folder, "dataset")["dropped"]["clicks"] == {"lines that cannot be read": 1}
+    clean = prepared(tmp_path / "clean", "\n".join(line for n, line in enumerate(lines) if n != 30))
+    assert all_grades(folder) == all_grades(clean)
