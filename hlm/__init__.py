@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hlm.data.contract import load as load_data
+    from hlm.data.logs import prepare
     from hlm.encoders.loading import load_encoder
     from hlm.errors import HlmError
     from hlm.evaluation.evaluate import evaluate
@@ -42,6 +43,7 @@ __all__ = [
     "load_data",
     "load_encoder",
     "open_index",
+    "prepare",
     "prune",
     "publish",
     "refine",
@@ -63,6 +65,7 @@ _PLACES = {
     "load_data": "data.contract:load",
     "load_encoder": "encoders.loading",
     "open_index": "vectors.index",
+    "prepare": "data.logs",
     "prune": "training.prune",
     "publish": "publishing.release",
     "refine": "training.refine",

@@ -34,7 +34,11 @@ JOINERS = "\u200c\u200d"  # Persian and Hindi are misspelt without them
 # What recipes/<name>.py does, as a command.
 SCRIPTS = {"quickstart": "run all steps of a folder of configs, skip what is up to date"}
 SCRIPTS |= {step.script: step.help for name, step in STEPS.items() if name != "contrastive_only"}  # refine's second use
-PLOTTING = {"quickstart", "evaluate", "benchmark"}
+# The raw log's step is what most people begin with: it has the short name as a command. As a file of settings,
+# prepare.yaml has long been that of the step which derives queries.
+SHORT = {"prepare": "prepare_logs"}
+SCRIPTS |= {short: f"{SCRIPTS[name]} (also {name})" for short, name in SHORT.items()}
+EXTRA_OF = {"quickstart": "eval", "evaluate": "eval", "benchmark": "eval", "prepare_logs": "logs"}
 REVISION = "or a Hub id, owner/name or owner/name@revision"
 
 
@@ -177,8 +181,8 @@ def run_script(name: str, *words: str) -> NoReturn:
     Raises:
         HlmError: a package that the step imports is not installed.
     """
-    script = recipes() / f"{name}.py"
-    check_extra("eval" if name in PLOTTING else "train", f"hlm {name}")
+    script = recipes() / f"{SHORT.get(name, name)}.py"
+    check_extra(EXTRA_OF.get(script.stem, "train"), f"hlm {name}")
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, str(script), *words])
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from hlm.log_settings import PrepareLogsConfig
 from hlm.steps import (
     AlignConfig,
     CatalogueConfig,
@@ -42,6 +43,13 @@ class Step(NamedTuple):
 OF_A_STUDENT = ("student", "data", "vectors")
 STEPS = {
     "make_catalogue": Step("make_catalogue", CatalogueConfig, (), "catalogue", "make the sample catalogue"),
+    "prepare_logs": Step(
+        "prepare_logs",
+        PrepareLogsConfig,
+        ("catalogue", "log", "clicks", "judgements"),
+        "dataset",
+        "make a dataset of a catalogue, a query log and clicks",
+    ),
     "prepare": Step(
         "prepare_catalogue_queries",
         None,

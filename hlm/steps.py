@@ -53,6 +53,9 @@ class TeacherConfig:
     merge_weight: float | list[float] | str = field(
         default=1.0, metadata={"help": "share of what was learnt that is kept; a list or auto: chosen on dev, 0 too"}
     )
+    train_pairs: int | None = field(
+        default=None, metadata={"help": "pairs drawn from those of the train split; null: all of them"}
+    )
     agreed_pairs: int = field(
         default=0, metadata={"help": "pairs of each typed unlabelled query, where BM25 and the backbone agree"}
     )

@@ -270,6 +270,18 @@ SHOPS = {
 }
 
 
+def test_a_catalogue_of_plain_texts_has_queries_as_well(shop, tmp_path):
+    rows = [{"_id": row["_id"], "text": f"{row['title']}, {row['text'] or 'sold here'}"} for row in catalogue_rows()]
+    (shop / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare(shop, tmp_path / "out", "--train_queries", "40", "--dev_queries", "5", "--unlabelled_queries", "60")
+    data = load(str(tmp_path / "out"), cache_dir=tmp_path / "cache")
+    assert len(data.qrels["train"]) > 20 and data.qrels["dev"]
+    texts = {row["_id"]: row["text"] for row in data.queries}
+    words = {row["_id"]: normalise(row["text"]) for row in rows}
+    for query, documents in data.qrels["train"].items():
+        assert all(set(normalise(texts[query]).split()) <= set(words[document].split()) for document in documents)
+
+
 @pytest.mark.parametrize("language", SHOPS)
 def test_derived_queries_are_words_of_the_catalogue_in_every_script(tmp_path, language):
     colours, things, brands = SHOPS[language]
