@@ -206,6 +206,16 @@ class Floor(TypedDict):
     left: NotRequired["Floor"]  # of what is not looked up
 
 
+class SearchedIndex(TypedDict):
+    """The index that a system searches in every call: its times are from text to ads."""
+
+    engine: str
+    factory: str
+    ads: int
+    k: int
+    recall: NotRequired[float]  # of the exact neighbours, as its manifest says for this k
+
+
 class MeasuredSystem(TypedDict):
     """One system of latency.json. What it is, is written beside these keys, as its backend tells it."""
 
@@ -219,6 +229,7 @@ class MeasuredSystem(TypedDict):
     best_batch_size: int
     best_queries_per_s: float
     ratio: Ratio  # to the reference
+    index: NotRequired[SearchedIndex]
     cold_start: NotRequired[ColdStart]
     quality: NotRequired[Quality]
     agreement: NotRequired[Agreement]

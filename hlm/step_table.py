@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from hlm.log_settings import PrepareLogsConfig
 from hlm.steps import (
     AlignConfig,
     CatalogueConfig,
     EmbedConfig,
     EvaluateConfig,
     ExportConfig,
+    IndexConfig,
     PruneConfig,
     PublishConfig,
     RefineConfig,
@@ -41,6 +43,13 @@ class Step(NamedTuple):
 OF_A_STUDENT = ("student", "data", "vectors")
 STEPS = {
     "make_catalogue": Step("make_catalogue", CatalogueConfig, (), "catalogue", "make the sample catalogue"),
+    "prepare_logs": Step(
+        "prepare_logs",
+        PrepareLogsConfig,
+        ("catalogue", "log", "clicks", "judgements"),
+        "dataset",
+        "make a dataset of a catalogue, a query log and clicks",
+    ),
     "prepare": Step(
         "prepare_catalogue_queries",
         None,
@@ -92,6 +101,14 @@ STEPS = {
         "the baseline: refined, never aligned",
         trains=True,
         parallel=True,
+    ),
+    "index": Step(
+        "index",
+        IndexConfig,
+        OF_A_STUDENT,
+        "index",
+        "choose the ad index by what a student's queries find and cost",
+        by_name=True,
     ),
     "evaluate": Step(
         "evaluate", EvaluateConfig, ("data", "systems"), "report.json", "score every system on judged queries"

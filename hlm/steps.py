@@ -50,9 +50,16 @@ class TeacherConfig:
     use_query_query: bool = field(default=True, metadata={"help": "q-q: other queries"})
     use_document_document: bool = field(default=True, metadata={"help": "d-d: other documents against the positive"})
     cache_chunk: int | None = field(default=None, metadata={"help": "rows encoded at a time (gradient caching)"})
-    merge_weight: float = field(
-        default=1.0, metadata={"help": "share of what was learnt that is kept; 0.5: half-way from the backbone"}
+    merge_weight: float | list[float] | str = field(
+        default=1.0, metadata={"help": "share of what was learnt that is kept; a list or auto: chosen on dev, 0 too"}
     )
+    train_pairs: int | None = field(
+        default=None, metadata={"help": "pairs drawn from those of the train split; null: all of them"}
+    )
+    agreed_pairs: int = field(
+        default=0, metadata={"help": "pairs of each typed unlabelled query, where BM25 and the backbone agree"}
+    )
+    anchor_weight: float = field(default=0.0, metadata={"help": "of the L2 to the backbone's vectors, kept beside"})
     dev_documents: int = field(default=2000, metadata={"help": "documents beside the positives in the dev corpus"})
     max_seq_length: int | None = field(
         default=None, metadata={"help": "tokens a text is cut to; null: the backbone's own limit"}
@@ -91,6 +98,37 @@ class EmbedConfig:
     shard_rows: int = field(default=65536, metadata={"help": "rows a shard: what a kill can cost"})
     model_revision: str | None = field(default=None, metadata={"help": "revision of a model on the Hub"})
     data_revision: str | None = field(default=None, metadata={"help": "revision of a dataset on the Hub"})
+
+
+@dataclass
+class IndexConfig:
+    """Chooses and writes the index that goes online: the fastest that finds enough of the exact neighbours of a
+    student's own queries, within memory and time.
+
+    Candidates that are built are kept in `output`.candidates until one is chosen, so a killed run goes on there.
+    """
+
+    vectors: str = field(metadata={"help": "the teacher's stores, as recipes/embed.py writes them"})
+    student: str = field(metadata={"help": "folder of the student whose queries the index will serve"})
+    data: str = field(metadata={"help": "the dataset: its unlabelled queries are searched, without these its queries"})
+    output: str = field(metadata={"help": "folder for the index"})
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "leave out rows without text, and judgements of what is not in the data"}
+    )
+    target_recall: float = field(default=0.98, metadata={"help": "least share of the k exact neighbours that is found"})
+    k: int = field(default=100, metadata={"help": "ads that are searched for a query"})
+    memory_gb: float | None = field(default=None, metadata={"help": "most gigabytes of the index; null: no bound"})
+    p99_ms: float | None = field(
+        default=None, metadata={"help": "most milliseconds of one query on one thread, p99; null: no bound"}
+    )
+    queries: int = field(default=2000, metadata={"help": "queries drawn: half choose, half say what was reached"})
+    columns: list[str] = field(
+        default_factory=list, metadata={"help": "columns of the corpus that searches can be filtered by"}
+    )
+    candidates: list[str] = field(
+        default_factory=list, metadata={"help": "FAISS factory strings to try; empty: those that suit the catalogue"}
+    )
+    seed: int = field(default=0, metadata={"help": "draws the queries and the vectors that train a candidate"})
 
 
 @dataclass
@@ -198,7 +236,7 @@ class EvaluateConfig:
 
     data: str = field(metadata={"help": "folder or Hub id in the data contract"})
     systems: dict[str, Any] = field(
-        metadata={"help": "name -> nothing (bm25), a model, or {model, corpus (store), oracle, prompt_name}"}
+        metadata={"help": "name -> nothing (bm25), a model, or {model, corpus (store), index, oracle, prompt_name}"}
     )
     skip_bad_rows: bool = field(
         default=False, metadata={"help": "leave out rows without text, and judgements of what is not in the data"}
@@ -235,6 +273,7 @@ class System:
 
     model: str  # folder, "package:..." or Hub id; students: the folder that a recipe wrote
     corpus: str | None = None  # store of document vectors; encoded here (backbone, teacher) or the teacher's (students)
+    index: str | None = None  # folder of an index that is searched in place of the vectors, which are searched exactly
     oracle: bool = False  # the teacher's queries are read with their oracle column
     prompt_name: str | None = "query"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # what the model computes in

@@ -12,7 +12,7 @@ import hlm
 from hlm.step_table import STEPS
 
 INIT = Path(hlm.__file__)
-FUNCTIONS = {"teacher": "train_teacher"} | {
+FUNCTIONS = {"teacher": "train_teacher", "prepare_logs": "prepare", "index": "tune_index"} | {
     name: name for name in ("embed", "prune", "align", "refine", "evaluate", "export", "publish")
 }
 

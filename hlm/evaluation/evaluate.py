@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hlm.artefacts import fingerprint_texts
+from hlm.artefacts import HlmError, fingerprint_json, fingerprint_texts, read_manifest
 from hlm.data.contract import RetrievalData, document_text, load
 from hlm.encoders.loading import check_device, encode, fingerprint, load_encoder
 from hlm.encoders.pruning import parameter_counts
@@ -27,6 +27,7 @@ from hlm.report_types import Report, Thresholds
 from hlm.settings import defaults_of, keywords
 from hlm.steps import EvaluateConfig, System
 from hlm.vectors.faiss_index import AdIndex
+from hlm.vectors.index import Index, open_index
 from hlm.vectors.lineage import check_student
 from hlm.vectors.store import VectorStore, write_store
 
@@ -247,13 +248,30 @@ def search(
     queries = data.split_queries(split, oracle=system.oracle)
     ids, texts = [query for query, _ in queries], [text for _, text in queries]
     dim = None if name in STUDENTS else catalogue.store.dim
+    shipped = open_shipped(system.index, catalogue.store) if system.index else None
 
     def make() -> Run:
         vectors = encode(model, texts, prompt_name=system.prompt_name, dim=dim)
-        return dense_run(vectors, catalogue.index(vectors.shape[1]), ids, config.depth)
+        return dense_run(vectors, shipped or catalogue.index(vectors.shape[1]), ids, config.depth)
 
     key = [encoder, catalogue.store.fingerprint, queries_fingerprint(queries), system.prompt_name, config.depth]
+    key += [fingerprint_json(read_manifest(system.index, "index"))] if system.index else []
     return cached_run(_kept_as(config, name, split), key, ids, make)
+
+
+def open_shipped(folder: str, store: VectorStore) -> Index:
+    """The index at a folder, over the same ads as a store and of the same encoder.
+
+    Raises:
+        HlmError: no such index there.
+    """
+    index = open_index(folder, expect_encoder=store.encoder)
+    if (index.source, len(index)) != (store.source, len(store)):
+        raise HlmError(
+            f"expected an index of the {len(store)} ads of {store.folder}, found one of {len(index)} other ads at "
+            f"{folder}; build it from that store"
+        )
+    return index
 
 
 def query_kinds(data: RetrievalData) -> dict[str, str] | None:

@@ -126,6 +126,10 @@ def find_inputs(systems: dict[str, System | None]) -> dict[str, VectorStore]:
                 known[name] = encoder
             if system.corpus is not None:
                 stores[name] = VectorStore.open(system.corpus)
+            if name == "student_on_index" and system.index is None:
+                raise HlmError("expected the folder of the index that it searches; give it as `index`")
+            if system.index is not None:
+                read_manifest(system.index, "index")
             if name in STUDENTS:
                 if name not in stores and "teacher" not in systems:
                     raise HlmError("it searches the teacher's vectors: add `teacher`, or give it a `corpus`")

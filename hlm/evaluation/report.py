@@ -41,8 +41,9 @@ from hlm.redaction import without_secret_options
 from hlm.report_types import SCHEMA_VERSION, Environment, FusionReport, Report
 
 # Rows of every table, in this order. Students search the teacher's index with a query encoder of their own.
-SYSTEMS = ("bm25", "backbone", "teacher", "pruned", "aligned", "student", "contrastive_only")
-STUDENTS = ("pruned", "aligned", "student", "contrastive_only")
+# `student_on_index` is the student again, in the index that goes online instead of an exact search.
+STUDENTS = ("pruned", "aligned", "student", "student_on_index", "contrastive_only")
+SYSTEMS = ("bm25", "backbone", "teacher", *STUDENTS)
 
 _PACKAGES = ["torch", "transformers", "sentence-transformers", "peft", "accelerate", "datasets", "faiss-cpu"]
 _PACKAGES += ["faiss-gpu", "faiss-gpu-cu12", "bm25s", "pytrec-eval-terrier", "numpy"]

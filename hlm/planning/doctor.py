@@ -36,8 +36,17 @@ def examine() -> list[Check]:
     """Every check of this machine, in the order in which they are shown. Nothing is changed or downloaded; the Hub is
     asked once, for five seconds at most, unless HF_HUB_OFFLINE is set."""
     checks: tuple[Callable[[], Check], ...] = (
-        _python, _processor, _memory, _disk, _torch, _gpu, _engines, _faiss, _extras, _hub,
-    )  # fmt: skip
+        _python,
+        _processor,
+        _memory,
+        _disk,
+        _torch,
+        _gpu,
+        _engines,
+        _faiss,
+        _extras,
+        _hub,
+    )
     return [check() for check in checks]
 
 

@@ -96,6 +96,8 @@ def system_of(report: Report | None, encoder: str, usual: str) -> str | None:
     encoders = report["environment"].get("encoders")
     if not encoders:
         return usual if usual in report["systems"] else None
+    if encoders.get(usual) == encoder:  # a teacher may be its backbone to the bit
+        return usual
     name = next((name for name, found in encoders.items() if found == encoder), None)
     if name is None:
         found = ", ".join(f"{name} {value}" for name, value in encoders.items())

@@ -143,8 +143,9 @@ def test_losses_need_what_the_plan_sets_aside():
     ads, pool_ids = torch.randn(pool, width), torch.arange(pool)
     live = LiveBytes([])
     with live:
-        refinement_contrastive(queries, positives.detach(), ads, positive_ids=ids, pool_ids=pool_ids,
-                               mask=id_mask(ids[:, None], pool_ids), excluded_ids=ids[:, None]).backward()  # fmt: skip
+        masks = {"mask": id_mask(ids[:, None], pool_ids), "excluded_ids": ids[:, None]}
+        loss = refinement_contrastive(queries, positives.detach(), ads, positive_ids=ids, pool_ids=pool_ids, **masks)
+        loss.backward()
     assert 0.75 * REFINEMENT_MATRICES <= live.peak / (4 * rows * pool) <= REFINEMENT_MATRICES
 
 
