@@ -15,7 +15,8 @@ from hlm.data.contract import RetrievalData, iterate, query_text
 from hlm.data.spelling import canonical
 from hlm.encoders.loading import encode
 from hlm.evaluation.bm25 import bm25_run
-from hlm.evaluation.metrics import ranking
+from hlm.evaluation.fusion import reciprocal_rank_fusion
+from hlm.evaluation.metrics import Qrels, Run, ranking
 from hlm.training.mining import search_device, top_k_documents
 from hlm.vectors.store import VectorStore
 
@@ -59,11 +60,10 @@ class TypedQueries:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Two rankings of each query: rows of the corpus, best first."""
+    """What BM25 and the backbone find for each text, at most `DEPTH` documents by id."""
 
-    texts: list[str]
-    lexical: list[list[int]]
-    dense: list[list[int]]
+    lexical: Run
+    dense: Run
 
     @classmethod
     def of(cls, model: SentenceTransformer, texts: list[str], data: RetrievalData, documents: VectorStore) -> Agreement:
@@ -73,40 +73,36 @@ class Agreement:
             model: the untuned backbone.
             documents: its vectors, one a row of the corpus.
         """
-        row_of = {name: row for row, name in enumerate(data.corpus["_id"])}
         corpus = data.corpus.select_columns(["_id", "title", "text"])
-        names = [str(number) for number in range(len(texts))]
-        run = bm25_run(iterate(corpus), zip(names, texts, strict=True), DEPTH)
-        lexical = [[row_of[name] for name in ranking(run[number])] for number in names]
+        lexical = bm25_run(iterate(corpus), [(text, text) for text in texts], DEPTH)
+        ids = data.corpus["_id"][:]
         vectors = encode(model, texts, prompt_name="query")
-        _, rows = top_k_documents(vectors, documents, min(DEPTH, len(documents)), device=search_device(model))
-        return cls(texts, lexical, rows.tolist())
+        depth = min(DEPTH, len(documents))
+        scores, rows = top_k_documents(vectors, documents, depth, device=search_device(model))
+        dense = {
+            text: {ids[row]: float(score) for row, score in zip(found, values, strict=True)}
+            for text, found, values in zip(texts, rows, scores, strict=True)
+        }
+        return cls(lexical, dense)
 
-    def pairs(self, most: int) -> Iterator[tuple[str, list[int], list[int]]]:
-        """(query, the best `most` documents agreed on, all documents of both rankings) of every query with a document
-        agreed on. The last are no negatives: many of them are relevant."""
-        for text, lexical, dense in zip(self.texts, self.lexical, self.dense, strict=True):
-            both = {*lexical[:BOTH]} & {*dense[:BOTH]}
-            if both:
-                fused = fusion(lexical, dense)
-                best = sorted(both, key=lambda row: (-fused[row], row))
-                yield text, best[:most], sorted(fused)
-
-    def judgements(self, ids: list[str]) -> dict[int, dict[str, int]]:
-        """Number of a query -> document id -> grade, of every query with a document agreed on."""
+    def agreed(self) -> dict[str, list[str]]:
+        """Text -> the documents among the first `BOTH` of both, best first, of every text that has any."""
+        fused = reciprocal_rank_fusion([self.lexical, self.dense], constant=CONSTANT)
         found = {}
-        for number, (lexical, dense) in enumerate(zip(self.lexical, self.dense, strict=True)):
-            both = {*lexical[:BOTH]} & {*dense[:BOTH]}
+        for text, documents in fused.items():
+            both = {*ranking(self.lexical[text], BOTH)} & {*ranking(self.dense[text], BOTH)}
             if both:
-                found[number] = {ids[row]: int(row in both) for row in {*lexical, *dense}}
+                found[text] = [name for name in ranking(documents) if name in both]
         return found
 
+    def pairs(self, most: int) -> Iterator[tuple[str, list[str], list[str]]]:
+        """(text, the best `most` documents agreed on, all documents of both) of every text with a document agreed on.
+        The last are no negatives: many of them are relevant."""
+        for text, documents in self.agreed().items():
+            yield text, documents[:most], sorted({*self.lexical[text], *self.dense[text]})
 
-def fusion(*rankings: list[int]) -> dict[int, float]:
-    """Reciprocal rank fusion: document -> sum of 1 / (CONSTANT + rank) over the rankings that have it (Cormack et al.,
-    SIGIR 2009)."""
-    scores: dict[int, float] = {}
-    for found in rankings:
-        for rank, document in enumerate(found, start=1):
-            scores[document] = scores.get(document, 0.0) + 1 / (CONSTANT + rank)
-    return scores
+    def judgements(self) -> Qrels:
+        """Text -> document -> 1 where agreed on, 0 for others of either, of every text with a document agreed on."""
+        agreed = self.agreed()
+        found = {text: {*self.lexical[text], *self.dense[text]} for text in agreed}
+        return {text: {name: int(name in agreed[text]) for name in sorted(found[text])} for text in found}

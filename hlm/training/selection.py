@@ -28,6 +28,8 @@ from hlm.training.trainer import RecipeTrainer, TrainingArguments
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
+JUDGED = "judged dev queries"  # what a choice is made by
+AGREED = "unlabelled queries, judged by BM25 and the backbone"
 WEIGHTS = (0.25, 0.5, 0.75, 1.0)
 LEAST_JUDGED = 20  # dev queries; fewer tell nothing
 SAMPLES = 10_000
@@ -87,13 +89,13 @@ def typed_retrieval(
     if len(typed.judged) >= LEAST_JUDGED:
         texts = dict(data.split_queries("dev", oracle=config.oracle))
         qrels = {query: data.qrels["dev"][query] for query in typed.judged}
-        return dev_retrieval(data, config, {query: texts[query] for query in qrels}, qrels), "judged dev queries"
-    judged = searched(typed.held_out).judgements(data.corpus["_id"]) if typed.held_out else {}
-    if len(judged) < LEAST_JUDGED:
+        return dev_retrieval(data, config, {query: texts[query] for query in qrels}, qrels), JUDGED
+    qrels = searched(typed.held_out).judgements() if typed.held_out else {}
+    if len(qrels) < LEAST_JUDGED:
         return dev_retrieval(data, config), None
-    texts = {str(number): typed.held_out[number] for number in judged}
-    qrels = {str(number): grades for number, grades in judged.items()}
-    return dev_retrieval(data, config, texts, qrels), "unlabelled queries, judged by BM25 and the backbone"
+    return dev_retrieval(
+        data, config, {text: text for text in qrels}, qrels
+    ), "unlabelled queries, judged by BM25 and the backbone"
 
 
 def keep_checkpoints(args: TrainingArguments) -> None:

@@ -17,7 +17,7 @@ from accelerate.utils import set_seed
 from sentence_transformers import SentenceTransformer
 from torch.distributed.tensor import DTensor
 
-from hlm.artefacts import fingerprint_json
+from hlm.artefacts import HlmError, fingerprint_json
 from hlm.data.contract import RetrievalData, document_text, iterate, load
 from hlm.encoders.loading import encode, fingerprint, load_encoder, prompt_of, save_encoder, sent
 from hlm.encoders.lora import add_lora, enable_gradient_checkpointing, merge_lora, weaken_lora
@@ -144,8 +144,13 @@ def searched(
     def agreement(texts: list[str]) -> Agreement:
         return Agreement.of(model, texts, data, backbone_vectors(model, pairs.documents, folder, source))
 
-    if typed and config.agreed_pairs:
+    if typed and typed.trained and config.agreed_pairs:
         pairs.add(agreement(typed.trained).pairs(config.agreed_pairs))
+    if not len(pairs.rows):
+        raise HlmError(
+            f"expected pairs to train on, found none with train_pairs {config.train_pairs} and agreed_pairs "
+            f"{config.agreed_pairs}, of {len(typed.trained) if typed else 0} typed queries; raise train_pairs"
+        )
     dev: tuple[DevRetrieval | None, str | None] = (dev_retrieval(data, config), None)
     if typed and weights_of(config.merge_weight):
         dev = typed_retrieval(data, config, typed, agreement)
@@ -197,10 +202,10 @@ class Pairs:
     def __init__(self, data: RetrievalData, config: TeacherConfig) -> None:
         triples = kept_pairs(data, config.min_score)
         self.documents = [document_text(row, oracle=config.oracle) for row in iterate(data.corpus)]
-        row_of = {name: row for row, name in enumerate(data.corpus["_id"])}
+        self.row_of = {name: row for row, name in enumerate(data.corpus["_id"])}
         best: dict[str, list[tuple[int, int]]] = {}
         for query, document, grade in triples:
-            best.setdefault(query, []).append((-grade, row_of[document]))
+            best.setdefault(query, []).append((-grade, self.row_of[document]))
         texts = dict(data.split_queries("train", oracle=config.oracle))
         self.queries = [texts[name] for name in best]
         self.known = [[row for _, row in found] for found in best.values()]
@@ -210,16 +215,18 @@ class Pairs:
             # Best grades first; among equals by chance, or the catalogue's order would choose.
             order = sorted(range(len(found)), key=lambda i: (found[i][0], generator.random()))
             rows += [(number, found[i][1]) for i in order[: config.pairs_per_query]]
-        self.rows = np.asarray(rows, dtype=np.int64)  # (pairs, 2): query number, document row
+        if config.train_pairs is not None and config.train_pairs < len(rows):
+            rows = [rows[i] for i in sorted(generator.permutation(len(rows))[: config.train_pairs])]
+        self.rows = np.asarray(rows, dtype=np.int64).reshape(-1, 2)  # (pairs, 2): query number, document row
         self.excluded = padded_rows(self.known)
 
-    def add(self, found: Iterable[tuple[str, list[int], list[int]]]) -> None:
+    def add(self, found: Iterable[tuple[str, list[str], list[str]]]) -> None:
         """Adds pairs of further queries: (text, documents that make a pair, documents that are no negatives)."""
         rows = []
         for text, documents, known in found:
-            rows += [(len(self.queries), document) for document in documents]
+            rows += [(len(self.queries), self.row_of[document]) for document in documents]
             self.queries.append(text)
-            self.known.append(known)
+            self.known.append([self.row_of[document] for document in known])
         logger.info("%d pairs on which BM25 and the backbone agree, beside %d others", len(rows), len(self.rows))
         self.rows = np.concatenate([self.rows, np.asarray(rows, dtype=np.int64).reshape(-1, 2)])
         self.excluded = padded_rows(self.known)

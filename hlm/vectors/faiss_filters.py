@@ -87,26 +87,32 @@ def _in_cells(
     options: dict[str, float | None],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Searches as many cells as the query that needs the most of them does."""
-    nprobe, usual = ivf.nlist, options["nprobe"] or 1
+    usual = int(options["nprobe"] or 1)
     if options["k_factor"]:
         options = options | {"k_factor": min(MORE_ROWS * options["k_factor"], index.ntotal / k)}
     wanted = max(MORE_ROWS * usual / ivf.nlist * index.ntotal, 2 * k * (options["k_factor"] or 1))
-    if wanted < chosen.count:
-        held = _selected_in(ivf, chosen)
-        inner = queries
-        for part in _before(index):
-            inner = part.apply(inner)
-        nearest = ivf.quantizer.search(inner, ivf.nlist)[1]  # -1 where a graph over the cells found no more
-        total = np.cumsum(np.where(nearest >= 0, held[nearest], 0), axis=1)
-        reached = total >= wanted
-        if reached.any(axis=1).all():
-            nprobe = max(int(usual), int(reached.argmax(axis=1).max()) + 1)
-    found = faiss_parts.parameters(index, options | {"nprobe": nprobe}, faiss.IDSelectorBitmap(chosen.bits))
-    scores, rows = index.search(queries, k, params=found)
-    if (rows < 0).any() and nprobe < ivf.nlist:
-        found = faiss_parts.parameters(index, options | {"nprobe": ivf.nlist}, faiss.IDSelectorBitmap(chosen.bits))
-        scores, rows = index.search(queries, k, params=found)
-    return scores, rows
+    nprobe = max(usual, _cells_with(wanted, index, ivf, queries, chosen)) if wanted < chosen.count else ivf.nlist
+    while True:
+        parameters = faiss_parts.parameters(index, options | {"nprobe": nprobe}, faiss.IDSelectorBitmap(chosen.bits))
+        scores, rows = index.search(queries, k, params=parameters)
+        if nprobe == ivf.nlist or (rows >= 0).all():
+            return scores, rows
+        nprobe = ivf.nlist
+
+
+def _cells_with(wanted: float, index: faiss.Index, ivf: faiss.Index, queries: np.ndarray, chosen: Selection) -> int:
+    """How many of the nearest cells hold so many selected rows, for the query that needs the most cells."""
+    held, inner, cells = _selected_in(ivf, chosen), queries, min(ivf.nlist, 64)
+    for transform in _before(index):
+        inner = transform.apply(inner)
+    while True:
+        nearest = ivf.quantizer.search(inner, cells)[1]  # -1 where a graph over the cells found no more
+        reached = np.cumsum(np.where(nearest >= 0, held[nearest], 0), axis=1) >= wanted
+        if reached[:, -1].all():
+            return int(reached.argmax(axis=1).max()) + 1
+        if cells == ivf.nlist:
+            return cells
+        cells = min(ivf.nlist, 4 * cells)
 
 
 def _before(index: faiss.Index) -> list[faiss.VectorTransform]:

@@ -315,8 +315,10 @@ class AdIndex(Index):
                 `hlm.vectors.filters.mask_of`.
 
         Raises:
-            HlmError: another index's selection, or what `mask_of` refuses.
+            HlmError: another index's selection, an index on a GPU, or what `mask_of` refuses.
         """
+        if self._on_gpu:
+            raise HlmError("where: an index on a GPU takes no filter; load it without gpu=True")
         if isinstance(where, Selection):
             if where.index is not self:
                 raise HlmError("where: expected a selection of this index, found another's; call select on this one")
@@ -331,7 +333,7 @@ class AdIndex(Index):
         try:
             with faiss_parts.threads(one=len(queries) == 1):
                 if chosen is not None:
-                    scores, rows = faiss_filters.search_selected(self._on_cpu(), queries, k, chosen, options)
+                    scores, rows = faiss_filters.search_selected(self._index, queries, k, chosen, options)
                 else:
                     scores, rows = self._index.search(queries, k, params=self._parameters_of(options))
         except (RuntimeError, MemoryError) as error:

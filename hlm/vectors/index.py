@@ -23,6 +23,7 @@ from hlm.integrity import read_steadily
 # NumPy, PyArrow and FAISS come with the engine: what may be published is known without them.
 if TYPE_CHECKING:
     import numpy as np
+    import pyarrow as pa
 
     from hlm.vectors.filters import Where
     from hlm.vectors.store import VectorStore
@@ -76,8 +77,14 @@ class Index(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def build(cls, store: VectorStore, factory: str, *, dim: int | None = None) -> Self:
-        """Builds an index over a store's vectors; with `dim` over their first components, normalised again."""
+    def build(
+        cls, store: VectorStore, factory: str, *, dim: int | None = None, columns: pa.Table | None = None
+    ) -> Self:
+        """Builds an index over a store's vectors; with `dim` over their first components, normalised again.
+
+        Args:
+            columns: what searches can be filtered by: "_id", and columns of plain values; rows in any order.
+        """
 
     @abc.abstractmethod
     def search(

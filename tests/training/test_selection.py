@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 import hlm
-from hlm.artefacts import HlmError, read_manifest
+from hlm.artefacts import HlmError, read_manifest, write_json
 from hlm.data.contract import load
 from hlm.encoders.loading import fingerprint, load_encoder
+from hlm.publishing.cards import teacher_card
 from hlm.training import selection
-from hlm.training.agreement import Agreement, TypedQueries, fusion
+from hlm.training.agreement import Agreement, TypedQueries
 
 TRAINING = {"per_device_train_batch_size": 32, "seed": 3, "learning_rate": 3e-3, "disable_tqdm": True}
 SETTINGS = {"min_score": 3, "lora_rank": 4, "pairs_per_query": 2, "hard_negatives": 0, "max_steps": 8, **TRAINING}
@@ -65,6 +66,20 @@ def test_pairs_that_are_noise_leave_the_backbone(helped, catalogue_200, tmp_path
     assert (tmp_path / "teacher/adapter/adapter_model.safetensors").is_file()
 
 
+def test_the_card_says_what_was_kept(helped, tmp_path):
+    folder, chosen = helped
+    backbone = chosen | {"step": 0, "merge_weight": 0.0}
+    nothing = {"step": 0, "merge_weight": 0.0, "signal": None}
+    shutil.copytree(folder, tmp_path / "teacher")
+    for kept, words in (
+        (chosen, f"the share {chosen['merge_weight']} is kept"),
+        (backbone, "nothing that was learnt"),
+        (nothing, "no queries that people typed"),
+    ):
+        write_json(tmp_path / "teacher/hlm.json", read_manifest(folder, "teacher") | {"chosen": kept})
+        assert words in " ".join(teacher_card(tmp_path / "teacher", repo_id="acme/teacher").split())
+
+
 def test_a_choice_that_was_killed_is_made_again(helped, tiny_bert, catalogue_200, tmp_path, monkeypatch):
     folder, chosen = helped
     before = selection.set_adapter
@@ -112,9 +127,11 @@ def test_typed_queries_without_judgements_choose(helped, catalogue_200, tmp_path
 
 
 def test_agreed_pairs_are_high_in_both_rankings():
-    agreement = Agreement(["a", "b"], [[3, 1, 2], [4]], [[1, 3, 9], [5]])
-    assert list(agreement.pairs(1)) == [("a", [1], [1, 2, 3, 9])]  # rank 2 and 1 as 1 and 2: the lower row
-    assert fusion([7, 8], [8])[8] == pytest.approx(1 / 12 + 1 / 11)
+    lexical = {"a": {"d3": 9.0, "d1": 5.0, "d2": 4.0}, "b": {"d4": 1.0}}
+    agreement = Agreement(lexical, {"a": {"d1": 0.9, "d3": 0.8, "d9": 0.7}, "b": {"d5": 0.5}})
+    assert agreement.agreed() == {"a": ["d3", "d1"]}  # of equals the higher id, as everywhere
+    assert list(agreement.pairs(1)) == [("a", ["d3"], ["d1", "d2", "d3", "d9"])]
+    assert agreement.judgements() == {"a": {"d1": 1, "d2": 0, "d3": 1, "d9": 0}}
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.5, "best", [], [0.5, -1.0]])
