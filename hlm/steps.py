@@ -133,7 +133,10 @@ class IndexConfig:
 
 @dataclass
 class PruneConfig:
-    """Phase 2, the cut alone: a student with fewer layers and narrower FFNs, without any training."""
+    """Phase 2, the cut alone: a student with fewer layers, narrower FFNs and fewer tokens, without any training.
+
+    With `vocabulary` alone it takes tokens from any student, and texts of the others keep their vectors to the bit.
+    """
 
     model: str = field(metadata={"help": "what is cut: a folder, a Hub id or package:..."})
     data: str = field(metadata={"help": "the dataset whose queries layers and FFN units are scored on"})
@@ -148,6 +151,10 @@ class PruneConfig:
         default="middle_skip", metadata={"help": "how `keep` chooses the layers"}
     )
     ffn: int | None = field(default=None, metadata={"help": "FFN units to keep; null: all"})
+    vocabulary: dict[str, int] = field(
+        default_factory=dict,
+        metadata={"help": "{keep: N} or {min_count: N}: tokens that the log and the titles use; empty: all stay"},
+    )
     calibration: int = field(default=512, metadata={"help": "queries that layers and FFN units are scored on"})
 
 
