@@ -68,12 +68,9 @@ def _scored(storage: faiss.Index, queries: np.ndarray, k: int, rows: np.ndarray)
     best = faiss.ResultHeap(len(queries), k, keep_max=True)
     for start in range(0, len(rows), FEW_ROWS):
         block = rows[start : start + FEW_ROWS]
-        scores = queries @ storage.reconstruct_batch(block).T
-        if k < len(block):
-            places = np.argpartition(-scores, k - 1, axis=1)[:, :k]
-            best.add_result(np.take_along_axis(scores, places, 1), block[places])
-        else:
-            best.add_result(scores, np.ascontiguousarray(np.broadcast_to(block, scores.shape)))
+        vectors = storage.reconstruct_batch(block)
+        scores, places = faiss.knn(queries, vectors, min(k, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
+        best.add_result(scores, block[places])
     best.finalize()
     return best.D, best.I
 
