@@ -1,7 +1,7 @@
 """From text to ads on one thread: the index that `hlm index` chooses beside what the documentation of others shows.
 
     python results/measure/measure_index.py --vectors VECTORS --student STUDENT --online ONLINE --data DATA \\
-        --work WORK --output results/index-100k.json
+        --work WORK --output results/index-70k.json
 
 DATA is a sample catalogue of recipes/make_catalogue.py. VECTORS are of its ads, by the quickstart's teacher
 (recipes/embed.py, or the teacher's exported graph, which is faster on a CPU and equal to sentence-transformers to
