@@ -23,6 +23,7 @@ test-lowest: .venv-lowest/.installed
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
 
 # $(1): the environment's folder, $(2): its constraints, $(3): its build of torch

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hlm.data.contract import load as load_data
+    from hlm.data.logs import prepare
     from hlm.encoders.loading import load_encoder
     from hlm.errors import HlmError
     from hlm.evaluation.evaluate import evaluate
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from hlm.vectors.index import open_index
     from hlm.vectors.lineage import verify
     from hlm.vectors.store import VectorStore
+    from hlm.vectors.tune_index import tune_index
 
 __version__ = "0.1.0"
 __all__ = [
@@ -41,10 +43,12 @@ __all__ = [
     "load_data",
     "load_encoder",
     "open_index",
+    "prepare",
     "prune",
     "publish",
     "refine",
     "train_teacher",
+    "tune_index",
     "verify",
 ]
 # Public name -> its module, and its name there where that is another. Loaded when asked for: `import hlm` stays light.
@@ -61,10 +65,12 @@ _PLACES = {
     "load_data": "data.contract:load",
     "load_encoder": "encoders.loading",
     "open_index": "vectors.index",
+    "prepare": "data.logs",
     "prune": "training.prune",
     "publish": "publishing.release",
     "refine": "training.refine",
     "train_teacher": "training.teacher",
+    "tune_index": "vectors.tune_index",
     "verify": "vectors.lineage",
 }
 

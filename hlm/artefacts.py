@@ -20,10 +20,21 @@ from hlm.outputs import MANIFEST, atomic_file, atomic_folder, check_output, clai
 SCHEMA_VERSION = 1
 
 __all__ = [
-    "MANIFEST", "HlmError", "amend_manifest", "atomic_file", "atomic_folder", "check_output", "claimed",
-    "file_records", "fingerprint_file", "fingerprint_json", "fingerprint_texts", "read_manifest", "write_json",
+    "MANIFEST",
+    "HlmError",
+    "amend_manifest",
+    "atomic_file",
+    "atomic_folder",
+    "check_output",
+    "claimed",
+    "file_records",
+    "fingerprint_file",
+    "fingerprint_json",
+    "fingerprint_texts",
+    "read_manifest",
+    "write_json",
     "write_manifest",
-]  # fmt: skip
+]
 
 
 def fingerprint_json(value: Any) -> str:

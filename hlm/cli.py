@@ -22,9 +22,10 @@ from hlm.endings import INTERRUPTED, NO_READER
 from hlm.extras import check_extra, extras_named
 from hlm.fields import optional, read_json
 from hlm.hub.cache import local_folder
+from hlm.planning.run_file import QUESTIONS, ask, write_run_file
 from hlm.planning.settings import Assumptions, check_folder, read_steps
 from hlm.recipe_files import recipes
-from hlm.steps import STEPS
+from hlm.step_table import STEPS
 from hlm.vectors.lineage import open_fitting, read_student
 
 # torch, faiss and datasets are imported where they are used: `hlm --help` and a refusal come at once.
@@ -33,7 +34,11 @@ JOINERS = "\u200c\u200d"  # Persian and Hindi are misspelt without them
 # What recipes/<name>.py does, as a command.
 SCRIPTS = {"quickstart": "run all steps of a folder of configs, skip what is up to date"}
 SCRIPTS |= {step.script: step.help for name, step in STEPS.items() if name != "contrastive_only"}  # refine's second use
-PLOTTING = {"quickstart", "evaluate", "benchmark"}
+# The raw log's step is what most people begin with: it has the short name as a command. As a file of settings,
+# prepare.yaml has long been that of the step which derives queries.
+SHORT = {"prepare": "prepare_logs"}
+SCRIPTS |= {short: f"{SCRIPTS[name]} (also {name})" for short, name in SHORT.items()}
+EXTRA_OF = {"quickstart": "eval", "evaluate": "eval", "benchmark": "eval", "prepare_logs": "logs"}
 REVISION = "or a Hub id, owner/name or owner/name@revision"
 
 
@@ -149,10 +154,23 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--commit", metavar="SHA", help="of the code (default: the report's)")
     command.set_defaults(run=card)
 
-    command = commands.add_parser("init", help="puts a set of configs into a folder of your own", allow_abbrev=False)
+    command = commands.add_parser("doctor", help="whether this machine can run HLM", allow_abbrev=False)
+    command.add_argument("--json", action="store_true", help="print JSON: name, status, text and remedy of each check")
+    command.set_defaults(run=doctor)
+
+    command = commands.add_parser("init", help="a folder of your own, for `hlm run`", allow_abbrev=False)
     command.add_argument("folder", help="made where it is missing; nothing in it is overwritten")
-    command.add_argument("--like", default="quickstart", metavar="NAME", help="which set (default: %(default)s)")
+    command.add_argument("--data", metavar="ID", help="a folder or Hub id (default: a sample catalogue)")
+    command.add_argument("--hardware", metavar="NAME", help="cpu, or GPUs such as 8xH100 (default: cpu)")
+    command.add_argument("--p99-ms", metavar="MS", help="latency budget of one query (default: 15)")
+    command.add_argument("--min-score", metavar="GRADE", help="lowest grade of a good ad (default: the set's)")
+    command.add_argument("--like", metavar="NAME", help="write out a set of configs instead, one file a step")
     command.set_defaults(run=init)
+
+    command = commands.add_parser("run", help="runs all steps of a folder that `hlm init` made", allow_abbrev=False)
+    command.add_argument("folder", help="with run.yaml, or one YAML file a step")
+    command.add_argument("--processes", default="1", metavar="N", help="to launch each training step on")
+    command.set_defaults(run=run_all)
     for name, text in SCRIPTS.items():
         commands.add_parser(name, help=text, add_help=False)  # `run_script` runs it
     return top
@@ -164,8 +182,8 @@ def run_script(name: str, *words: str) -> NoReturn:
     Raises:
         HlmError: a package that the step imports is not installed.
     """
-    script = recipes() / f"{name}.py"
-    check_extra("eval" if name in PLOTTING else "train", f"hlm {name}")
+    script = recipes() / f"{SHORT.get(name, name)}.py"
+    check_extra(EXTRA_OF.get(script.stem, "train"), f"hlm {name}")
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, str(script), *words])
 
@@ -173,9 +191,34 @@ def run_script(name: str, *words: str) -> NoReturn:
 def init(options: argparse.Namespace) -> None:
     from hlm import recipe_files
 
-    written = recipe_files.init(options.folder, options.like)
     folder = options.folder.rstrip("/")
-    show(f"{len(written)} files in {folder}; all steps: hlm quickstart --configs {folder}")
+    answers = {name: getattr(options, name) for name in (*QUESTIONS, "min_score")}
+    if options.like:
+        if any(answers.values()):
+            raise HlmError("expected --like, or what goes into run.yaml, found both; leave --like out")
+        written = recipe_files.init(options.folder, options.like)
+        show(f"{len(written)} files in {folder}; all steps: hlm run {folder}")
+        return
+    answers = ask(answers)
+    show(f"{write_run_file(options.folder, **answers)}; all steps: hlm run {folder}")
+
+
+def run_all(options: argparse.Namespace) -> None:
+    run_script("quickstart", "--configs", options.folder, "--processes", options.processes)
+
+
+def doctor(options: argparse.Namespace) -> None:
+    """Prints the checks.
+
+    Raises:
+        HlmError: a check found a problem.
+    """
+    from hlm.planning.doctor import as_text, examine
+
+    checks = examine()
+    show(json.dumps([check._asdict() for check in checks], indent=2) if options.json else as_text(checks))
+    if problems := [check.name for check in checks if check.status == "problem"]:
+        raise HlmError(f"expected a machine that can run HLM, found problems with {', '.join(problems)}; see above")
 
 
 def plan(options: argparse.Namespace) -> None:

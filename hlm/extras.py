@@ -15,12 +15,19 @@ EXTRAS = {
     "onnx_ir": "train", "onnxscript": "train", "peft": "train", "pytrec_eval": "train", "safetensors": "train",
     "sentence_transformers": "train", "torch": "train", "transformers": "train",
     "evaluate": "eval", "matplotlib": "eval",
+    "duckdb": "logs", "phonenumbers": "logs",
     "gradio": "space",
     "openvino": "openvino",
 }  # fmt: skip
 
 
-NESTED = ("index", "train", "eval")  # each brings what those before it bring
+# Extra -> those whose packages it brings.
+BRINGS = {
+    "index": ("index",),
+    "train": ("index", "train"),
+    "eval": ("index", "train", "eval"),
+    "logs": ("index", "train", "logs"),
+}
 
 
 @contextlib.contextmanager
@@ -43,13 +50,13 @@ def extras_named(what: str) -> Iterator[None]:
 
 
 def check_extra(extra: str, what: str) -> None:
-    """Refuses, without importing them, where packages of an extra of `NESTED` are missing.
+    """Refuses, without importing them, where packages of an extra of `BRINGS` are missing.
 
     Raises:
         HlmError: as `extras_named`.
     """
     for package, brought in EXTRAS.items():
-        if brought in NESTED[: NESTED.index(extra) + 1] and importlib.util.find_spec(package) is None:
+        if brought in BRINGS[extra] and importlib.util.find_spec(package) is None:
             raise _missing(package, extra, what)
 
 

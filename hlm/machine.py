@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import resource
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -33,6 +34,37 @@ def cpu_quota() -> float | None:
     """Cores' worth of CPU time that the control groups of this process allow, the strictest of them (`docker --cpus`,
     `limits.cpu` of Kubernetes); None where there is no limit."""
     quotas = []
+    for folder in _control_groups("cpu"):
+        try:
+            if (folder / "cpu.max").is_file():
+                quota, period = (folder / "cpu.max").read_text().split()
+            else:
+                quota, period = ((folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+            if quota not in ("max", "-1"):
+                quotas.append(int(quota) / int(period))
+        except (OSError, ValueError, ZeroDivisionError):
+            continue  # the root of the tree has no limit
+    return min(quotas, default=None)
+
+
+def memory_limit_mib() -> float | None:
+    """Memory (MiB) that the control groups of this process allow, the strictest of them (`docker --memory`,
+    `limits.memory` of Kubernetes); None where there is no limit below the machine's memory."""
+    limits = []
+    for folder in _control_groups("memory"):
+        new, old = folder / "memory.max", folder / "memory.limit_in_bytes"
+        try:
+            limits.append(int((new if new.is_file() else old).read_text()) / 2**20)
+        except (OSError, ValueError):
+            continue  # the root of the tree has no limit, another group the limit "max"
+    total = memory_mib("MemTotal")
+    return min((limit for limit in limits if total is None or limit < total), default=None)
+
+
+def _control_groups(controller: str) -> list[Path]:
+    """The folders of this process's control groups of a controller, and of the groups above them, as far as they can be
+    seen; none where the system has no control groups."""
+    folders: list[Path] = []
     try:
         mounts = [line.split() for line in MOUNTS.read_text().splitlines()]
         for line in CGROUP.read_text().splitlines():
@@ -40,31 +72,22 @@ def cpu_quota() -> float | None:
             for mount in mounts:
                 kind, *_, options = mount[mount.index("-") + 1 :]
                 if (kind == "cgroup2" and not controllers) or (
-                    kind == "cgroup" and "cpu" in controllers.split(",") and "cpu" in options.split(",")
+                    kind == "cgroup" and controller in controllers.split(",") and controller in options.split(",")
                 ):
-                    quotas += _quotas(_unescaped(mount[4]), _unescaped(mount[3]), group)
+                    folders += _group_and_above(_unescaped(mount[4]), _unescaped(mount[3]), group)
     except (OSError, ValueError):  # no Linux, or one that writes these files otherwise
-        return None
-    return min(quotas, default=None)
+        return []
+    return folders
 
 
-def _quotas(mounted: str, root: str, group: str) -> list[float]:
-    """The limits of a control group and of those above it, as far as they can be seen where `root` is mounted."""
+def _group_and_above(mounted: str, root: str, group: str) -> Iterator[Path]:
+    """A control group's folder and those above it, where the group `root` is what is mounted at `mounted`."""
     inside = os.path.relpath(group, root) if os.path.isabs(group) else "."
-    folder, found = Path(mounted), []
+    folder = Path(mounted)
     # A group outside of what is mounted, as in a container, is what is mounted.
     for part in ("", *(() if inside.startswith("..") else Path(inside).parts)):
         folder /= part
-        try:
-            if (folder / "cpu.max").is_file():
-                quota, period = (folder / "cpu.max").read_text().split()
-            else:
-                quota, period = ((folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
-            if quota not in ("max", "-1"):
-                found.append(int(quota) / int(period))
-        except (OSError, ValueError, ZeroDivisionError):
-            continue  # the root of the tree has no limit
-    return found
+        yield folder
 
 
 def _unescaped(path: str) -> str:
@@ -194,3 +217,13 @@ def instructions() -> list[str] | None:
             found = set(line.split(":", 1)[1].split())
             return [name for name in INSTRUCTIONS if name in found]
     return None
+
+
+def cpu_model() -> str:
+    """The processor's name; where the system does not tell it, its kind."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

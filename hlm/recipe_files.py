@@ -23,6 +23,12 @@ def recipes() -> Path:
     return found
 
 
+def sets() -> dict[str, Path]:
+    """The sets of configs that HLM comes with: name -> folder."""
+    configs = recipes() / "configs"
+    return {path.name: path for path in sorted(configs.iterdir()) if path.is_dir() and path.name != LAUNCH}
+
+
 def init(folder: str | Path, like: str) -> list[Path]:
     """Copies a set of configs, and the launch files of accelerate, into a folder of the user's own.
 
@@ -39,13 +45,11 @@ def init(folder: str | Path, like: str) -> list[Path]:
     Raises:
         HlmError: no such set, or a file in `folder` that would be overwritten.
     """
-    configs = recipes() / "configs"
-    sets = sorted(path.name for path in configs.iterdir() if path.is_dir() and path.name != LAUNCH)
-    if like not in sets:
-        raise HlmError(f"--like: expected one of {', '.join(sets)}, found '{like}'{closest(like, sets)}")
+    if like not in (known := sets()):
+        raise HlmError(f"--like: expected one of {', '.join(known)}, found '{like}'{closest(like, known)}")
     target = resolved(folder)
-    paths = {path.name: path for path in (configs / like).glob("*.yaml")}
-    paths |= {f"{LAUNCH}/{path.name}": path for path in (configs / LAUNCH).glob("*.yaml")}
+    paths = {path.name: path for path in known[like].glob("*.yaml")}
+    paths |= {f"{LAUNCH}/{path.name}": path for path in (known[like].parent / LAUNCH).glob("*.yaml")}
     texts = {name: _own(path.read_text(encoding="utf-8"), folder, like) for name, path in sorted(paths.items())}
     there = [name for name in texts if os.path.lexists(target / name)]
     if there:

@@ -33,6 +33,71 @@ class Environment(TypedDict, total=False):
     corpus: str  # report.json: fingerprint of the ads' texts
 
 
+class OnlyFound(TypedDict):
+    """Relevant ads among the first k that one retriever of an ensemble found and no other."""
+
+    only: int
+    found: int  # by any of them
+    share: Recovery  # only / found
+
+
+class Interleaving(TypedDict):
+    """Team-draft interleaving with simulated clicks; see `hlm.evaluation.interleaving`."""
+
+    simulated: bool  # always true: nobody clicked
+    impressions: int
+    wins: float  # share of the impressions in which the ensemble with this retriever had more clicks
+    ties: float
+    losses: float
+    preference: Recovery  # wins + ties / 2; 0.5: no difference
+
+
+class Contribution(TypedDict):
+    """What one retriever adds to an ensemble: the ensemble beside the same one without it."""
+
+    weights_without: list[float] | None  # of the others; None where ranks are fused
+    without: dict[str, float]  # metric -> mean of the ensemble without it
+    uplift: dict[str, Recovery]  # metric -> with over without, minus 1
+    only_found: OnlyFound
+    interleaving: Interleaving
+
+
+class FusionReport(TypedDict):
+    """One ensemble; its scores stand among the systems."""
+
+    systems: list[str]
+    method: str
+    normalisation: str | None
+    weights: list[float] | None
+    weights_from: str | None  # "given", or the split that they were chosen on
+    chosen_ndcg: float | None  # nDCG@k on that split
+    members: dict[str, Contribution]
+
+
+class AtThreshold(TypedDict):
+    """What is shown where only ads among the first k with a least score are."""
+
+    precision: Recovery  # share of the shown ads that are relevant
+    coverage: float  # share of the queries with an ad
+    kept: float | None  # share of the relevant ads among the first k that is left
+    shown_per_query: float
+
+
+class Threshold(TypedDict):
+    threshold: float | None  # None: no least score keeps the precision
+    reason: NotRequired[str]
+    chosen_on: NotRequired[AtThreshold]
+    reported: NotRequired[AtThreshold]
+
+
+class Thresholds(TypedDict):
+    """The least scores that keep a stated precision, chosen on one split and reported on another."""
+
+    wanted_precision: float
+    split: str  # that they were chosen on
+    systems: dict[str, Threshold]
+
+
 class Report(TypedDict):
     """report.json. Beside these keys it has "overlap@k": the student's, or None."""
 
@@ -46,6 +111,8 @@ class Report(TypedDict):
     recovery: dict[str, Recovery]  # metric -> that of "student"
     slices: dict[str, dict[str, dict[str, Any]]]  # what queries are grouped by -> group -> its figures
     recovery_by_system: dict[str, dict[str, Recovery]]
+    fusions: NotRequired[dict[str, FusionReport]]
+    thresholds: NotRequired[Thresholds]
     environment: Environment
 
 
@@ -139,6 +206,16 @@ class Floor(TypedDict):
     left: NotRequired["Floor"]  # of what is not looked up
 
 
+class SearchedIndex(TypedDict):
+    """The index that a system searches in every call: its times are from text to ads."""
+
+    engine: str
+    factory: str
+    ads: int
+    k: int
+    recall: NotRequired[float]  # of the exact neighbours, as its manifest says for this k
+
+
 class MeasuredSystem(TypedDict):
     """One system of latency.json. What it is, is written beside these keys, as its backend tells it."""
 
@@ -152,6 +229,7 @@ class MeasuredSystem(TypedDict):
     best_batch_size: int
     best_queries_per_s: float
     ratio: Ratio  # to the reference
+    index: NotRequired[SearchedIndex]
     cold_start: NotRequired[ColdStart]
     quality: NotRequired[Quality]
     agreement: NotRequired[Agreement]

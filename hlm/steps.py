@@ -1,5 +1,4 @@
-"""The steps of the recipe: what each is called, what can be set, what it reads and writes. One table that the runner
-of all steps, `hlm plan` and the command line read.
+"""The settings of every step, and the only place of their defaults. `hlm.step_table` says which step has which.
 
 Loads nothing heavy: `hlm --help` reads it too.
 """
@@ -7,7 +6,7 @@ Loads nothing heavy: `hlm --help` reads it too.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 PARTS = ("corpus", "unlabelled", "queries")  # of a dataset; embed writes a store of each
 
@@ -51,9 +50,16 @@ class TeacherConfig:
     use_query_query: bool = field(default=True, metadata={"help": "q-q: other queries"})
     use_document_document: bool = field(default=True, metadata={"help": "d-d: other documents against the positive"})
     cache_chunk: int | None = field(default=None, metadata={"help": "rows encoded at a time (gradient caching)"})
-    merge_weight: float = field(
-        default=1.0, metadata={"help": "share of what was learnt that is kept; 0.5: half-way from the backbone"}
+    merge_weight: float | list[float] | str = field(
+        default=1.0, metadata={"help": "share of what was learnt that is kept; a list or auto: chosen on dev, 0 too"}
     )
+    train_pairs: int | None = field(
+        default=None, metadata={"help": "pairs drawn from those of the train split; null: all of them"}
+    )
+    agreed_pairs: int = field(
+        default=0, metadata={"help": "pairs of each typed unlabelled query, where BM25 and the backbone agree"}
+    )
+    anchor_weight: float = field(default=0.0, metadata={"help": "of the L2 to the backbone's vectors, kept beside"})
     dev_documents: int = field(default=2000, metadata={"help": "documents beside the positives in the dev corpus"})
     max_seq_length: int | None = field(
         default=None, metadata={"help": "tokens a text is cut to; null: the backbone's own limit"}
@@ -95,8 +101,42 @@ class EmbedConfig:
 
 
 @dataclass
+class IndexConfig:
+    """Chooses and writes the index that goes online: the fastest that finds enough of the exact neighbours of a
+    student's own queries, within memory and time.
+
+    Candidates that are built are kept in `output`.candidates until one is chosen, so a killed run goes on there.
+    """
+
+    vectors: str = field(metadata={"help": "the teacher's stores, as recipes/embed.py writes them"})
+    student: str = field(metadata={"help": "folder of the student whose queries the index will serve"})
+    data: str = field(metadata={"help": "the dataset: its unlabelled queries are searched, without these its queries"})
+    output: str = field(metadata={"help": "folder for the index"})
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "leave out rows without text, and judgements of what is not in the data"}
+    )
+    target_recall: float = field(default=0.98, metadata={"help": "least share of the k exact neighbours that is found"})
+    k: int = field(default=100, metadata={"help": "ads that are searched for a query"})
+    memory_gb: float | None = field(default=None, metadata={"help": "most gigabytes of the index; null: no bound"})
+    p99_ms: float | None = field(
+        default=None, metadata={"help": "most milliseconds of one query on one thread, p99; null: no bound"}
+    )
+    queries: int = field(default=2000, metadata={"help": "queries drawn: half choose, half say what was reached"})
+    columns: list[str] = field(
+        default_factory=list, metadata={"help": "columns of the corpus that searches can be filtered by"}
+    )
+    candidates: list[str] = field(
+        default_factory=list, metadata={"help": "FAISS factory strings to try; empty: those that suit the catalogue"}
+    )
+    seed: int = field(default=0, metadata={"help": "draws the queries and the vectors that train a candidate"})
+
+
+@dataclass
 class PruneConfig:
-    """Phase 2, the cut alone: a student with fewer layers and narrower FFNs, without any training."""
+    """Phase 2, the cut alone: a student with fewer layers, narrower FFNs and fewer tokens, without any training.
+
+    With `vocabulary` alone it takes tokens from any student, and texts of the others keep their vectors to the bit.
+    """
 
     model: str = field(metadata={"help": "what is cut: a folder, a Hub id or package:..."})
     data: str = field(metadata={"help": "the dataset whose queries layers and FFN units are scored on"})
@@ -111,6 +151,10 @@ class PruneConfig:
         default="middle_skip", metadata={"help": "how `keep` chooses the layers"}
     )
     ffn: int | None = field(default=None, metadata={"help": "FFN units to keep; null: all"})
+    vocabulary: dict[str, int] = field(
+        default_factory=dict,
+        metadata={"help": "{keep: N} or {min_count: N}: tokens that the log and the titles use; empty: all stay"},
+    )
     calibration: int = field(default=512, metadata={"help": "queries that layers and FFN units are scored on"})
 
 
@@ -192,7 +236,7 @@ class EvaluateConfig:
 
     data: str = field(metadata={"help": "folder or Hub id in the data contract"})
     systems: dict[str, Any] = field(
-        metadata={"help": "name -> nothing (bm25), a model, or {model, corpus (store), oracle, prompt_name}"}
+        metadata={"help": "name -> nothing (bm25), a model, or {model, corpus (store), index, oracle, prompt_name}"}
     )
     skip_bad_rows: bool = field(
         default=False, metadata={"help": "leave out rows without text, and judgements of what is not in the data"}
@@ -208,6 +252,18 @@ class EvaluateConfig:
     bm25_b: float = field(default=0.75, metadata={"help": "BM25's b: how much long documents are held back, 0 to 1"})
     bootstrap_samples: int = field(default=10_000, metadata={"help": "resamples of the queries for the intervals"})
     bootstrap_seed: int = field(default=0, metadata={"help": "seed of the resampling"})
+    slices: dict[str, str] = field(
+        default_factory=dict, metadata={"help": "name -> regular expression: queries that match, and the others"}
+    )
+    fusions: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "name -> {systems, method: rrf or weighted, weights (null: chosen on dev), normalisation}"},
+    )
+    impressions: int = field(default=100, metadata={"help": "simulated impressions of a query, for interleaving"})
+    shown_precision: float | None = field(
+        default=None, metadata={"help": "share of the shown ads that must be relevant: chooses a least score on dev"}
+    )
+    dev_split: str = field(default="dev", metadata={"help": "the split that weights and least scores are chosen on"})
     device: str | None = field(default=None, metadata={"help": "cpu or cuda; null: a GPU where there is one"})
 
 
@@ -217,10 +273,21 @@ class System:
 
     model: str  # folder, "package:..." or Hub id; students: the folder that a recipe wrote
     corpus: str | None = None  # store of document vectors; encoded here (backbone, teacher) or the teacher's (students)
+    index: str | None = None  # folder of an index that is searched in place of the vectors, which are searched exactly
     oracle: bool = False  # the teacher's queries are read with their oracle column
     prompt_name: str | None = "query"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # what the model computes in
     max_seq_length: int | None = None  # the model's own; must be what the store was made with
+
+
+@dataclass
+class Fusion:
+    """One entry of `fusions`."""
+
+    systems: list[str]  # two or more of `systems`
+    method: Literal["rrf", "weighted"] = "rrf"
+    weights: list[float] | None = None  # of "weighted", one for each of `systems`; null: chosen on dev
+    normalisation: Literal["minmax", "zscore"] = "minmax"  # of "weighted"
 
 
 @dataclass
@@ -283,98 +350,3 @@ class PublishConfig:
     dry_run: bool = field(
         default=False, metadata={"help": "print every file, its size, the cards and what would change; send nothing"}
     )
-
-
-class Step(NamedTuple):
-    """One step, read from the YAML of its name."""
-
-    script: str  # recipes/<script>.py, and the command `hlm <script>`
-    settings: type | None  # None: those that the script itself declares
-    reads: tuple[str, ...]  # settings that name a file, a folder or a repository, or hold such names
-    writes: str  # the kind of artefact at `output`, or the file that a report is
-    help: str
-    trains: bool = False  # its YAML takes the training arguments too
-    parallel: bool = False  # works on several processes
-    by_name: bool = False  # left out when all steps are run
-
-    @property
-    def is_report(self) -> bool:
-        """Whether it writes files into a folder that others write into, instead of an artefact."""
-        return self.writes.endswith(".json")
-
-
-OF_A_STUDENT = ("student", "data", "vectors")
-STEPS = {
-    "make_catalogue": Step("make_catalogue", CatalogueConfig, (), "catalogue", "make the sample catalogue"),
-    "prepare": Step(
-        "prepare_catalogue_queries",
-        None,
-        ("source", "general_queries"),
-        "dataset",
-        "derive training pairs and unlabelled queries from a catalogue without any",
-    ),
-    "teacher": Step(
-        "teacher",
-        TeacherConfig,
-        ("backbone", "data"),
-        "teacher",
-        "phase 1: tune the teacher",
-        trains=True,
-        parallel=True,
-    ),
-    "embed": Step(
-        "embed",
-        EmbedConfig,
-        ("model", "data"),
-        "vectors",
-        "write the teacher's vectors, and an index over the ads",
-        parallel=True,
-    ),
-    "prune": Step("prune", PruneConfig, ("model", "data", "vectors"), "student", "phase 2, the cut alone: no training"),
-    "align": Step(
-        "align",
-        AlignConfig,
-        OF_A_STUDENT,
-        "student",
-        "phase 2: cut the student and align it to the teacher's queries",
-        trains=True,
-        parallel=True,
-    ),
-    "refine": Step(
-        "refine",
-        RefineConfig,
-        OF_A_STUDENT,
-        "student",
-        "phase 3: refine the student against the teacher's ads",
-        trains=True,
-        parallel=True,
-    ),
-    "contrastive_only": Step(
-        "refine",
-        RefineConfig,
-        OF_A_STUDENT,
-        "student",
-        "the baseline: refined, never aligned",
-        trains=True,
-        parallel=True,
-    ),
-    "evaluate": Step(
-        "evaluate", EvaluateConfig, ("data", "systems"), "report.json", "score every system on judged queries"
-    ),
-    "export": Step("export", ExportConfig, OF_A_STUDENT, "student", "write the online folder: the student in ONNX"),
-    "benchmark": Step(
-        "benchmark",
-        None,
-        ("data", "report", "corpus", "systems"),
-        "latency.json",
-        "time every system; a gate where budgets are given",
-    ),
-    "publish": Step(
-        "publish",
-        PublishConfig,
-        ("student", "vectors", "data", "teacher", "space", "report", "latency"),
-        "",
-        "publish the run on the Hub",
-        by_name=True,
-    ),
-}

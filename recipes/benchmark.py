@@ -105,6 +105,8 @@ def check_figures(
         measured = name in measurable and rest != ["overlap"]
         if part == "quality" and rest[0] not in qualities.get(name, {}) and not measured:
             need = f"`report` with {rest[0]} of '{entries[name].quality or name}'"
+        if budget.startswith("e2e_") and entries[name].index is None:
+            need = "`index` in the system's settings"
         if part == "cold_start" and (config.cold_starts == 0 or entries[name].model is None):
             need = "`cold_starts` of 1 or more, and a model's folder"
         if part == "agreement" and (not again or (rest == ["overlap"] and not config.corpus)):

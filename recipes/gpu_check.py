@@ -132,9 +132,16 @@ def align_rate(setting: Setting, seconds: float, note: Note) -> dict[str, Any]:
 def refine_rate(setting: Setting, seconds: float, note: Note) -> dict[str, Any]:
     steps, documents = (4, 200) if setting.tiny else (400, 131_072)
     return gpu_stages.refine_rate(
-        setting.student, setting.steps["refine"], setting.sizes, teacher_width=setting.teacher.hidden_size,
-        documents=documents, device=setting.device, steps=steps, seconds=0.4 * seconds, note=note,
-    )  # fmt: skip
+        setting.student,
+        setting.steps["refine"],
+        setting.sizes,
+        teacher_width=setting.teacher.hidden_size,
+        documents=documents,
+        device=setting.device,
+        steps=steps,
+        seconds=0.4 * seconds,
+        note=note,
+    )
 
 
 def faiss_search(setting: Setting, seconds: float, note: Note) -> dict[str, Any]:

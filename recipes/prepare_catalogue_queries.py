@@ -4,18 +4,20 @@
 
 Reads a dataset in HLM's layout without a `train` split; writes the same layout with train and dev queries, their
 judgements, and `unlabelled.jsonl`. Judged queries of the input stay out of all three, also in another word order,
-in the plural, or with and without a space.
+in the plural, or with and without a space. What the input has of its own stays: a `dev` split as it is, with no
+derived query added to it, and its `unlabelled` queries. Derived queries say so in the column `derived`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ from hlm.data.tables import find_table, read_rows
 from hlm.progress import progress
 
 logger = logging.getLogger(__name__)
+
+GIVEN = ("log", "general")  # kinds of unlabelled queries that people typed
 
 
 @dataclass
@@ -45,7 +49,10 @@ class PrepareConfig:
     attributes_column: str = field(default="attrs", metadata={"help": "column with the attributes (dict or JSON)"})
     type_attribute: str = field(default="product_type", metadata={"help": "attribute that names the product's type"})
     train_queries: int = field(default=20_000, metadata={"help": "derived queries with judgements for training"})
-    dev_queries: int = field(default=500, metadata={"help": "derived queries for choosing checkpoints"})
+    dev_queries: int = field(
+        default=500,
+        metadata={"help": "derived queries to choose checkpoints by; none where the source has dev"},
+    )
     unlabelled_queries: int = field(default=40_000, metadata={"help": "distinct derived queries for alignment"})
     max_positives: int = field(default=16, metadata={"help": "products judged relevant to one training query"})
     dev_max_relevant: int = field(
@@ -81,7 +88,8 @@ def prepare(config: PrepareConfig, output: Path) -> None:
     data = load(config.source, revision=config.revision, skip_bad_rows=config.skip_bad_rows)
     if "train" in data.qrels:
         raise HlmError(f"{config.source} has a train split: expected a catalogue without one; train on it as it is")
-    inputs = {name: data.fingerprint(name) for name in ("corpus", "queries", *(f"qrels/{s}" for s in data.qrels))}
+    parts = ["corpus", "queries", *(f"qrels/{s}" for s in data.qrels), *(["unlabelled"] if data.unlabelled else [])]
+    inputs = {name: data.fingerprint(name) for name in parts}
     if config.general_queries:
         inputs["general_queries"] = fingerprint_file(_existing(config.general_queries))
     if _up_to_date(config, output, inputs):
@@ -91,10 +99,11 @@ def prepare(config: PrepareConfig, output: Path) -> None:
     catalogue = Catalogue(_Rows(data), attributes_column=config.attributes_column, type_attribute=config.type_attribute)
     logger.info("%d product types, synonyms %s", len(catalogue.types), catalogue.synonyms or "none")
     train, dev, unlabelled = derive(catalogue, data, config)
-    general = _general_queries(config, data)
+    given = dict(zip(GIVEN, (_log_queries(data), _general_queries(config, data)), strict=True))
     with atomic_folder(output, "dataset") as folder:
-        _write(folder, data, config, train, dev, unlabelled + general)
-        counts = {"train": len(train), "dev": len(dev), "unlabelled": len(unlabelled), "general": len(general)}
+        _write(folder, data, config, train, dev, [*unlabelled, *itertools.chain(*given.values())])
+        counts = {"train": len(train), "dev": len(dev), "unlabelled": len(unlabelled)}
+        counts |= {name: len(found) for name, found in given.items() if found or name == "general"}
         write_manifest(folder, "dataset", inputs=inputs, config=asdict(config), queries=counts)
     logger.info("wrote %s: %s", config.output, counts)
 
@@ -104,7 +113,8 @@ def derive(
 ) -> tuple[list[Keyword], list[Keyword], list[Keyword]]:
     """Distinct (train, dev, unlabelled) queries; train is part of unlabelled, dev of neither, in any spelling."""
     judged = judged_spellings(data)
-    dev_share = 2 * config.dev_queries / config.unlabelled_queries  # twice: many of them satisfy too many products
+    dev_queries = 0 if "dev" in data.qrels else config.dev_queries
+    dev_share = 2 * dev_queries / config.unlabelled_queries  # twice: many of them satisfy too many products
     seen: set[str] = set()
     train: list[Keyword] = []
     dev: list[Keyword] = []
@@ -125,7 +135,7 @@ def derive(
             seen.add(keyword.text)
             # By canonical form, so that "usb hubs" is on the same side as "usb hub".
             if _share(canonical(keyword.text), config.seed) < dev_share:
-                if 0 < len(keyword.rows) <= config.dev_max_relevant and len(dev) < config.dev_queries:
+                if 0 < len(keyword.rows) <= config.dev_max_relevant and len(dev) < dev_queries:
                     dev.append(keyword)
                 continue
             if keyword.rows and len(train) < config.train_queries:
@@ -133,11 +143,11 @@ def derive(
             if len(unlabelled) < config.unlabelled_queries:
                 unlabelled.append(keyword)
                 bar.update()
-            elif len(train) == config.train_queries and len(dev) == config.dev_queries:
+            elif len(train) == config.train_queries and len(dev) == dev_queries:
                 return train, dev, unlabelled
     found = f"{len(train)} train, {len(dev)} dev, {len(unlabelled)} unlabelled queries"
     why = _why_few(catalogue, data, config, tries)
-    if not train or not dev:
+    if not train or len(dev) < min(1, dev_queries):
         raise HlmError(f"{config.source}: expected queries for train and dev, found {found}: {why}")
     logger.warning("the catalogue gave only %s: %s", found, why)
     return train, dev, unlabelled
@@ -183,13 +193,24 @@ def _share(text: str, seed: int) -> float:
 def _general_queries(config: PrepareConfig, data: RetrievalData) -> list[Keyword]:
     if not config.general_queries:
         return []
-    judged = judged_spellings(data)
-    found: dict[str, Any] = {}
+    texts = []
     for place, row in read_rows(_existing(config.general_queries)):
         if not isinstance(row.get("text"), str) or not row["text"].strip():
             raise HlmError(f"{config.general_queries}, {place}: expected a filled column 'text', found {list(row)}")
-        if not spellings(row["text"]) & judged:
-            found.setdefault(normalise(row["text"]) or row["text"], Keyword(row["text"], "general", ()))
+        texts.append(row["text"])
+    return _distinct(texts, "general", data)
+
+
+def _log_queries(data: RetrievalData) -> list[Keyword]:
+    return _distinct(data.unlabelled["text"], "log", data) if data.unlabelled else []
+
+
+def _distinct(texts: Iterable[str], kind: str, data: RetrievalData) -> list[Keyword]:
+    judged = judged_spellings(data)
+    found: dict[str, Keyword] = {}
+    for text in texts:
+        if not spellings(text) & judged:
+            found.setdefault(normalise(text) or text, Keyword(text, kind, ()))
     return list(found.values())
 
 
@@ -229,14 +250,14 @@ def _write(
             judgements = qrels.setdefault(split, {})
             for number, keyword in enumerate(keywords):
                 query_id = f"{split}-{number}"
-                _line(file, {"_id": query_id, "text": keyword.text, "kind": keyword.kind})
+                _line(file, {"_id": query_id, "text": keyword.text, "kind": keyword.kind, "derived": True})
                 rows = keyword.rows
                 if split == "train" and len(rows) > config.max_positives:
                     rows = tuple(sorted(rng.sample(rows, config.max_positives)))
                 judgements[query_id] = {ids[row].as_py(): 3 for row in rows}
     with open(folder / "unlabelled.jsonl", "w", encoding="utf-8") as file:
         for keyword in unlabelled:
-            _line(file, {"text": keyword.text, "kind": keyword.kind})
+            _line(file, {"text": keyword.text, "kind": keyword.kind, "derived": keyword.kind not in GIVEN})
     (folder / "qrels").mkdir()
     for split, judgements in qrels.items():
         with open(folder / "qrels" / f"{split}.jsonl", "w", encoding="utf-8") as file:

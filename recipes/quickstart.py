@@ -3,7 +3,8 @@ skipped.
 
     python recipes/quickstart.py --configs recipes/configs/quickstart
 
-Each step is a recipe with a YAML in the folder given; a step without one is left out. What a step depends on is its
+Each step is a recipe with a YAML in the folder given, or one that `run.yaml` there stands for; a step without one is
+left out. What a step depends on is its
 YAML, its script and the library's files that this imports, the files its YAML names that no step makes, and the steps
 before with the manifests they left. A step that is started for nothing sees that by itself and ends at once.
 
@@ -33,10 +34,12 @@ from hlm.endings import told_ending
 from hlm.imports import sources
 from hlm.locks import locked
 from hlm.machine import cores
+from hlm.planning.run_file import RUN_FILE, read_run_file, write_steps
 from hlm.processes import Supervisor
 from hlm.report_files import check_report
 from hlm.settings import hints_of, read_yaml
-from hlm.steps import PARTS, STEPS, Step
+from hlm.step_table import STEPS, Step
+from hlm.steps import PARTS
 
 RECIPES = Path(__file__).resolve().parent
 LIBRARY = Path(hlm.__file__).resolve().parent
@@ -57,7 +60,9 @@ class Job(NamedTuple):
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--configs", default="recipes/configs/quickstart", help="folder with one YAML a step")
+    parser.add_argument(
+        "--configs", default="recipes/configs/quickstart", help="folder with one YAML a step, or with run.yaml alone"
+    )
     parser.add_argument("--processes", type=int, default=1, help="processes to launch each training step on")
     options = parser.parse_args(argv)
     jobs = read_jobs(Path(options.configs))
@@ -96,6 +101,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_jobs(configs: Path) -> list[Job]:
+    """The steps of a folder of YAML files, or of the one `run.yaml` there."""
+    run_file = configs / RUN_FILE
+    if run_file.is_file():
+        configs = Path(os.path.expanduser(read_run_file(run_file).output)) / ".steps/configs"
+        write_steps(run_file, configs)
     paths = [(name, step, configs / f"{name}.yaml") for name, step in STEPS.items() if not step.by_name]
     jobs = [
         Job(name, step, config, Path(os.path.expanduser(settings(config)["output"])))

@@ -129,9 +129,16 @@ def tiny_qwen3(tmp_path_factory) -> str:
     )
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=tokenizer.get_vocab_size(), hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, intermediate_size=FFN, max_position_embeddings=64, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=FFN,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
     prompts = {"query": "Instruct: find the ad\nQuery:", "document": ""}
     return sentence_transformer(Qwen3Model(config), fast, tmp_path_factory.mktemp("tiny_qwen3"), "lasttoken", prompts)
 
@@ -153,11 +160,18 @@ def tiny_family(tmp_path_factory, tiny_bert, tiny_qwen3):
             backbone = AutoModel.from_config(config)
             gemma = name == "gemma3_text"
             path = sentence_transformer(
-                backbone, tokenizer, tmp_path_factory.mktemp(name), "lasttoken" if name in CAUSAL else "mean",
+                backbone,
+                tokenizer,
+                tmp_path_factory.mktemp(name),
+                "lasttoken" if name in CAUSAL else "mean",
                 {"query": "task: search result | query: ", "document": "title: none | text: "} if gemma else {},
-                [Dense(HIDDEN, 64, bias=False, activation_function=torch.nn.Identity()),
-                 Dense(64, HIDDEN, bias=False, activation_function=torch.nn.Identity())] if gemma else [],
-            )  # fmt: skip
+                [
+                    Dense(HIDDEN, 64, bias=False, activation_function=torch.nn.Identity()),
+                    Dense(64, HIDDEN, bias=False, activation_function=torch.nn.Identity()),
+                ]
+                if gemma
+                else [],
+            )
             made[name] = path
         return made[name]
 

@@ -19,10 +19,10 @@ def tiny_run(folder: Path, tokenizer_of: str, seed: int) -> dict[str, str]:
     texts = list(load(data, splits=()).queries["text"])
     tiny_encoder(folder / "base", tokenizer_of, texts, seed)
     teacher.main(
-        ["--backbone", str(folder / "base"), "--data", data, "--output", str(folder / "teacher"), "--min_score", "3",
-         "--lora_rank", "4", "--max_steps", "1", "--per_device_train_batch_size", "16", "--save_strategy", "no",
-         "--disable_tqdm", "true"]
-    )  # fmt: skip
+        ["--backbone", str(folder / "base"), "--data", data, "--output", str(folder / "teacher")]
+        + "--min_score 3 --lora_rank 4 --max_steps 1 --per_device_train_batch_size 16".split()
+        + "--save_strategy no --disable_tqdm true".split()
+    )
     embed.main(["--model", str(folder / "teacher"), "--data", data, "--output", str(folder / "vectors")])
     model = load_encoder(str(folder / "teacher"), device="cpu", max_seq_length=24)  # so it is another encoder
     inputs = {"teacher": read_manifest(folder / "teacher", "teacher")["encoder"]}

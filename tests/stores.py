@@ -36,6 +36,6 @@ def clustered(rows, dim=32, *, clusters=40, seed=0):
 def rewrite(folder, change=lambda manifest: None):
     """Writes the manifest anew, with hashes that fit: only what reads the files can find them wrong."""
     manifest = json.loads((folder / "hlm.json").read_text())
-    manifest["files"] = {name: fingerprint_file(folder / name) for name in ("index.faiss", "ids.parquet")}
+    manifest["files"] = {path.name: fingerprint_file(path) for path in folder.iterdir() if path.name != "hlm.json"}
     change(manifest)
     (folder / "hlm.json").write_text(json.dumps(manifest))

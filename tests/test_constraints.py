@@ -67,7 +67,7 @@ def test_the_spaces_requirements_are_those_versions():
     [
         (".venv", "constraints.txt", [], f"torch=={pins(LINES)['torch']}"),
         (".venv", "constraints.txt", ["TORCH=torch"], "torch"),
-        (".venv-lowest", "constraints-lowest.txt", [], "torch==2.11.0"),
+        (".venv-lowest", "constraints-lowest.txt", [], "torch==2.8.0"),
     ],
 )
 def test_make_installs_by_them_and_the_build_of_torch_is_the_users(tmp_path, folder, file, given, torch):

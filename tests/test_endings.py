@@ -113,8 +113,16 @@ def test_nothing_of_other_libraries_is_shown(tiny_bert):
 
 @pytest.mark.parametrize("quiet", [True, False])
 def test_accelerate_launch_shows_the_error(tmp_path, quiet):
-    words = ["-m", "accelerate.commands.launch", *(["--quiet"] if quiet else []), "--config_file",
-             str(ROOT / "recipes/configs/accelerate/single.yaml"), "recipes/align.py", "--student", "x"]  # fmt: skip
+    words = [
+        "-m",
+        "accelerate.commands.launch",
+        *(["--quiet"] if quiet else []),
+        "--config_file",
+        str(ROOT / "recipes/configs/accelerate/single.yaml"),
+        "recipes/align.py",
+        "--student",
+        "x",
+    ]
     done = children.run(
         [sys.executable, *words],
         cwd=ROOT,

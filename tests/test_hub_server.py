@@ -112,9 +112,17 @@ def test_what_is_written_is_read_in_both_modes(hub, tmp_path, xet):
     name = f"acme/{'xet' if xet else 'lfs'}"
     hub.page_size = 3  # so that trees come in pages
     assert run(hub, OWNER, name, cwd=tmp_path, user="acme", xet=xet) == {
-        "user": "acme", "again": 409, "foreign": 403, "tag again": 409, "conflict": 412, "refs": [True, True],
-        "paths": ["a/model.safetensors"], "missing revision": 404, "equal": [True, True, True], "shelf": True,
-    }  # fmt: skip
+        "user": "acme",
+        "again": 409,
+        "foreign": 403,
+        "tag again": 409,
+        "conflict": 412,
+        "refs": [True, True],
+        "paths": ["a/model.safetensors"],
+        "missing revision": 404,
+        "equal": [True, True, True],
+        "shelf": True,
+    }
     by_xet = {method for _, method, path, status in hub.log if "/xorbs/" in path and status in (200, 206)}
     by_lfs = {method for _, method, path, status in hub.log if path.startswith("/large/") and status in (200, 206)}
     assert (by_xet, by_lfs) == (({"POST", "GET"}, set()) if xet else (set(), {"PUT", "GET"}))

@@ -63,3 +63,19 @@ def test_without_control_groups_and_without_affinity(tmp_path, monkeypatch):
     assert machine.cpu_quota() is None and machine.cores() == 2
     monkeypatch.delattr(machine.os, "sched_getaffinity")
     assert machine.cores() == os.cpu_count()
+
+
+@pytest.mark.parametrize(
+    ("groups", "mounts", "files", "limit_mib"),
+    [
+        (["0::/"], V2, {}, None),
+        (["0::/a/b"], V2, {"fs/a/memory.max": "1073741824\n", "fs/a/b/memory.max": "max\n"}, 1024),  # the one above
+        (["0::/a"], V2, {"fs/a/memory.max": str(2**62)}, None),  # more than there is
+        (["3:memory:/k"], V1, {"fs/memory/k/memory.limit_in_bytes": "536870912\n"}, 512),
+        (["3:memory:/k"], V1, {"fs/memory/k/memory.limit_in_bytes": str(2**63 - 4096)}, None),
+        (["4:cpu,cpuacct:/k"], V1, {"fs/cpu/k/memory.max": "536870912"}, None),
+    ],
+)
+def test_memory_by_limit(groups, mounts, files, limit_mib, tmp_path, monkeypatch):
+    system(tmp_path, monkeypatch, groups, mounts, files)
+    assert machine.memory_limit_mib() == limit_mib

@@ -133,13 +133,11 @@ def test_a_forked_worker_logs_without_the_lock_of_the_bars():
 
 def test_training_shows_a_bar_its_loss_and_no_notes_of_other_libraries(tiny_bert, catalogue_200, tmp_path):
     # LoRA, evaluation and checkpoints: all that transformers, peft, accelerate and torch have something to say about.
-    written = on_a_terminal(
-        sys.executable, str(ROOT / "recipes/teacher.py"), "--backbone", tiny_bert, "--data", catalogue_200,
-        "--output", str(tmp_path / "teacher"), "--lora_rank", "4", "--hard_negatives", "1", "--max_steps", "4",
-        "--eval_strategy", "steps", "--eval_steps", "2", "--save_steps", "2", "--load_best_model_at_end", "true",
-        "--metric_for_best_model", "dev_ndcg@10", "--logging_steps", "2", "--per_device_train_batch_size", "16",
-        "--dataloader_num_workers", "1",
-    )  # fmt: skip
+    given = ["--backbone", tiny_bert, "--data", catalogue_200, "--output", str(tmp_path / "teacher")]
+    given += "--lora_rank 4 --hard_negatives 1 --max_steps 4 --per_device_train_batch_size 16".split()
+    given += "--eval_strategy steps --eval_steps 2 --save_steps 2 --logging_steps 2".split()
+    given += "--load_best_model_at_end true --metric_for_best_model dev_ndcg@10 --dataloader_num_workers 1".split()
+    written = on_a_terminal(sys.executable, str(ROOT / "recipes/teacher.py"), *given)
     assert re.search(r"train: .*\| 2/4 \[.* step/s\]", written)
     assert re.search(r"step 2 of 4: loss \d+\.\d+, learning rate \d", written)
     assert not re.findall(

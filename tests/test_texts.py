@@ -13,9 +13,17 @@ from hlm.serving.query_encoder import QueryEncoder
 from hlm.texts import as_texts, well_formed
 
 ODD = [
-    json.loads('"red shoe \\ud83d"'), "\ude00 lamp", "caf\udce9 table", "\ud83d\ude00 tent", "red\x00shoe", "\x00", "",
-    " \u200b\u0301", "Ärger\u2028größe", "e\u0301\ud800a",
-]  # fmt: skip
+    json.loads('"red shoe \\ud83d"'),
+    "\ude00 lamp",
+    "caf\udce9 table",
+    "\ud83d\ude00 tent",
+    "red\x00shoe",
+    "\x00",
+    "",
+    " \u200b\u0301",
+    "Ärger\u2028größe",
+    "e\u0301\ud800a",
+]
 
 
 @pytest.mark.parametrize(
@@ -51,12 +59,21 @@ def test_any_collection_in_an_order_is_a_list_of_plain_texts():
 @pytest.mark.parametrize(
     ("texts", "said"),
     [
-        ("red", "str"), (b"red", "bytes"), (3, "int"), (None, "NoneType"), ({"a": 1}, "dict"),
-        ({"a"}, "set"), (np.array("a"), "ndarray"), (np.array([["a"]]), "ndarray of 2 dimensions"),
-        (["a", None], "NoneType at place 1"), (["a", "b", ["c"]], "list at place 2"), ([b"a"], "bytes at place 0"),
-        ((text for text in ("a", 1.5)), "float at place 1"), (np.array([1, 2]), "int64 at place 0"),
+        ("red", "str"),
+        (b"red", "bytes"),
+        (3, "int"),
+        (None, "NoneType"),
+        ({"a": 1}, "dict"),
+        ({"a"}, "set"),
+        (np.array("a"), "ndarray"),
+        (np.array([["a"]]), "ndarray of 2 dimensions"),
+        (["a", None], "NoneType at place 1"),
+        (["a", "b", ["c"]], "list at place 2"),
+        ([b"a"], "bytes at place 0"),
+        ((text for text in ("a", 1.5)), "float at place 1"),
+        (np.array([1, 2]), "int64 at place 0"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_text_is_named_with_its_place(texts, said):
     with pytest.raises(HlmError, match=f"expected texts to encode, found .*{said}"):
         as_texts(texts)

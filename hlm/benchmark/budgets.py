@@ -16,6 +16,11 @@ BUDGETS: dict[str, tuple[tuple[str, ...], str, str]] = {
     "p50_ms": (("latency_ms", "all", "p50"), "at most", "latency"),
     "p95_ms": (("latency_ms", "all", "p95"), "at most", "latency"),
     "p99_ms": (("latency_ms", "all", "p99"), "at most", "latency"),
+    # Of a system with an index, from text to ads.
+    "e2e_p50_ms": (("latency_ms", "all", "p50"), "at most", "latency"),
+    "e2e_p95_ms": (("latency_ms", "all", "p95"), "at most", "latency"),
+    "e2e_p99_ms": (("latency_ms", "all", "p99"), "at most", "latency"),
+    "e2e_recall": (("index", "recall"), "at least", ""),
     "queries_per_s": (("best_queries_per_s",), "at least", "throughput"),
     "speedup_p50": (("ratio", "p50"), "at least", "latency"),
     "speedup_p95": (("ratio", "p95"), "at least", "latency"),

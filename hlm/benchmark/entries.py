@@ -83,6 +83,8 @@ class Entry:
     ffn: int | None = None
     depths: list[int] | None = None  # derive from two depths; default: only where memory does not allow the whole
     prompt: str = ""  # before every query of a shape
+    index: str | None = None  # folder of an index that every call searches too: from text to ads
+    k: int = 100  # ads that it is searched for
 
 
 def read_entries(config: BenchmarkConfig) -> dict[str, Entry]:
@@ -108,7 +110,9 @@ def read_entry(config: BenchmarkConfig, name: str, given: Any) -> Entry:
         raise HlmError(f"systems: '{name}': expected a model or a shape, found {'both' if entry.model else 'neither'}")
     if entry.shape is not None and not config.random_weights:
         raise HlmError(f"systems: '{name}' is a shape, which has no weights: add --random_weights to make them up")
-    unused: tuple[str, ...] = ("layers", "ffn", "depths", "prompt") if entry.model else ("prompt_name", "quality")
+    unused: tuple[str, ...] = (
+        ("layers", "ffn", "depths", "prompt") if entry.model else ("prompt_name", "quality", "index")
+    )
     if entry.shape is not None and entry.backend not in (SENTENCE_TRANSFORMERS, HLM):
         raise HlmError(
             f"systems: '{name}': expected a shape under backend '{SENTENCE_TRANSFORMERS}' or '{HLM}', found "
@@ -116,9 +120,10 @@ def read_entry(config: BenchmarkConfig, name: str, given: Any) -> Entry:
         )
     unused += ("engine", "precision") if entry.backend != HLM else ("depths",) if entry.shape else ("prompt_name",)
     unused += ("dtype",) if entry.model and entry.backend not in TORCH_BACKENDS else ()
+    unused += ("k",) if entry.index is None else ()
     for key in unused:
         if getattr(entry, key) != getattr(Entry, key):
-            kind = "a shape" if entry.shape else "a model"
+            kind = "a shape" if entry.shape else "a model" if key != "k" else "a model without an index"
             raise HlmError(f"systems: '{name}': '{key}' does not apply to {kind} under backend '{entry.backend}'")
     return entry
 
@@ -177,7 +182,7 @@ def find_works(
     for name, entry in entries.items():
         system = systems[derived[name].names[1] if name in derived else name]
         precision = system.facts.get("precision") or system.facts.get("dtype")
-        if system.count_tokens is None or precision is None:
+        if system.count_tokens is None or precision is None or entry.index is not None:  # the floor has no search in it
             continue
         shape = shape_config(entry.shape, layers=entry.layers, ffn=entry.ffn) if entry.shape else None
         lookup = bool(system.facts.get("lookup"))
@@ -192,4 +197,5 @@ def model_settings(config: BenchmarkConfig, entry: Entry) -> dict[str, Any]:
     """The arguments of `load_system`."""
     names = ["engine", "precision"] if entry.backend == HLM else ["prompt_name"]
     names += ["dtype"] if entry.backend in TORCH_BACKENDS else []
+    names += ["index", "k"] if entry.index is not None else []
     return {name: getattr(entry, name) for name in ("model", "backend", *names)} | {"device": config.device}

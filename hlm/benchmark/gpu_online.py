@@ -6,6 +6,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -98,9 +99,9 @@ def online(
     measured: dict[str, Any] = {"tokens": tokens, "dtype": str(model.dtype).removeprefix("torch.")}
     facts = {"measured": measured, "work": _work(shape, tokens, model.dtype.itemsize)}
     facts["predicted"] = _predicted(facts["work"])
-    measured |= _times("", [lambda text=text: encoder.encode([text]) for text in queries], each)
-    measured |= _times("tokenise_", [lambda text=text: encoder.tokenise([text]) for text in queries], each / 2)
-    measured |= _times("model_", [lambda row=row: encoder.encode_ids([row]) for row in ids], each / 2)
+    measured |= _times("", [partial(encoder.encode, [text]) for text in queries], each)
+    measured |= _times("tokenise_", [partial(encoder.tokenise, [text]) for text in queries], each / 2)
+    measured |= _times("model_", [partial(encoder.encode_ids, [row]) for row in ids], each / 2)
     note(facts)
 
     def eager(texts: list[str]) -> None:
@@ -110,14 +111,18 @@ def online(
         measured[f"{name}queries_per_s"] = {}
         for size in batch_sizes:
             batch = (list(queries) * (size // len(queries) + 1))[:size]
-            took = _times("", [lambda: call(batch)], each, least=2)["p50_ms"]  # noqa: B023 - called at once
+            took = _times("", [partial(call, batch)], each, least=2)["p50_ms"]
             measured[f"{name}queries_per_s"][str(size)] = 1e3 * size / took
             note(facts)
-    measured |= _times("eager_", [lambda text=text: eager([text]) for text in queries], each)
+    measured |= _times("eager_", [partial(eager, [text]) for text in queries], each)
     batch = (list(queries) * (max(batch_sizes) // len(queries) + 1))[: max(batch_sizes)]
     rows = encoder.tokenise(batch)
-    for name, call in (("tokenise", lambda: encoder.tokenise(batch)), ("model", lambda: encoder.encode_ids(rows))):
-        measured[f"{name}_queries_per_s"] = 1e3 * len(batch) / _times("", [call], each / 2, least=2)["p50_ms"]
+    parts: dict[str, Callable[[], Any]] = {
+        "tokenise": partial(encoder.tokenise, batch),
+        "model": partial(encoder.encode_ids, rows),
+    }
+    for name, part in parts.items():
+        measured[f"{name}_queries_per_s"] = 1e3 * len(batch) / _times("", [part], each / 2, least=2)["p50_ms"]
     for name in ("", "eager_"):
         measured[f"{name}best_queries_per_s"] = max(measured[f"{name}queries_per_s"].values())
     return facts | {"measured": measured | peaks(model)}
@@ -139,7 +144,7 @@ def faiss_gpu(rows: int, dim: int, *, queries: int = 256, k: int = 100) -> dict[
     _, expected = index.search(asked, k)
     _, found = on_gpu.search(asked, k)
     rates = {
-        name: queries / min(timed(lambda: each.search(asked, k)) for _ in range(3))  # noqa: B023
+        name: queries / min(timed(partial(each.search, asked, k)) for _ in range(3))
         for name, each in (("cpu", index), ("gpu", on_gpu))
     }
     same = float(np.mean([len(set(a) & set(b)) / k for a, b in zip(found, expected, strict=True)]))

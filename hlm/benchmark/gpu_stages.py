@@ -81,9 +81,14 @@ def lora_step(
     )
     left = seconds - (perf_counter() - began)
     ran = run_steps(model, batches.collate, batches.loss, count, step, steps=steps, seconds=left)
-    kind = {"caching": bool(step["cache_chunk"]), "checkpointing": phase.training.checkpointing}
-    done = [call for name in ("query", "document") for call in ran.shapes[name]]
-    flops = sum(training_flops(shape, rows, tokens, lora_rank=step["lora_rank"], **kind) for rows, tokens in done)
+    flops_of = partial(
+        training_flops,
+        shape,
+        lora_rank=step["lora_rank"],
+        checkpointing=phase.training.checkpointing,
+        caching=bool(step["cache_chunk"]),
+    )
+    flops = sum(flops_of(rows, tokens) for name in ("query", "document") for rows, tokens in ran.shapes[name])
     return report(ran, flops / ran.steps, work, phase, batch, device)
 
 
@@ -216,9 +221,17 @@ def store_rate(
     with tempfile.TemporaryDirectory() as folder:
         records = [(str(row), text) for row, text in enumerate(texts)]
         took = timed(
-            lambda: write_store(folder, records, encode_texts, dim=step["dim"] or shape.hidden, encoder="random",
-                                source="made-up words", n_rows=count, shard_rows=min(4096, count))
-        )  # fmt: skip
+            lambda: write_store(
+                folder,
+                records,
+                encode_texts,
+                dim=step["dim"] or shape.hidden,
+                encoder="random",
+                source="made-up words",
+                n_rows=count,
+                shard_rows=min(4096, count),
+            )
+        )
     tokens = sum(
         len(rows) * int(lengths[rows].max())
         for start in range(0, count, 4096)

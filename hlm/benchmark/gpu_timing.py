@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from hlm.benchmark.gpu_work import Work, predictions
 from hlm.benchmark.latency import synchronise
 from hlm.planning.hardware import GPUS, Gpu
-from hlm.planning.phases import Phase
+from hlm.planning.phases import Phase, TrainingPhase
 from hlm.training.trainer import RecipeTrainer, TrainingArguments
 
 
@@ -39,10 +39,12 @@ class _Clock(TrainerCallback):
         self.blocks: list[float] = []
         self.warm_up = 0.0
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.last = perf_counter()
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         done = state.global_step - 1
         if done and done % self.block:
             return
@@ -101,7 +103,7 @@ def run_steps(
     return Ran(ran, clock.blocks, clock.warm_up, kept, peaks(model))
 
 
-def report(ran: Ran, flops: float, work: Work, phase: Phase, batch: int, device: str) -> dict[str, Any]:
+def report(ran: Ran, flops: float, work: Work, phase: TrainingPhase, batch: int, device: str) -> dict[str, Any]:
     """`flops`: of one step, at the lengths that were measured."""
     seconds, gpu = float(np.median(ran.block_seconds)), this_gpu(device)
     measured = {
@@ -114,7 +116,7 @@ def report(ran: Ran, flops: float, work: Work, phase: Phase, batch: int, device:
         "fraction_of_peak": flops / seconds / gpu.flops if gpu else None,
         **ran.peaks,
     }
-    return facts(measured, planned_of(phase, gpu, batch, (phase.steps or 1) * batch), work, phase, device)
+    return facts(measured, planned_of(phase, gpu, batch, max(1, phase.steps) * batch), work, phase, device)
 
 
 def facts(measured: dict, planned: dict, work: Work, phase: Phase, device: str) -> dict[str, Any]:

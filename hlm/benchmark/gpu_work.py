@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from hlm.planning.footprint import Precision, Shape, forward_flops, training_flops
-from hlm.planning.hardware import GPUS, Gpu
+from hlm.planning.hardware import GPUS, Gpu, Training
 from hlm.planning.phases import (
     REFINEMENT_MATRICES,
     SEARCH_FLOPS,
     Phase,
+    TrainingPhase,
     align_phase,
     embed_phase,
     refine_phase,
@@ -60,17 +61,16 @@ def predictions(work: Work, peak_memory: int) -> dict[str, Any]:
     return {name: predicted(work, GPUS[name], peak_memory) for name in PREDICTED}
 
 
-def lora_work(shape: Shape, step: Mapping[str, Any], sizes: Assumptions) -> tuple[Work, Phase]:
+def lora_work(shape: Shape, step: Mapping[str, Any], sizes: Assumptions) -> tuple[Work, TrainingPhase]:
     """One step of the teacher's training, and its phase in the plan of one GPU."""
-    phase = next(phase for phase in teacher_phases(shape, step, sizes, 1) if phase.name == "train")
+    (phase,) = (phase for phase in teacher_phases(shape, step, sizes, 1) if isinstance(phase, TrainingPhase))
     training = phase.training
     calls = [
-        (rows, phase_tokens)
-        for (each, _), phase_tokens in zip(training.rows, _mean_lengths(phase, step, sizes), strict=True)
+        (rows, tokens)
+        for (each, _), tokens in zip(training.rows, _mean_lengths(training, sizes), strict=True)
         for rows in _chunks(training.batch * each, training.chunk)
     ]
-    return _training_work(shape, calls, training.batch, training.precision, training.checkpointing,
-                          bool(training.chunk), sizes.teacher_utilisation), phase  # fmt: skip
+    return _training_work(training, calls, sizes.teacher_utilisation), phase
 
 
 def embed_work(shape: Shape, step: Mapping[str, Any], sizes: Assumptions) -> tuple[Work, Phase]:
@@ -84,17 +84,17 @@ def embed_work(shape: Shape, step: Mapping[str, Any], sizes: Assumptions) -> tup
     return Work(rows, flops, moved, sizes.teacher_utilisation), phase
 
 
-def align_work(shape: Shape, step: Mapping[str, Any], sizes: Assumptions) -> tuple[Work, Phase]:
+def align_work(shape: Shape, step: Mapping[str, Any], sizes: Assumptions) -> tuple[Work, TrainingPhase]:
     """One step of alignment, and its phase in the plan of one GPU."""
     phase = align_phase("align", shape, {}, step, sizes, 1)
-    return _student_work(shape, step, sizes, phase), phase
+    return _student_work(phase.training, sizes), phase
 
 
-def refine_work(shape: Shape, step: Mapping[str, Any], sizes: Assumptions) -> tuple[Work, Phase]:
+def refine_work(shape: Shape, step: Mapping[str, Any], sizes: Assumptions) -> tuple[Work, TrainingPhase]:
     """One step of refinement, its phase in the plan of one GPU. Searches for hard negatives are not in it."""
     phase = refine_phase(shape, step, sizes, 1, shape.hidden)
     phase.search_flops = 0.0
-    work = _student_work(shape, step, sizes, phase)
+    work = _student_work(phase.training, sizes)
     batch, pool = step["per_device_train_batch_size"], min(step["pool"], sizes.documents)
     ads = pool + batch * (1 + step["hard_negatives"])
     work.fp32_flops = loss_flops(batch, pool, shape.hidden)
@@ -108,15 +108,13 @@ def loss_flops(batch: int, pool: int, width: int) -> float:
     return 2 * 2.0 * batch * pool * width
 
 
-def _student_work(shape: Shape, step: Mapping[str, Any], sizes: Assumptions, phase: Phase) -> Work:
-    training = phase.training
+def _student_work(training: Training, sizes: Assumptions) -> Work:
     calls = [(training.batch, min(sizes.query_tokens, training.rows[0][1]))]
-    return _training_work(shape, calls, training.batch, training.precision, training.checkpointing, False,
-                          sizes.student_utilisation)  # fmt: skip
+    return _training_work(training, calls, sizes.student_utilisation)
 
 
-def _mean_lengths(phase: Phase, step: Mapping[str, Any], sizes: Assumptions) -> tuple[float, float]:
-    (_, query), (_, document) = phase.training.rows
+def _mean_lengths(training: Training, sizes: Assumptions) -> tuple[float, float]:
+    (_, query), (_, document) = training.rows
     return min(sizes.query_tokens + sizes.prompt_tokens, query), min(sizes.document_tokens, document)
 
 
@@ -125,17 +123,17 @@ def _chunks(rows: int, chunk: int | None) -> list[int]:
     return [min(chunk, rows - start) for start in range(0, rows, chunk)]
 
 
-def _training_work(
-    shape: Shape, calls: Sequence[tuple[int, float]], batch: int, precision: Precision, checkpointing: bool,
-    caching: bool, utilisation: float,
-) -> Work:  # fmt: skip
-    rank = precision.lora_rank
-    kind = {"lora_rank": rank, "checkpointing": checkpointing, "caching": caching}
-    flops = sum(training_flops(shape, rows, tokens, **kind) for rows, tokens in calls)
+def _training_work(training: Training, calls: Sequence[tuple[int, float]], utilisation: float) -> Work:
+    shape, precision = training.shape, training.precision
+    rank, checkpointing, caching = precision.lora_rank, training.checkpointing, bool(training.chunk)
+    flops = sum(
+        training_flops(shape, rows, tokens, lora_rank=rank, checkpointing=checkpointing, caching=caching)
+        for rows, tokens in calls
+    )
     passes = (2 if rank else 3) + checkpointing + caching  # as `training_flops` counts them
     trained = shape.lora_parameters(rank) if rank else shape.parameters
     moved = passes * forward_bytes(shape, calls, precision) + ADAMW_BYTES * trained
-    return Work(batch, flops, moved, utilisation)
+    return Work(training.batch, flops, moved, utilisation)
 
 
 def forward_bytes(shape: Shape, calls: Sequence[tuple[int, float]], precision: Precision) -> float:

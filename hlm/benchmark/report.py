@@ -27,6 +27,7 @@ def rows(report: LatencyReport) -> list[list[str]]:
     systems = report["systems"]
     columns: list[tuple[str, Any]] = [
         ("backend", lambda s: " ".join(str(s[key]) for key in ("backend", "engine", "precision", "dtype") if key in s)),
+        ("text to ads", lambda s: s["index"]["factory"] if "index" in s else None),
         ("p50 ms", lambda s: _milliseconds(s, "p50")),
         ("p95 ms", lambda s: _milliseconds(s, "p95")),
         ("p99 ms", lambda s: _milliseconds(s, "p99")),
@@ -106,6 +107,11 @@ def _measured_notes(name: str, system: MeasuredSystem, limit: float) -> list[str
     usable = latency["samples"] - (latency["contaminated"] if latency["over"] == "clean" else 0)
     if "derived" in system:
         found.append(f"~ {name}: {system['derived']}")
+    if index := system.get("index"):
+        recall = f", of recall {index['recall']:.4f}" if "recall" in index else ""
+        found.append(
+            f"{name}: from text to {index['k']} ads of {index['ads']:,}, ids included, in {index['factory']}{recall}"
+        )
     if system.get("weights") == "random":
         found.append(f"{name}: random weights, {system['input']}")
     if usable < FEW_SAMPLES:

@@ -56,8 +56,10 @@ def load_system(
     engine: str = "auto",
     precision: str = "auto",
     device: str | None = None,
+    index: str | None = None,
+    k: int = 100,
 ) -> System:
-    """Loads a query encoder by path.
+    """Loads a query encoder by path, and with `index` what it searches.
 
     Args:
         model: folder, Hub id or `package:...`, as in `load_encoder`; a folder with onnx/model.onnx for "onnxruntime"
@@ -68,10 +70,18 @@ def load_system(
         prompt_name, dtype, device: of sentence-transformers; a model without that prompt gets none. Of the two
             sessions `prompt_name` alone.
         engine, precision: what QueryEncoder calls `backend` and `precision`.
+        index: folder of an index: every call searches it for `k` ads, see `hlm.benchmark.text_to_ads`.
 
     Raises:
         HlmError: an unknown backend, one that is not installed, or what loading refuses.
     """
+    if index is not None:
+        from hlm.benchmark.text_to_ads import with_index
+
+        named = {"prompt_name": prompt_name, "dtype": dtype, "engine": engine, "precision": precision, "device": device}
+        system = load_system(model, backend=backend, **named)  # type: ignore[arg-type]
+        encode, searched = with_index(system.encode, model, index, k)
+        return replace(system, encode=encode, facts=system.facts | {"index": searched})
     if backend not in BACKENDS:
         raise HlmError(f"backend: expected one of {', '.join(BACKENDS)}, found {backend!r}")
     if backend in TORCH_BACKENDS:

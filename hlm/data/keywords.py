@@ -54,7 +54,8 @@ class Catalogue:
     """Inverted indexes over a catalogue's products; `rows` must be re-iterable and in a fixed order.
 
     Args:
-        rows: products with `title` and, where there is one, `text`, `brand`, `model` and the attributes.
+        rows: products with `title` and, where there is one, `text`, `brand`, `model` and the attributes. Where no
+            product has a title, the texts stand in.
         attributes_column: the column with the attributes, a dict or its JSON.
         type_attribute: the attribute that names the product's type.
         min_count, min_brands: how many products and brands must show a phrase before it counts as a type.
@@ -70,6 +71,8 @@ class Catalogue:
         min_brands: int = 2,
     ) -> None:
         self._column, self._type_attribute = attributes_column, type_attribute
+        # Of plain texts the text is what a product is called.
+        self._named_by = "title" if any(row.get("title") for row in rows) else "text"
         self._boundary, self._written = self._collect_words(rows)
         self.types = self._mine_types(rows, min_count, min_brands)
         self._in_title: dict[str, array[int]] = defaultdict(lambda: array("i"))
@@ -79,7 +82,7 @@ class Catalogue:
         spellings: dict[str, Counter[str]] = defaultdict(Counter)
         for number, row in enumerate(rows):
             attributes = self.attributes(row)
-            title = f"{row.get('brand') or ''} {row.get('title') or ''}"
+            title = f"{row.get('brand') or ''} {row.get(self._named_by) or ''}"
             for index, text in ((self._in_title, title), (self._anywhere, " ".join([title, *attributes.values()]))):
                 for word in {singular(word) for word in words_of(text)}:
                     index[word].append(number)

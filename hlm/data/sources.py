@@ -204,8 +204,10 @@ def hub_tables(source: str, revision: str | None, splits: Sequence[str]) -> dict
 
 
 # What a config may say of its CSV or JSON that the readers here do not follow.
-_OPTIONS = ("names", "header", "skiprows", "skipfooter", "nrows", "usecols", "quoting", "quotechar", "escapechar",
-            "comment", "encoding", "skipinitialspace", "lineterminator", "field")  # fmt: skip
+_OPTIONS = (
+    "names header skiprows skipfooter nrows usecols quoting quotechar escapechar comment encoding skipinitialspace "
+    "lineterminator field"
+).split()
 
 
 def _hub(source: str, revision: str | None, ask: Callable[..., Any], *wanted: str) -> Any:

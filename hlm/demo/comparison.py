@@ -347,9 +347,14 @@ def load_demo(config: DemoConfig) -> Demo:
         return student.encode([texts] if isinstance(texts, str) else texts)
 
     demo = Demo(
-        student=encode_student, teacher=teach, live=live, corpus=data.corpus, indexes=indexes, facts=facts,
+        student=encode_student,
+        teacher=teach,
+        live=live,
+        corpus=data.corpus,
+        indexes=indexes,
+        facts=facts,
         synthetic=is_synthetic(source, revision),
-    )  # fmt: skip
+    )
     demo.examples = ("Examples", config.examples)
     if not config.examples:
         demo.examples = choose_examples(data, encode_student, teach, demo.index())

@@ -19,7 +19,8 @@ def quality_charts(report: Report | None) -> str:
     metric = f"ndcg@{k}"
     heights = {name: system[metric] for name, system in report["systems"].items()}
     top = max(heights.values()) or 1.0
-    bars = [(name, _bar(name, value / top), f"<b>{value:.3f}</b>") for name, value in heights.items()]
+    kinds = {name: _kind(name) for name in heights} | dict.fromkeys(report.get("fusions", ()), "hlm-other")
+    bars = [(name, _bar(kinds[name], value / top), f"<b>{value:.3f}</b>") for name, value in heights.items()]
     title = f"nDCG@{k} over {report['queries']:,} {report['split']} queries"
     charts = _chart(title, "", bars)
     kept = {name: metrics[metric] for name, metrics in report["recovery_by_system"].items()}
@@ -29,18 +30,18 @@ def quality_charts(report: Report | None) -> str:
         place = _scale([*ends, 1.0])
         note = "with its paired-bootstrap 95% interval; the line is the teacher, 100%"
         note += "".join(f"; {name}: {found['reason']}" for name, found in kept.items() if "reason" in found)
-        ranges = [_recovery(name, found, place) for name, found in kept.items()]
+        ranges = [(name, *_recovery(kinds[name], found, place)) for name, found in kept.items()]
         charts += _chart(f"Recovery of the teacher's nDCG@{k}", note, ranges)
     return f'<div class="hlm">{charts}</div>'
 
 
-def _recovery(name: str, found: Recovery, place: Callable[[float], float]) -> tuple[str, str, str]:
+def _recovery(kind: str, found: Recovery, place: Callable[[float], float]) -> tuple[str, str]:
     if found["value"] is None:
-        return name, _range(name, None, line=place(1.0)), "<b>undefined</b>"
+        return _range(kind, None, line=place(1.0)), "<b>undefined</b>"
     low, high = found["ci95"] or (found["value"], found["value"])
     interval = f"{low:.1%} to {high:.1%}" if found["ci95"] else "no interval"
     places = place(low), place(found["value"]), place(high)
-    return name, _range(name, places, line=place(1.0)), f"<b>{found['value']:.1%}</b> {interval}"
+    return _range(kind, places, line=place(1.0)), f"<b>{found['value']:.1%}</b> {interval}"
 
 
 def latency_charts(latency: LatencyReport | None) -> str:
@@ -54,7 +55,7 @@ def latency_charts(latency: LatencyReport | None) -> str:
     for name, time in times.items():
         p50, p99 = (place(math.log(time[part])) for part in ("p50", "p99"))
         text = f"<b>{_ms(time['p50'])} ms</b> p99 {_ms(time['p99'])}"
-        ranges.append((name, _range(name, (p50, p50, p99)), text))
+        ranges.append((name, _range(_kind(name), (p50, p50, p99)), text))
     cores = f"{latency['environment'].get('cpu')}, {latency['environment'].get('cores')} cores"
     where = latency["environment"].get("gpu") or cores
     note = f"p50 to p99 over {latency['queries']:,} queries, on a logarithmic scale; {where}"
@@ -64,7 +65,7 @@ def latency_charts(latency: LatencyReport | None) -> str:
         note += "; other programs took part of the processor meanwhile"
     rates = {name: system["best_queries_per_s"] for name, system in systems.items()}
     most = max(rates.values())
-    bars = [(name, _bar(name, rate / most), f"<b>{rate:,.0f}</b> queries/s") for name, rate in rates.items()]
+    bars = [(name, _bar(_kind(name), rate / most), f"<b>{rate:,.0f}</b> queries/s") for name, rate in rates.items()]
     charts = _chart("Latency of one query", note, ranges)
     charts += _chart("Throughput", "each system at the batch size that suits it best", bars)
     return f'<div class="hlm">{charts}</div>'
@@ -90,17 +91,17 @@ def _chart(title: str, note: str, rows: Sequence[tuple[str, str, str]]) -> str:
     return f'<section class="hlm-chart"><h2>{shown(title, 120)}</h2>{said}<table>{cells}</table></section>'
 
 
-def _bar(name: str, share: float) -> str:
-    return f'<div><i class="hlm-bar {_kind(name)}" style="width:{share:.1%}"></i></div>'
+def _bar(kind: str, share: float) -> str:
+    return f'<div><i class="hlm-bar {kind}" style="width:{share:.1%}"></i></div>'
 
 
-def _range(name: str, places: tuple[float, float, float] | None, line: float | None = None) -> str:
+def _range(kind: str, places: tuple[float, float, float] | None, line: float | None = None) -> str:
     """A dot at the middle one of three places, and what lies between the others."""
     marks = "" if line is None else f'<i class="hlm-line" style="left:{line:.1%}"></i>'
     if places:
         low, middle, high = places
-        marks += f'<i class="hlm-span {_kind(name)}" style="left:{low:.1%};width:{high - low:.1%}"></i>'
-        marks += f'<i class="hlm-dot {_kind(name)}" style="left:{middle:.1%}"></i>'
+        marks += f'<i class="hlm-span {kind}" style="left:{low:.1%};width:{high - low:.1%}"></i>'
+        marks += f'<i class="hlm-dot {kind}" style="left:{middle:.1%}"></i>'
     return f"<div>{marks}</div>"
 
 

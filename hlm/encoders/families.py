@@ -90,11 +90,19 @@ FAMILIES: dict[str, Family] = {
     "data2vec-text": _bert(shifted_positions=True),
     "mpnet": _bert(shifted_positions=True),
     "distilbert": Family(
-        layers="transformer.layer", ffn_in=("ffn.lin1",), ffn_out="ffn.lin2", gated=False, depth="n_layers",
-        hidden="dim", ffn="hidden_dim",
+        layers="transformer.layer",
+        ffn_in=("ffn.lin1",),
+        ffn_out="ffn.lin2",
+        gated=False,
+        depth="n_layers",
+        hidden="dim",
+        ffn="hidden_dim",
     ),
     "modernbert": Family(
-        ffn_in=("mlp.Wi",), ffn_out="mlp.Wo", first_stays=True, pattern=Pattern(field="global_attn_every_n_layers"),
+        ffn_in=("mlp.Wi",),
+        ffn_out="mlp.Wo",
+        first_stays=True,
+        pattern=Pattern(field="global_attn_every_n_layers"),
         inclusive_window=True,
     ),
     "gemma3_text": Family(pattern=Pattern(field="sliding_window_pattern", first=1), norm_offset=1.0),
@@ -102,7 +110,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(),
     "llama": Family(),
     "mistral": Family(),
-}  # fmt: skip
+}
 
 
 def known(config: PretrainedConfig | Mapping[str, Any]) -> Family | None:

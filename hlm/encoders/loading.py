@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from hlm.encoders.padding import right_padded
 from hlm.progress import progress
 from hlm.texts import as_texts, well_formed
 
+Batch = TypeVar("Batch")
 logger = logging.getLogger(__name__)
 
 PACKAGE = "package:"
@@ -266,20 +267,30 @@ def encode(
     ids = tokenise(model, texts, prompt_of(model, prompt_name))
     batches = token_batches(np.array([len(tokens) for tokens in ids]), batch_tokens)
     own = progress(what="encode", unit="text", total=len(texts), shown=bar is None and len(batches) > 1)
-    before: tuple[np.ndarray, Callable[[], np.ndarray]] | None = None
+
+    def begun(rows: np.ndarray) -> Callable[[], np.ndarray]:
+        features = {name: sent(value, model.device) for name, value in pad(model, [ids[n] for n in rows]).items()}
+        vectors = model(features)["sentence_embedding"].float()[:, : dim or width]
+        return fetched(torch.nn.functional.normalize(vectors, dim=-1))
+
     with right_padded(model), own:
-        for rows in batches:
-            features = {name: sent(value, model.device) for name, value in pad(model, [ids[n] for n in rows]).items()}
-            vectors = model(features)["sentence_embedding"].float()[:, : dim or width]
-            started = rows, fetched(torch.nn.functional.normalize(vectors, dim=-1))
-            if before:  # a GPU computes this batch while the one before is dealt with
-                out[before[0]] = before[1]()
-            before = started
+        for rows, vectors in one_ahead((rows, begun(rows)) for rows in batches):
+            out[rows] = vectors
             (own if bar is None else bar).update(len(rows))
-        if before:
-            out[before[0]] = before[1]()
     model.train(was_training)
     return out
+
+
+def one_ahead(batches: Iterable[tuple[Batch, Callable[[], np.ndarray]]]) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Each batch with what was begun for it (see `fetched`), in order, waited for when the next one is begun: a GPU
+    computes a batch while the caller deals with the one before."""
+    waiting: tuple[Batch, Callable[[], np.ndarray]] | None = None
+    for started in batches:
+        if waiting:
+            yield waiting[0], waiting[1]()
+        waiting = started
+    if waiting:
+        yield waiting[0], waiting[1]()
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -58,10 +58,21 @@ def weaken_lora(model: SentenceTransformer, weight: float) -> None:
     (WiSE-FT, arXiv 2109.01903)."""
     if not 0 < weight <= 1:
         raise HlmError(f"expected a weight above 0 and up to 1, found {weight}; 1 keeps all that was learnt")
+    set_adapter(model, adapter_of(model), weight)
+
+
+def adapter_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Name -> a copy of each tensor that LoRA trains."""
+    return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def set_adapter(model: torch.nn.Module, adapter: dict[str, torch.Tensor], weight: float) -> None:
+    """Puts the share `weight` of an adapter of `adapter_of` in the place of the model's: with 0 the model answers as
+    its backbone does."""
+    parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_B." in name:
-                parameter.mul_(weight)
+        for name, value in adapter.items():
+            parameters[name].copy_(value * weight if ".lora_B." in name else value)
 
 
 def merge_lora(model: SentenceTransformer) -> SentenceTransformer:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 
 from hlm.artefacts import MANIFEST, HlmError, read_manifest
 from hlm.encoders.loading import find_encoder
+from hlm.evaluation.fusion import check_weights
 from hlm.evaluation.report import STUDENTS, SYSTEMS
 from hlm.settings import closest, read_section
-from hlm.steps import EvaluateConfig, System
+from hlm.steps import EvaluateConfig, Fusion, System
 from hlm.vectors.lineage import check_student
 from hlm.vectors.store import VectorStore
 
 
 def read_systems(config: EvaluateConfig) -> dict[str, System | None]:
     """The checked `systems` in the report's order, in which the teacher comes before the students."""
-    for name in ("k", "bootstrap_samples"):
+    for name in ("k", "bootstrap_samples", "impressions"):
         if getattr(config, name) < 1:
             raise HlmError(f"{name}: expected 1 or more, found {getattr(config, name)}")
     if config.depth < max(100, config.k):
@@ -41,6 +44,68 @@ def read_systems(config: EvaluateConfig) -> dict[str, System | None]:
     return {name: systems[name] for name in SYSTEMS if name in systems}
 
 
+def read_fusions(config: EvaluateConfig, systems: Iterable[str]) -> dict[str, Fusion]:
+    """The checked `fusions`."""
+    fusions = {}
+    for name, given in config.fusions.items():
+        where = f"fusions: '{name}'"
+        if name in SYSTEMS or not re.fullmatch(r"[\w+.-]+", name):
+            raise HlmError(f"{where}: expected a name of letters, digits, -, + and ., and none of {', '.join(SYSTEMS)}")
+        if not isinstance(given, dict) or "systems" not in given:
+            raise HlmError(f"{where}: expected {{systems: [...], method: rrf}} or the like, found {given!r}")
+        fusion: Fusion = read_section(Fusion, given, where)
+        known = list(systems)
+        for system in fusion.systems:
+            if system not in known:
+                raise HlmError(
+                    f"{where}: expected some of {', '.join(known)}, found '{system}'{closest(system, known)}"
+                )
+        if len(set(fusion.systems)) < max(2, len(fusion.systems)):
+            raise HlmError(f"{where}: expected two systems or more, each once, found {', '.join(fusion.systems)}")
+        if fusion.weights is not None:
+            if fusion.method == "rrf":
+                raise HlmError(f"{where}: rrf takes no weights; leave them out, or set `method: weighted`")
+            check_weights(fusion.weights, len(fusion.systems))
+            if 0 in fusion.weights:
+                raise HlmError(f"{where}: expected weights above 0, found {fusion.weights}; leave that system out")
+        fusions[name] = fusion
+    return fusions
+
+
+def chooses_on_dev(config: EvaluateConfig, fusions: Mapping[str, Fusion]) -> bool:
+    """Whether anything is chosen on `dev_split`; refuses to choose on the split that is reported."""
+    choosing = [f"the weights of fusion '{name}'" for name, one in fusions.items() if _chooses_weights(one)]
+    if config.shown_precision is not None:
+        if not 0 < config.shown_precision <= 1:
+            raise HlmError(
+                f"shown_precision: expected a share above 0 and at most 1, such as 0.9, found {config.shown_precision}"
+            )
+        choosing.append("least scores")
+    if choosing and config.dev_split == config.split:
+        raise HlmError(
+            f"dev_split: expected another split than '{config.split}', which is reported, to choose {choosing[0]} on; "
+            "name one, or choose nothing (weights given or `method: rrf`, no shown_precision)"
+        )
+    return bool(choosing)
+
+
+def _chooses_weights(fusion: Fusion) -> bool:
+    return fusion.method == "weighted" and fusion.weights is None
+
+
+def read_slices(config: EvaluateConfig) -> dict[str, re.Pattern[str]]:
+    """The checked `slices`: patterns that are looked for anywhere in a query, without regard to case."""
+    patterns = {}
+    for name, pattern in config.slices.items():
+        if name in ("kind", "length"):
+            raise HlmError(f"slices: '{name}' is a slice of every report; choose another name")
+        try:
+            patterns[name] = re.compile(pattern, re.IGNORECASE)
+        except re.error as error:
+            raise HlmError(f"slices: '{name}': expected a regular expression, found {pattern!r} ({error})") from error
+    return patterns
+
+
 def find_inputs(systems: dict[str, System | None]) -> dict[str, VectorStore]:
     """The store that each system searches, where one is named. Refuses, before anything is encoded, a model or a store
     that is not there, and those whose manifests say that they do not belong together.
@@ -61,6 +126,10 @@ def find_inputs(systems: dict[str, System | None]) -> dict[str, VectorStore]:
                 known[name] = encoder
             if system.corpus is not None:
                 stores[name] = VectorStore.open(system.corpus)
+            if name == "student_on_index" and system.index is None:
+                raise HlmError("expected the folder of the index that it searches; give it as `index`")
+            if system.index is not None:
+                read_manifest(system.index, "index")
             if name in STUDENTS:
                 if name not in stores and "teacher" not in systems:
                     raise HlmError("it searches the teacher's vectors: add `teacher`, or give it a `corpus`")

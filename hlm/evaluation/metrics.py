@@ -135,50 +135,71 @@ def mean(scores: Scores) -> float:
 
 
 def recovery(student: Scores, teacher: Scores, *, samples: int = 10_000, seed: int = 0) -> Recovery:
-    """How much of the teacher's metric the student keeps: the ratio of their means over the same queries.
+    """How much of the teacher's metric the student keeps: `ratio` of the student to the teacher."""
+    return ratio(student, teacher, samples=samples, seed=seed)
+
+
+def uplift(treatment: Scores, control: Scores, *, samples: int = 10_000, seed: int = 0) -> Recovery:
+    """What a treatment gains over a control: `ratio` minus 1; 0.05 is a gain of 5%."""
+    found = ratio(treatment, control, samples=samples, seed=seed, names=("treatment", "control"))
+    value = None if found["value"] is None else found["value"] - 1
+    return {**found, "value": value, "ci95": found["ci95"] and [bound - 1 for bound in found["ci95"]]}
+
+
+def ratio(
+    ours: Scores,
+    theirs: Scores,
+    *,
+    samples: int = 10_000,
+    seed: int = 0,
+    names: tuple[str, str] = ("student", "teacher"),
+    scores: str = "scores",
+) -> Recovery:
+    """The ratio of two means over the same queries.
 
     The interval is the percentile interval of the paired bootstrap (Efron and Tibshirani 1993, ch. 13): queries are
-    drawn with replacement, both systems keep the same draw.
+    drawn with replacement, both sides keep the same draw.
 
     Args:
-        student, teacher: {query id: value} of one metric.
+        ours, theirs: {query id: value} of one metric.
         samples: bootstrap samples, 1 or more.
         seed: of the draws.
+        names: of the two sides, for messages; `scores` is their verb.
 
     Returns:
-        {"value": ratio, "ci95": [low, high]}; above 1 where the student is better. Where the ratio is undefined, as the
-        teacher's mean is 0, both are None. Where only the interval is, over fewer than 2 queries or with a teacher
-        whose mean is 0 in more than 1% of the samples, "ci95" alone is None. "reason" then says which, and is absent
+        {"value": ratio, "ci95": [low, high]}; above 1 where ours is better. Where the ratio is undefined, as the mean
+        of theirs is 0, both are None. Where only the interval is, over fewer than 2 queries or with a mean of theirs
+        that is 0 in more than 1% of the samples, "ci95" alone is None. "reason" then says which, and is absent
         otherwise.
 
     Raises:
         HlmError: other queries on the two sides, no query, or no samples.
     """
-    if student.keys() != teacher.keys() or not teacher:
+    if ours.keys() != theirs.keys() or not theirs:
         raise HlmError(
-            f"expected the same queries for student and teacher, found {len(student)} and {len(teacher)} with "
-            f"{len(student.keys() & teacher.keys())} in common; evaluate both on one split"
+            f"expected the same queries for {names[0]} and {names[1]}, found {len(ours)} and {len(theirs)} with "
+            f"{len(ours.keys() & theirs.keys())} in common; evaluate both on one split"
         )
     if samples < 1:
         raise HlmError(f"bootstrap samples: expected 1 or more, found {samples}")
-    queries = sorted(teacher)  # the order decides the draws: the interval must not depend on how a dict was filled
-    pairs = np.array([[student[query], teacher[query]] for query in queries])
+    queries = sorted(theirs)  # the order decides the draws: the interval must not depend on how a dict was filled
+    pairs = np.array([[ours[query], theirs[query]] for query in queries], np.float64)
     means = pairs.mean(axis=0)
     if means[1] == 0:
-        return {"value": None, "ci95": None, "reason": f"the teacher scores 0 on all {len(queries)} queries"}
+        return {"value": None, "ci95": None, "reason": f"the {names[1]} {scores} 0 on all {len(queries)} queries"}
     value = float(means[0] / means[1])
     if len(queries) < 2:
         return {"value": value, "ci95": None, "reason": "an interval needs 2 queries or more, there is 1"}
     kept = _resampled_ratios(pairs, samples, seed)
     if len(kept) < 0.99 * samples:
-        reason = f"no interval: the teacher scores 0 in {samples - len(kept)} of {samples} samples of the "
+        reason = f"no interval: the {names[1]} {scores} 0 in {samples - len(kept)} of {samples} samples of the "
         return {"value": value, "ci95": None, "reason": f"{reason}{len(queries)} queries; use more queries"}
     low, high = np.percentile(kept, [2.5, 97.5])
     return {"value": value, "ci95": [float(low), float(high)]}
 
 
 def _resampled_ratios(pairs: np.ndarray, samples: int, seed: int) -> np.ndarray:
-    """Student over teacher in each bootstrap sample of float64 (queries, 2); samples without a ratio are left out."""
+    """First over second in each bootstrap sample of float64 (queries, 2); samples without a ratio are left out."""
     generator = np.random.default_rng(seed)
     ratios = []
     block = max(1, 4_000_000 // len(pairs))  # 32 MB of draws at a time

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import datetime
 import platform
+import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,13 +35,15 @@ from hlm.evaluation.metrics import (
     relevance_threshold,
     slices,
 )
-from hlm.machine import cores, installed_versions
+from hlm.evaluation.tables import contribution_rows, describe, percent, threshold_rows
+from hlm.machine import cores, cpu_model, installed_versions
 from hlm.redaction import without_secret_options
-from hlm.report_types import SCHEMA_VERSION, Environment, Recovery, Report
+from hlm.report_types import SCHEMA_VERSION, Environment, FusionReport, Report
 
 # Rows of every table, in this order. Students search the teacher's index with a query encoder of their own.
-SYSTEMS = ("bm25", "backbone", "teacher", "pruned", "aligned", "student", "contrastive_only")
-STUDENTS = ("pruned", "aligned", "student", "contrastive_only")
+# `student_on_index` is the student again, in the index that goes online instead of an exact search.
+STUDENTS = ("pruned", "aligned", "student", "student_on_index", "contrastive_only")
+SYSTEMS = ("bm25", "backbone", "teacher", *STUDENTS)
 
 _PACKAGES = ["torch", "transformers", "sentence-transformers", "peft", "accelerate", "datasets", "faiss-cpu"]
 _PACKAGES += ["faiss-gpu", "faiss-gpu-cu12", "bm25s", "pytrec-eval-terrier", "numpy"]
@@ -54,6 +58,8 @@ def build_report(
     parameters: Mapping[str, tuple[int, int]],
     texts: Mapping[str, str],
     kinds: Mapping[str, str] | None = None,
+    patterns: Mapping[str, re.Pattern[str]] | None = None,
+    fusions: Mapping[str, FusionReport] | None = None,
     k: int = 10,
     relevance_level: int | None = None,
     incomplete: bool = False,
@@ -64,10 +70,12 @@ def build_report(
     """Scores every run and compares the students with the teacher.
 
     Args:
-        runs: system name (one of `SYSTEMS`) -> run over the queries of `qrels`.
+        runs: system name (one of `SYSTEMS` or of `fusions`) -> run over the queries of `qrels`.
         parameters: system name -> (all parameters, parameters outside embedding tables).
         texts: query id -> text, for the slices by length.
         kinds: query id -> kind, for the slices by kind; None where the data has no kinds.
+        patterns: name of a slice -> what its queries match; what every system scores on them is in the report too.
+        fusions: kept as they are; see `hlm.evaluation.contribution`.
         k, relevance_level, incomplete: see `hlm.evaluation.metrics.per_query`.
         samples, seed: of the bootstrap.
         environment: kept as it is; see `environment`.
@@ -81,10 +89,11 @@ def build_report(
     Raises:
         HlmError: an unknown system name, or what the metrics refuse.
     """
-    unknown = sorted(set(runs) - set(SYSTEMS))
+    order = (*SYSTEMS, *(fusions or {}))
+    unknown = sorted(set(runs) - set(order))
     if unknown or not runs:
         raise HlmError(f"expected systems among {', '.join(SYSTEMS)}, found {', '.join(unknown) or 'none'}")
-    runs = {name: {query: runs[name].get(query, {}) for query in qrels} for name in SYSTEMS if name in runs}
+    runs = {name: {query: runs[name].get(query, {}) for query in qrels} for name in order if name in runs}
     level = relevance_threshold(qrels) if relevance_level is None else relevance_level
     scores = {
         name: per_query(run, qrels, k, relevance_level=level, incomplete=incomplete) for name, run in runs.items()
@@ -95,15 +104,9 @@ def build_report(
     recovered = [metric for metric in metric_names(k, incomplete=incomplete) if metric != f"judged@{k}"]
     kept = {
         name: {m: recovery(scores[name][m], scores["teacher"][m], samples=samples, seed=seed) for m in recovered}
-        for name in students
+        for name in (*students, *(fusions or {} if "teacher" in runs else ()))
     }
-    grouped: dict[str, dict[str, dict[str, Any]]] = {}
-    if "student" in overlaps:
-        sides = scores["student"][f"ndcg@{k}"], scores["teacher"][f"ndcg@{k}"], overlaps["student"]
-        grouped = {
-            by: slices(groups, *sides, k=k, samples=samples, seed=seed)
-            for by, groups in _groups(qrels, texts, kinds).items()
-        }
+    groups = _groups(qrels, texts, kinds)
     report: Report = {
         "schema_version": SCHEMA_VERSION,
         "dataset": dataset,
@@ -118,11 +121,44 @@ def build_report(
         },
         "recovery": kept.get("student", {}),
         f"overlap@{k}": mean(overlaps["student"]) if "student" in overlaps else None,  # type: ignore[misc]
-        "slices": grouped,
+        "slices": _slices(groups, patterns or {}, texts, scores, overlaps, k=k, samples=samples, seed=seed),
         "recovery_by_system": kept,
         "environment": environment if environment is not None else {},
     }
+    if fusions:
+        report["fusions"] = dict(fusions)
     return report, _score_table(scores, overlaps, k)
+
+
+def _slices(
+    groups: Mapping[str, Mapping[str, str]],
+    patterns: Mapping[str, re.Pattern[str]],
+    texts: Mapping[str, str],
+    scores: Mapping[str, dict[str, Scores]],
+    overlaps: Mapping[str, Scores],
+    *,
+    k: int,
+    samples: int,
+    seed: int,
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Student against teacher on groups of queries; of those that a pattern makes, every system's nDCG as well."""
+    metric = f"ndcg@{k}"
+    matched = {
+        name: {query: "match" if pattern.search(texts[query]) else "others" for query in groups["length"]}
+        for name, pattern in patterns.items()
+    }
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    if "student" in overlaps:
+        sides = scores["student"][metric], scores["teacher"][metric], overlaps["student"]
+        found = {by: slices(of, *sides, k=k, samples=samples, seed=seed) for by, of in {**groups, **matched}.items()}
+    for name, of in matched.items():
+        found.setdefault(name, {group: {"n": n} for group, n in sorted(Counter(of.values()).items())})
+        for group, figures in found[name].items():
+            figures[metric] = {
+                system: mean({query: value for query, value in every[metric].items() if of[query] == group})
+                for system, every in scores.items()
+            }
+    return found
 
 
 def _means(scores: Mapping[str, Scores], overlaps: Scores | None, k: int) -> dict[str, float]:
@@ -160,8 +196,7 @@ def format_table(report: Report) -> str:
     metrics = [m for m in metric_names(k, incomplete=True) if m in next(iter(systems.values()))]
     header = ["system", "params", "non-emb", *metrics, f"overlap@{k}", "recovery of nDCG [95%]"]
     rows = [header]
-    for name in (name for name in SYSTEMS if name in systems):
-        values = systems[name]
+    for name, values in systems.items():
         kept = report["recovery_by_system"].get(name, {}).get(f"ndcg@{k}")
         rows.append(
             [
@@ -170,15 +205,37 @@ def format_table(report: Report) -> str:
                 _millions(values["params_non_embedding"]),
                 *(f"{values[metric]:.4f}" for metric in metrics),
                 f"{values[f'overlap@{k}']:.4f}" if f"overlap@{k}" in values else "-",
-                _percent(kept) if kept else "-",
+                percent(kept) if kept else "-",
             ]
         )
     title = f"{report['dataset']}, split {report['split']}: {report['queries']} queries, "
     title += f"relevant from grade {report['relevance_level']}"
     text = [title, "", *align(rows)]
     if report["recovery"]:
-        text += ["", "student / teacher:  " + "  ".join(f"{m} {_percent(r)}" for m, r in report["recovery"].items())]
-    return "\n".join([*text, *undefined(report)])
+        text += ["", "student / teacher:  " + "  ".join(f"{m} {percent(r)}" for m, r in report["recovery"].items())]
+    text += undefined(report)
+    for name, fusion in report.get("fusions", {}).items():
+        text += ["", describe(name, fusion, k), "", *align(contribution_rows(fusion, k))]
+    if thresholds := report.get("thresholds"):
+        title = f"Least scores chosen on {thresholds['split']} so that {thresholds['wanted_precision']:.0%} of the ads "
+        text += ["", f"{title}shown are relevant, on {report['split']}:", "", *align(threshold_rows(thresholds))]
+    for name in _patterns(report):
+        text += ["", f"nDCG@{k} of the queries in slice {name}:", "", *align(_pattern_rows(report, name))]
+    return "\n".join(text)
+
+
+def _patterns(report: Report) -> list[str]:
+    """The slices in which every system's nDCG is known."""
+    metric = f"ndcg@{report['k']}"
+    return [name for name, groups in report["slices"].items() if any(metric in group for group in groups.values())]
+
+
+def _pattern_rows(report: Report, name: str) -> list[list[str]]:
+    groups, metric = report["slices"][name], f"ndcg@{report['k']}"
+    rows = [["system", *(f"{group} ({figures['n']})" for group, figures in groups.items())]]
+    for system in report["systems"]:
+        rows.append([system, *(f"{figures[metric][system]:.4f}" for figures in groups.values())])
+    return rows
 
 
 def undefined(report: Report) -> list[str]:
@@ -210,23 +267,21 @@ def _millions(count: float) -> str:
     return f"{count / 1e6:.1f}M" if count else "-"
 
 
-def _percent(kept: Recovery) -> str:
-    if kept["value"] is None:
-        return "-"
-    interval = f"[{100 * kept['ci95'][0]:.1f}, {100 * kept['ci95'][1]:.1f}]" if kept["ci95"] else "[-]"
-    return f"{100 * kept['value']:.1f}% {interval}"
-
-
 def plot(report: Report, path: str | Path) -> None:
     """Draws nDCG@k of every system and, where there are students, their recovery with 95% intervals, as a PNG."""
     k = report["k"]
-    names = [name for name in SYSTEMS if name in report["systems"]]
+    names = list(report["systems"])
     students = [name for name in STUDENTS if name in report["recovery_by_system"]]
     figure = Figure(figsize=(11 if students else 6.5, 4.4), layout="constrained")
     axes = figure.subplots(1, 2 if students else 1, squeeze=False, width_ratios=[1.15, 1] if students else None)[0]
 
     heights = [report["systems"][name][f"ndcg@{k}"] for name in names]
-    colours = ["#1b6ca8" if name in STUDENTS else "#d98324" if name == "teacher" else "#9aa5b1" for name in names]
+    known = (
+        {"teacher": "#d98324"}
+        | dict.fromkeys(STUDENTS, "#1b6ca8")
+        | dict.fromkeys(report.get("fusions", ()), "#5b8c5a")
+    )
+    colours = [known.get(name, "#9aa5b1") for name in names]
     bars = axes[0].bar(range(len(names)), heights, color=colours)
     axes[0].bar_label(bars, fmt="%.3f", padding=2, fontsize=9)
     axes[0].set_xticks(range(len(names)), [name.replace("_", "\n") for name in names], fontsize=9)
@@ -288,7 +343,7 @@ def environment(command: str) -> Environment:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {"hlm": __version__} | installed_versions(_PACKAGES),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": cores(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
@@ -309,12 +364,3 @@ def _git_commit() -> str | None:
     except OSError:  # no git on this machine
         return None
     return found.stdout.strip() or None
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

@@ -181,10 +181,17 @@ class Repository:
         ]
         operations += [CommitOperationDelete(path, is_folder=False) for path in changes.deleted]
         with hub_errors(f"{self.name} was not changed"):
-            commit = self.api().create_commit(
-                **self.where, operations=operations, commit_message=message, revision=self.revision,
-                parent_commit=changes.head,
-            ).oid  # fmt: skip
+            commit = (
+                self.api()
+                .create_commit(
+                    **self.where,
+                    operations=operations,
+                    commit_message=message,
+                    revision=self.revision,
+                    parent_commit=changes.head,
+                )
+                .oid
+            )
         with hub_errors(f"{self.name}, commit {commit}, was written and could not be compared with what was sent"):
             there = self.hashes(commit)
             expected = {**files, RECORD: changes.record}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from hlm.artefacts import HlmError
@@ -50,6 +51,14 @@ class Phase:
         return smallest(self.training.peak)
 
 
+@dataclass
+class TrainingPhase(Phase):
+    """A phase that trains: its steps, and what one of them holds."""
+
+    steps: int = field(kw_only=True)
+    training: Training = field(kw_only=True)
+
+
 def padded(tokens: float, longest: int) -> float:
     return min(tokens * PADDING, longest)
 
@@ -91,9 +100,10 @@ def teacher_phases(shape: Shape, step: Mapping[str, Any], sizes: Assumptions, co
     query = padded(sizes.query_tokens + sizes.prompt_tokens, query_limit)
     document = padded(sizes.document_tokens, document_limit)
     encoding = inference_memory(shape, max(1, 4096 // document_limit), document_limit, step["dtype"])
-    busy, phases = sizes.teacher_utilisation, []
+    busy = sizes.teacher_utilisation
+    phases: list[Phase] = []
     if step["hard_negatives"]:
-        flops = forward_flops(shape, sizes.documents, document) + forward_flops(shape, sizes.train_queries, query)
+        flops = forward_flops(shape, sizes.documents, document) + forward_flops(shape, sizes.judged_queries, query)
         phases.append(
             Phase(
                 "teacher",
@@ -102,21 +112,34 @@ def teacher_phases(shape: Shape, step: Mapping[str, Any], sizes: Assumptions, co
                 flops,
                 busy,
                 disk={"backbone's vectors, until the step ends": store_bytes(sizes.documents, shape.hidden)},
-                search_flops=2.0 * sizes.train_queries * sizes.documents * shape.hidden,
+                search_flops=2.0 * sizes.judged_queries * sizes.documents * shape.hidden,
             )
         )
-    pairs = min(sizes.train_pairs, sizes.train_queries * (step["pairs_per_query"] or sizes.train_pairs))
+    pairs = min(sizes.judged_pairs, sizes.judged_queries * (step["pairs_per_query"] or sizes.judged_pairs))
     steps, rows = steps_of(step, pairs, count)
-    kind = {"lora_rank": step["lora_rank"], "checkpointing": training.checkpointing, "caching": bool(training.chunk)}
-    flops = training_flops(shape, rows, query, **kind)
-    flops += training_flops(shape, rows * (1 + step["hard_negatives"]), document, **kind)
+    flops_of = partial(
+        training_flops,
+        shape,
+        lora_rank=step["lora_rank"],
+        checkpointing=training.checkpointing,
+        caching=bool(training.chunk),
+    )
+    flops = flops_of(rows, query) + flops_of(rows * (1 + step["hard_negatives"]), document)
     adapter = shape.lora_parameters(step["lora_rank"])
     weights = shape.parameters * training.precision.weight_bytes
     phases.append(
-        Phase("teacher", "train", training.memory(count, sizes.fsdp), flops, busy, steps=steps, training=training,
-              step_seconds=sizes.step_seconds,
-              disk={"merged model": weights, "adapter": 4 * adapter} | checkpoints(step, adapter))
-    )  # fmt: skip
+        TrainingPhase(
+            "teacher",
+            "train",
+            training.memory(count, sizes.fsdp),
+            flops,
+            busy,
+            disk={"merged model": weights, "adapter": 4 * adapter} | checkpoints(step, adapter),
+            steps=steps,
+            step_seconds=sizes.step_seconds,
+            training=training,
+        )
+    )
     if evaluations := evaluations_of(step, steps):
         rows = evaluations * (sizes.dev_documents + step["dev_documents"])
         phases.append(
@@ -155,22 +178,33 @@ def student_training(
 
 def student_phase(
     step_name: str, name: str, training: Training, step: Mapping[str, Any], rows: int, sizes: Assumptions, count: int
-) -> Phase:
+) -> TrainingPhase:
     shape = training.shape
     steps, rows = steps_of(step, rows, count)
     tokens = padded(sizes.query_tokens + (sizes.prompt_tokens if step.get("prompt") else 0), training.rows[0][1])
     flops = training_flops(shape, rows, tokens, checkpointing=training.checkpointing)
     disk = {"student": 4 * shape.parameters} | checkpoints(step, shape.parameters)
-    return Phase(step_name, name, training.memory(count, sizes.fsdp), flops, sizes.student_utilisation, disk=disk,
-                 steps=steps, step_seconds=sizes.step_seconds, training=training)  # fmt: skip
+    return TrainingPhase(
+        step_name,
+        name,
+        training.memory(count, sizes.fsdp),
+        flops,
+        sizes.student_utilisation,
+        disk=disk,
+        steps=steps,
+        step_seconds=sizes.step_seconds,
+        training=training,
+    )
 
 
 def align_training(shape: Shape, step: Mapping[str, Any], sizes: Assumptions) -> Training:
     return student_training(shape, step, sizes, lambda batch: 8 * batch * shape.hidden * 4, step["prompt"])
 
 
-def align_phase(name: str, shape: Shape, stage: dict, step: Mapping[str, Any], sizes: Assumptions, count: int) -> Phase:
-    rows = {"unlabelled": sizes.unlabelled, "train": sizes.train_queries}
+def align_phase(
+    name: str, shape: Shape, stage: dict, step: Mapping[str, Any], sizes: Assumptions, count: int
+) -> TrainingPhase:
+    rows = {"unlabelled": sizes.unlabelled, "train": sizes.judged_queries}
     step = {**step, "num_train_epochs": stage.get("epochs", step["num_train_epochs"])}
     training = align_training(shape, step, sizes)
     return student_phase("align", name, training, step, sum(rows[part] for part in step["parts"]), sizes, count)
@@ -187,12 +221,12 @@ def refine_training(shape: Shape, step: Mapping[str, Any], sizes: Assumptions, c
     return student_training(shape, step, sizes, loss)
 
 
-def refine_phase(shape: Shape, step: Mapping[str, Any], sizes: Assumptions, count: int, dim: int) -> Phase:
+def refine_phase(shape: Shape, step: Mapping[str, Any], sizes: Assumptions, count: int, dim: int) -> TrainingPhase:
     training = refine_training(shape, step, sizes, count)
-    phase = student_phase("refine", "train", training, step, sizes.train_pairs, sizes, count)
+    phase = student_phase("refine", "train", training, step, sizes.judged_pairs, sizes, count)
     epochs = step["num_train_epochs"] if step["max_steps"] <= 0 else 1
     searches = (epochs / max(1, step["refresh_epochs"]) if step["hard_negatives"] else 0) + bool(step["mask_top"])
-    phase.search_flops = 2.0 * searches * sizes.train_queries * sizes.documents * dim
+    phase.search_flops = 2.0 * searches * sizes.judged_queries * sizes.documents * dim
     return phase
 
 

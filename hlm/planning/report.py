@@ -120,9 +120,16 @@ def text(plan: Plan, count: int = 1, gpu: Gpu | None = None) -> str:
         fits = ("yes" if phase.peak <= gpu.usable else "NO") if gpu else "-"
         hours = duration(phase.hours(count, gpu)) if gpu else "-"
         rows.append(
-            (title(phase), size(phase.peak), fits, f"{phase.flops / 1e15:,.1f}", hours,
-             f"{phase.steps:,}" if phase.steps else "", phase.smallest())
-        )  # fmt: skip
+            (
+                title(phase),
+                size(phase.peak),
+                fits,
+                f"{phase.flops / 1e15:,.1f}",
+                hours,
+                f"{phase.steps:,}" if phase.steps else "",
+                phase.smallest(),
+            )
+        )
     lines += table(rows)
     if gpu:
         lines.append(f"  in all {duration(sum(phase.hours(count, gpu) for phase in plan.phases))}")
@@ -156,8 +163,8 @@ def assumptions(plan: Plan) -> list[str]:
     """What the figures rest on, each with the figures that it decides."""
     sizes = plan.assumptions
     return [
-        f"data: {sizes.documents:,} ads, {sizes.queries:,} queries ({sizes.train_queries:,} of them train, with "
-        f"{sizes.train_pairs:,} pairs), {sizes.unlabelled:,} unlabelled: steps, stores, index, time",
+        f"data: {sizes.documents:,} ads, {sizes.queries:,} queries ({sizes.judged_queries:,} of them train, with "
+        f"{sizes.judged_pairs:,} pairs), {sizes.unlabelled:,} unlabelled: steps, stores, index, time",
         f"tokens, mean: query {sizes.query_tokens:g} (+ {sizes.prompt_tokens:g} of instruction for the teacher), ad "
         f"{sizes.document_tokens:g}, and {PADDING - 1:.0%} padding: FLOPs, time",
         f"tokens, longest: query {sizes.longest_query} (+ instruction), ad {sizes.longest_document} where no "

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from hlm.errors import HlmError
+from hlm.planning.run_file import RUN_FILE, expanded
 from hlm.settings import defaults_of, hints_of, read_yaml
-from hlm.steps import STEPS
+from hlm.step_table import STEPS
 
 PLANNED = ("teacher", "embed", "prune", "align", "refine")
 # What a plan reads of the training arguments, beside the steps' own settings.
-TRAINING = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "bf16",
-            "fp16", "gradient_checkpointing", "eval_strategy", "eval_steps", "logging_steps",
-            "save_total_limit")  # fmt: skip
+TRAINING = (
+    "per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps bf16 fp16 "
+    "gradient_checkpointing eval_strategy eval_steps logging_steps save_total_limit"
+).split()
 UNREAD = {"data", "vectors"}  # a plan takes their sizes from `Assumptions`
 
 
@@ -40,9 +42,18 @@ class Assumptions:
     student_utilisation: float = field(default=0.1, metadata={"help": "the same, students"})
     step_seconds: float = field(default=0.05, metadata={"help": "no training step is faster: launches, all-reduce"})
 
+    @property
+    def judged_queries(self) -> int:
+        """`train_queries`, or what stands for it where it is not given."""
+        return self.queries if self.train_queries is None else self.train_queries
+
+    @property
+    def judged_pairs(self) -> int:
+        """`train_pairs`, or what stands for it where it is not given."""
+        return self.judged_queries if self.train_pairs is None else self.train_pairs
+
     def __post_init__(self) -> None:
-        self.train_queries = self.queries if self.train_queries is None else self.train_queries
-        self.train_pairs = self.train_queries if self.train_pairs is None else self.train_pairs
+        self.train_queries, self.train_pairs = self.judged_queries, self.judged_pairs
         for name in ("documents", "queries", "train_pairs", "query_tokens", "document_tokens", "longest_query"):
             if getattr(self, name) <= 0:
                 raise HlmError(f"{name}: expected above 0, found {getattr(self, name)}")
@@ -54,7 +65,7 @@ class Assumptions:
 def check_folder(folder: str | Path) -> Path:
     """Refuses a folder without the steps' YAML files, before anything heavy is imported."""
     folder = Path(folder)
-    if not (folder / "teacher.yaml").is_file():
+    if not ((folder / "teacher.yaml").is_file() or (folder / RUN_FILE).is_file()):
         found = ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else "no such folder"
         raise HlmError(f"--config: expected a folder with teacher.yaml and the other steps, found {found} at {folder}")
     return folder
@@ -75,8 +86,9 @@ def read_steps(folder: str | Path, training: type) -> dict[str, dict[str, Any]]:
             or of another type.
     """
     folder = check_folder(folder)
-    paths = {step: folder / f"{step}.yaml" for step in PLANNED}
-    return {step: _read_step(path, step, training) for step, path in paths.items() if path.is_file()}
+    with expanded(folder) as configs:
+        paths = {step: configs / f"{step}.yaml" for step in PLANNED}
+        return {step: _read_step(path, step, training) for step, path in paths.items() if path.is_file()}
 
 
 def _read_step(path: Path, step: str, training: type) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from hlm.artefacts import MANIFEST, HlmError, read_manifest
 from hlm.benchmark import report as latency_report
 from hlm.encoders.families import depth_field
 from hlm.encoders.folder import EncoderFolder
-from hlm.evaluation.report import SYSTEMS
+from hlm.evaluation.tables import contribution_rows, describe, threshold_rows
 from hlm.redaction import portable, public, public_manifest
 from hlm.report_types import LatencyReport, Recovery, Report
 
@@ -96,6 +96,8 @@ def system_of(report: Report | None, encoder: str, usual: str) -> str | None:
     encoders = report["environment"].get("encoders")
     if not encoders:
         return usual if usual in report["systems"] else None
+    if encoders.get(usual) == encoder:  # a teacher may be its backbone to the bit
+        return usual
     name = next((name for name, found in encoders.items() if found == encoder), None)
     if name is None:
         found = ", ".join(f"{name} {value}" for name, value in encoders.items())
@@ -111,7 +113,7 @@ def report_facts(report: Report, system: str | None, repo: str | None) -> dict[s
     k = report["k"]
     metrics = [f"{name}@{k}" for name in ("ndcg", "condensed_ndcg", "judged", "precision")]
     metrics += ["recall@100", f"mrr@{k}", f"overlap@{k}"]
-    names = [name for name in SYSTEMS if name in report["systems"]]
+    names = list(report["systems"])
     metrics = [metric for metric in metrics if any(metric in report["systems"][name] for name in names)]
     rows = [["system", *metrics, f"recovery of ndcg@{k} [95%]", "parameters", "without embeddings"]]
     for name in names:
@@ -141,7 +143,22 @@ def report_facts(report: Report, system: str | None, repo: str | None) -> dict[s
         },
         "overlap": report["systems"].get(system or "", {}).get(f"overlap@{k}"),
         "slices": slices if len(slices) > 1 else None,
+        "ensembles": [
+            {"what": describe(name, fusion, k), "rows": contribution_rows(fusion, k)}
+            for name, fusion in report.get("fusions", {}).items()
+            if system in fusion["systems"]
+        ],
+        "least_score": _least_score(report, system),
     }
+
+
+def _least_score(report: Report, system: str | None) -> dict[str, Any] | None:
+    thresholds = report.get("thresholds")
+    if thresholds is None or system not in thresholds["systems"]:
+        return None
+    header, *rows = threshold_rows(thresholds)
+    own = [row for row in rows if row[0] == system]
+    return {"wanted": thresholds["wanted_precision"], "split": thresholds["split"], "rows": [header, *own]}
 
 
 def _recovery(kept: Recovery) -> str:

@@ -42,7 +42,7 @@ ALLOWED = {
     ],
 }  # fmt: skip
 ALWAYS = [re.escape(CARD), r"LICENSE(\.\w+)?", re.escape(RESULTS)]
-BINARY = re.compile(r".*\.(safetensors|parquet|faiss|onnx|onnx_data|png)")  # nothing is searched in them
+BINARY = re.compile(r".*\.(safetensors|parquet|arrow|faiss|onnx|onnx_data|png)")  # nothing is searched in them
 DATA = re.compile(rf".*{_TABLE}|.*/?(tokenizer|vocab)\.json|.*/?(vocab|merges)\.txt|.*\.model|LICENSE.*")
 ADAPTER = "adapter_config.json"
 

@@ -92,11 +92,20 @@ def lay_out(
             verify(config.student, home / part / "index")
             open_fitting(home / part / "vectors/corpus", read_student(config.student))
         done[part] = publish_folder(
-            home / part, repository.repo_id, repo_type=repository.repo_type, card=card, private=config.private,
-            revision=config.revision, tag=config.tag, defer_tag=True, dry_run=dry_run,
-            delete_others=config.delete_others, overwrite_edited=config.overwrite_edited,
-            sources=sources(config, part), public_names=public_names(config, repositories),
-        )  # fmt: skip
+            home / part,
+            repository.repo_id,
+            repo_type=repository.repo_type,
+            card=card,
+            private=config.private,
+            revision=config.revision,
+            tag=config.tag,
+            defer_tag=True,
+            dry_run=dry_run,
+            delete_others=config.delete_others,
+            overwrite_edited=config.overwrite_edited,
+            sources=sources(config, part),
+            public_names=public_names(config, repositories),
+        )
     return done
 
 

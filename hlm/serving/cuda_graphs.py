@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hlm.encoders.loading import fetched
+from hlm.encoders.loading import fetched, one_ahead
 from hlm.serving.bulk import Batch
 
 logger = logging.getLogger(__name__)
@@ -68,14 +68,7 @@ class CudaGraphs:
     def stream(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, np.ndarray]]:
         """The vectors of each batch, in order; valid until the next is asked for. The GPU computes a batch while the
         caller deals with the one before."""
-        waiting: tuple[Batch, Callable[[], np.ndarray]] | None = None
-        for batch in batches:
-            started = batch, self._start(batch.ids, batch.mask)
-            if waiting:
-                yield waiting[0], waiting[1]()
-            waiting = started
-        if waiting:
-            yield waiting[0], waiting[1]()
+        return one_ahead((batch, self._start(batch.ids, batch.mask)) for batch in batches)
 
     def _start(self, ids: np.ndarray, mask: np.ndarray | None) -> Callable[[], np.ndarray]:
         """Begins a batch; what it gives waits for its vectors."""

@@ -20,7 +20,7 @@ from hlm.artefacts import MANIFEST, HlmError
 from hlm.encoders.folder import GRAPHS, cutting
 from hlm.integrity import file_state, read_steadily
 from hlm.machine import cores, instructions
-from hlm.serving import engines as backends
+from hlm.serving import engines
 from hlm.serving.bulk import Batch, Run, SideBySide, cut_by_length
 from hlm.serving.long_texts import first_ids, whole_characters
 from hlm.serving.student_files import StudentFiles
@@ -144,14 +144,14 @@ class QueryEncoder:
             backend, precision = "openvino", "bf16"
         side_by_side, path = None, None
         if backend == "torch":
-            run, dim = backends.torch(files.weights(), precision, device or "cpu")
+            run, dim = engines.torch(files.weights(), precision, device or "cpu")
         else:
             names = ["fp32" if precision == "bf16" else precision]
             path = files.graph(["lookup", *names] if (backend, precision) == ("onnxruntime", "fp32") else names)
             if backend == "openvino":
-                run, dim = backends.openvino(path, precision, threads)
+                run, dim = engines.openvino(path, precision, threads)
             else:
-                run, dim = backends.onnxruntime(path, threads)
+                run, dim = engines.onnxruntime(path, threads)
                 if threads > 1:
                     side_by_side = SideBySide(_one_core(path, run), threads)
         return cls(
@@ -194,14 +194,14 @@ class QueryEncoder:
             HlmError: a tokenizer that is none of the tokenizers library, or a dtype other than those of "torch".
         """
         kind = str(model.dtype).removeprefix("torch.")
-        precision = next((name for name, dtype in backends.PRECISIONS.items() if dtype == kind), None)
+        precision = next((name for name, dtype in engines.PRECISIONS.items() if dtype == kind), None)
         fast = getattr(model.tokenizer, "backend_tokenizer", None)
         if precision is None or fast is None:
             raise HlmError(
                 f"expected a model in float32, bfloat16 or float16 with a tokenizer of the tokenizers library, found "
                 f"{kind} and {type(model.tokenizer).__name__}"
             )
-        run, dim = backends.torch_model(model)
+        run, dim = engines.torch_model(model)
         tokenizer = Tokenizer.from_str(fast.to_str())
         return cls(
             cutting(tokenizer, model.max_seq_length, model.tokenizer.truncation_side, where="the model"),
@@ -322,7 +322,7 @@ def _one_core(path: Path, run: Run) -> Callable[[], Run]:
 
     def load() -> Run:
         if file_state(path) == loaded:
-            return backends.onnxruntime(path, 1)[0]
+            return engines.onnxruntime(path, 1)[0]
         logger.warning("%s was replaced since it was loaded: texts are encoded by what was, and slower", path)
         return run
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
@@ -11,7 +12,7 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 from torch.distributed.tensor import DTensor
 
 from hlm.encoders.loading import encode
-from hlm.evaluation.metrics import Qrels, dense_run, mean, per_query
+from hlm.evaluation.metrics import Qrels, Scores, dense_run, mean, per_query
 from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.index import Index
 
@@ -47,6 +48,13 @@ class DevRetrieval(BaseEvaluator):
     def __call__(
         self, model: SentenceTransformer, output_path: str | None = None, epoch: float = -1, steps: int = -1
     ) -> dict[str, float]:
+        scores = self.scores(model)
+        metrics = {f"dev_{name}": mean(scores[name]) for name in ("ndcg@10", "precision@10")}
+        logger.info("step %s: %s", steps, ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        return metrics
+
+    def scores(self, model: SentenceTransformer) -> dict[str, Scores]:
+        """Metric -> dev query id -> value, of the model as it is."""
         index = self.index
         if index is None:
             documents = self.documents or {}
@@ -55,19 +63,30 @@ class DevRetrieval(BaseEvaluator):
         # The GPU waits while the CPU searches and counts: once an evaluation, over a few hundred queries.
         queries = encode(model, list(self.texts.values()), prompt_name=self.prompt_name)
         run = dense_run(queries, index, list(self.texts), 100)
-        scores = per_query(run, self.qrels, 10)
-        metrics = {f"dev_{name}": mean(scores[name]) for name in ("ndcg@10", "precision@10")}
-        logger.info("step %s: %s", steps, ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-        return metrics
+        return per_query(run, self.qrels, 10)
 
 
 def on_dev(trainer: SentenceTransformerTrainer) -> float | None:
     """nDCG@10 on dev of the model as it is; None without dev judgements. Every process must call it."""
     if trainer.evaluator is None:
         return None
+
+    def measured() -> float:
+        metrics = trainer.evaluator(trainer.model, steps=trainer.state.global_step)
+        return float(metrics[trainer.evaluator.primary_metric])
+
+    return _in_one_process(trainer, measured)
+
+
+def scores_on_dev(trainer: SentenceTransformerTrainer) -> Scores:
+    """nDCG@10 of each dev query, of the model as it is. Every process must call it."""
+    return _in_one_process(trainer, lambda: trainer.evaluator.scores(trainer.model)["ndcg@10"])
+
+
+def _in_one_process(trainer: SentenceTransformerTrainer, measured: Callable[[], Any]) -> Any:
+    """What the first process finds, for all; where each holds a part of the model, all must compute."""
     sharded = any(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
     found = None
     if sharded or trainer.is_world_process_zero():
-        metrics = trainer.evaluator(trainer.model, steps=trainer.state.global_step)
-        found = float(metrics[trainer.evaluator.primary_metric])
+        found = measured()
     return broadcast_object_list([found])[0]

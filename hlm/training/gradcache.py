@@ -111,6 +111,8 @@ def cached_loss(
             sizes.append([part.shape[0] for part in parts])
             whole = torch.cat(parts)
             vectors.append(whole.float() if whole.dtype in (torch.float16, torch.bfloat16) else whole)
+    # Before 2.11, torch's autocast keeps weights that it cast without a graph for the passes that need one.
+    torch.clear_autocast_cache()
     if not with_gradient:
         return loss(*vectors)
 

@@ -1,20 +1,30 @@
-"""Phase 2, the cut alone: a student with fewer layers and narrower FFNs, without any training."""
+"""Phase 2, the cut alone: a student with fewer layers, narrower FFNs and fewer tokens, without any training."""
 
 from __future__ import annotations
 
+import logging
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from sentence_transformers import SentenceTransformer
+
 from hlm.artefacts import claimed
-from hlm.data.contract import load
+from hlm.data.contract import RetrievalData, iterate, load
 from hlm.encoders.loading import fingerprint, load_encoder, save_encoder
 from hlm.encoders.pruning import cut
+from hlm.encoders.vocabulary import check_vocabulary, choose_tokens, count_tokens, cut_vocabulary, share_kept
 from hlm.identity import as_config, up_to_date
 from hlm.planning.footprint import backbone_config
 from hlm.planning.plan import cascade
+from hlm.progress import progress
 from hlm.settings import keywords
 from hlm.steps import PruneConfig
 from hlm.vectors.store import VectorStore
+
+logger = logging.getLogger(__name__)
+
+REPORTED = ("dev", "test")  # whose queries are told apart by whether they keep their tokens
 
 
 @keywords(PruneConfig)
@@ -38,12 +48,43 @@ def prune(config: PruneConfig) -> Path:
 def _prune(config: PruneConfig) -> None:
     layers = config.layers or config.keep
     cascade(backbone_config(config.model), [{"layers": layers, "ffn": config.ffn}])  # before any weights load
-    data = load(config.data, splits=(), skip_bad_rows=config.skip_bad_rows)
+    check_vocabulary(config.vocabulary)
+    splits = REPORTED if config.vocabulary else ()
+    data = load(config.data, splits=splits, skip_bad_rows=config.skip_bad_rows)
     teacher = VectorStore.open(Path(config.vectors) / "corpus").encoder
     model = load_encoder(config.model)
     inputs = {"student": fingerprint(model), "teacher": teacher}
+    if config.vocabulary:
+        inputs |= {part: data.fingerprint(part) for part in ("corpus", *(["unlabelled"] if data.unlabelled else []))}
     identity: dict[str, Any] = {"inputs": inputs, "config": as_config(config)}
     if up_to_date(config.output, "student", identity):
         return
     texts = (data.unlabelled or data.queries)[: config.calibration]["text"]
-    save_encoder(cut(model, layers, config.ffn, config.method, list(texts)), config.output, "student", **identity)
+    model = cut(model, layers, config.ffn, config.method, list(texts))
+    facts: dict[str, Any] = {}
+    if config.vocabulary:
+        model, facts["vocabulary"] = _with_fewer_tokens(model, data, config.vocabulary)
+    save_encoder(model, config.output, "student", **identity, **facts)
+
+
+def _with_fewer_tokens(
+    model: SentenceTransformer, data: RetrievalData, vocabulary: dict[str, int]
+) -> tuple[SentenceTransformer, dict[str, Any]]:
+    """The model with the tokens that unlabelled queries and titles use, and what became of its vocabulary."""
+    log = [] if data.unlabelled is None else [data.unlabelled.select_columns(["text"])]
+    if not log:
+        logger.warning("%s has no unlabelled queries: tokens are chosen by the ads' titles alone", data.source)
+    rows = chain.from_iterable(map(iterate, [*log, data.corpus.select_columns(["title"])]))
+    total = sum(map(len, log)) + len(data.corpus)
+    texts = (text for row in progress(rows, what="count tokens", unit="text", total=total) for text in row.values())
+    counts = count_tokens(model, (text for text in texts if text))
+    kept = choose_tokens(model, counts, **vocabulary)
+    shares = {
+        split: share_kept(model, kept, [text for _, text in data.split_queries(split)])
+        for split in REPORTED
+        if split in data.qrels
+    }
+    told = "".join(f"; {share:.1%} of the {split} queries keep theirs" for split, share in shares.items())
+    logger.info("vocabulary: %s of %s tokens stay%s", f"{len(kept):,}", f"{len(counts):,}", told)
+    facts = {"tokens": len(kept), "tokens_before": len(counts), "queries_whole": shares}
+    return cut_vocabulary(model, kept), facts

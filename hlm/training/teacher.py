@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,18 +19,28 @@ from torch.distributed.tensor import DTensor
 
 from hlm.artefacts import HlmError, fingerprint_json
 from hlm.data.contract import RetrievalData, document_text, iterate, load
-from hlm.encoders.loading import encode, fingerprint, load_encoder, prompt_of, save_encoder
+from hlm.encoders.loading import encode, fingerprint, load_encoder, prompt_of, save_encoder, sent
 from hlm.encoders.lora import add_lora, enable_gradient_checkpointing, merge_lora, weaken_lora
 from hlm.identity import PATHS, as_config, up_to_date
 from hlm.progress import progress
 from hlm.settings import keywords
 from hlm.steps import TeacherConfig
+from hlm.training.agreement import Agreement, TypedQueries
 from hlm.training.batches import TokenTable
 from hlm.training.dev_retrieval import DevRetrieval
+from hlm.training.frozen import FrozenVectors
 from hlm.training.gradcache import gather_with_gradient, loss_of_chunks
 from hlm.training.inputs import kept_pairs
-from hlm.training.losses import qwen3_contrastive
+from hlm.training.losses import l2_alignment, qwen3_contrastive
 from hlm.training.mining import gather_rows, mine_hard_negatives, padded_rows, search_device, shared_rows
+from hlm.training.selection import (
+    LEAST_JUDGED,
+    choose,
+    dev_retrieval,
+    keep_checkpoints,
+    typed_retrieval,
+    weights_of,
+)
 from hlm.training.trainer import (
     RecipeTrainer,
     TrainingArguments,
@@ -59,8 +69,8 @@ def train_teacher(config: TeacherConfig, args: TrainingArguments) -> Path:
     Raises:
         HlmError: settings, data or backbone that do not work, or an output that is somebody's.
     """
-    if not 0 < config.merge_weight <= 1:
-        raise HlmError(f"merge_weight: expected above 0 and up to 1, found {config.merge_weight}")
+    if weights_of(config.merge_weight):
+        keep_checkpoints(args)
     args.check_hardware("teacher", config)
     with claimed_output(config.output, "teacher", args) as output:
         _tune(dataclasses.replace(config, output=output), args)
@@ -75,20 +85,22 @@ def _tune(config: TeacherConfig, args: TrainingArguments) -> None:
         "inputs": {"backbone": fingerprint(model)} | {part: data.fingerprint(part) for part in parts},
         "config": as_config(config, recorded(args)),
     }
+    typed = TypedQueries.of(data) if weights_of(config.merge_weight) or config.agreed_pairs else None
+    if typed:
+        identity["inputs"] |= typed.fingerprints
     if up_to_date(config.output, "teacher", identity, paths=PATHS):
         return
-    pairs = Pairs(data, config)
     source = fingerprint_json([identity["inputs"]["corpus"], config.oracle])
     # A folder for each backbone: what another one mined, before a run that never came to a checkpoint, is in no way.
     mined = f"{args.output_dir}/backbone-{fingerprint_json([identity['inputs']['backbone'], source])[:8]}"
-    negatives = mine(model, pairs, config, mined, source)
+    pairs, negatives, anchors, (evaluator, signal) = searched(model, data, typed, config, mined, source, args.device)
     set_seed(args.seed)  # the adapter starts at random: alike in every process and after a kill
     add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout)
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(model)
         # Done, and in the only order that works under LoRA: the trainer must not do it again, under either name.
         args.gradient_checkpointing = args.activation_checkpointing = False
-    batches = Batches.of(model, pairs, negatives, config)
+    batches = Batches.of(model, pairs, negatives, config, anchors)
     trainer = RecipeTrainer(
         model,
         args,
@@ -97,9 +109,9 @@ def _tune(config: TeacherConfig, args: TrainingArguments) -> None:
         step_loss=batches.loss,
         keys=pairs.rows[:, 1] if config.queries_per_document > 1 else None,
         group=config.queries_per_document,
-        evaluator=dev_retrieval(data, config),
+        evaluator=evaluator,
     )
-    measured = train(trainer, identity, then=lambda: weaken_lora(model, config.merge_weight))
+    measured = trained_and_chosen(trainer, identity, config.merge_weight, signal)
     trained = trainer.trained_tensors()
     if trainer.is_world_process_zero():
         model = whole(model, trained, config)
@@ -115,6 +127,63 @@ def _tune(config: TeacherConfig, args: TrainingArguments) -> None:
             beside=lambda folder: save_adapter(adapter, peft_config, config.backbone, folder / "adapter"),
         )
     finish(trainer, measured)
+
+
+def searched(
+    model: SentenceTransformer,
+    data: RetrievalData,
+    typed: TypedQueries | None,
+    config: TeacherConfig,
+    folder: str,
+    source: str,
+    device: torch.device,
+) -> tuple[Pairs, np.ndarray, Anchors | None, tuple[DevRetrieval | None, str | None]]:
+    """What the untuned backbone is asked for: pairs, hard negatives, anchors, and dev retrieval with its signal."""
+    pairs = Pairs(data, config)
+
+    def agreement(texts: list[str]) -> Agreement:
+        return Agreement.of(model, texts, data, backbone_vectors(model, pairs.documents, folder, source))
+
+    if typed and typed.trained and config.agreed_pairs:
+        pairs.add(agreement(typed.trained).pairs(config.agreed_pairs))
+    if not len(pairs.rows):
+        raise HlmError(
+            f"expected pairs to train on, found none with train_pairs {config.train_pairs} and agreed_pairs "
+            f"{config.agreed_pairs}, of {len(typed.trained) if typed else 0} typed queries; raise train_pairs"
+        )
+    dev: tuple[DevRetrieval | None, str | None] = (dev_retrieval(data, config), None)
+    if typed and weights_of(config.merge_weight):
+        dev = typed_retrieval(data, config, typed, agreement)
+    negatives = mine(model, pairs, config, folder, source)
+    anchors = None
+    if config.anchor_weight:
+        store = backbone_vectors(model, pairs.documents, folder, source)
+        anchors = Anchors.of(model, pairs.queries, store, device)
+    return pairs, negatives, anchors, dev
+
+
+def trained_and_chosen(
+    trainer: RecipeTrainer, identity: dict[str, Any], merge_weight: float | list[float] | str, signal: str | None
+) -> dict[str, Any]:
+    """Trains, and keeps the share `merge_weight` of what was learnt, or chooses it with the checkpoint.
+
+    Args:
+        signal: what dev queries are judged by; None: there is nothing to choose by, so the backbone is handed on.
+    """
+    weights = weights_of(merge_weight)
+    if weights is None:
+        assert isinstance(merge_weight, float)
+        return train(trainer, identity, then=partial(weaken_lora, trainer.model, merge_weight))
+    if signal is None:
+        logger.warning(
+            "the teacher is its backbone: merge_weight has to be chosen by dev queries that people judged (%d or more) "
+            "or by unlabelled queries that people typed, and there are none; add some, or set a number",
+            LEAST_JUDGED,
+        )
+        return {"chosen": {"step": 0, "merge_weight": 0.0, "signal": None}}  # an adapter begins without effect
+    chosen: dict[str, Any] = {"signal": signal}
+    measured = train(trainer, identity, then=lambda: chosen.update(choose(trainer, weights)))
+    return measured | {"chosen": chosen}
 
 
 def whole(model: SentenceTransformer, trained: dict[str, torch.Tensor], config: TeacherConfig) -> SentenceTransformer:
@@ -133,10 +202,10 @@ class Pairs:
     def __init__(self, data: RetrievalData, config: TeacherConfig) -> None:
         triples = kept_pairs(data, config.min_score)
         self.documents = [document_text(row, oracle=config.oracle) for row in iterate(data.corpus)]
-        row_of = {name: row for row, name in enumerate(data.corpus["_id"])}
+        self.row_of = {name: row for row, name in enumerate(data.corpus["_id"])}
         best: dict[str, list[tuple[int, int]]] = {}
         for query, document, grade in triples:
-            best.setdefault(query, []).append((-grade, row_of[document]))
+            best.setdefault(query, []).append((-grade, self.row_of[document]))
         texts = dict(data.split_queries("train", oracle=config.oracle))
         self.queries = [texts[name] for name in best]
         self.known = [[row for _, row in found] for found in best.values()]
@@ -146,42 +215,74 @@ class Pairs:
             # Best grades first; among equals by chance, or the catalogue's order would choose.
             order = sorted(range(len(found)), key=lambda i: (found[i][0], generator.random()))
             rows += [(number, found[i][1]) for i in order[: config.pairs_per_query]]
-        self.rows = np.asarray(rows, dtype=np.int64)  # (pairs, 2): query number, document row
+        if config.train_pairs is not None and config.train_pairs < len(rows):
+            rows = [rows[i] for i in sorted(generator.permutation(len(rows))[: config.train_pairs])]
+        self.rows = np.asarray(rows, dtype=np.int64).reshape(-1, 2)  # (pairs, 2): query number, document row
+        self.excluded = padded_rows(self.known)
+
+    def add(self, found: Iterable[tuple[str, list[str], list[str]]]) -> None:
+        """Adds pairs of further queries: (text, documents that make a pair, documents that are no negatives)."""
+        rows = []
+        for text, documents, known in found:
+            rows += [(len(self.queries), self.row_of[document]) for document in documents]
+            self.queries.append(text)
+            self.known.append([self.row_of[document] for document in known])
+        logger.info("%d pairs on which BM25 and the backbone agree, beside %d others", len(rows), len(self.rows))
+        self.rows = np.concatenate([self.rows, np.asarray(rows, dtype=np.int64).reshape(-1, 2)])
         self.excluded = padded_rows(self.known)
 
 
-def mine(model: SentenceTransformer, pairs: Pairs, config: TeacherConfig, folder: str, source: str) -> np.ndarray:
-    """(queries, k) document rows mined with the untuned backbone, padded with -1; k = 0 mines nothing.
-
-    The backbone's document vectors lie in a store in `folder`: a killed run finds them there.
-    """
-    if not config.hard_negatives:
-        return np.zeros((len(pairs.queries), 0), dtype=np.int64)
-    logger.info("mining with the backbone: %d queries, %d documents", len(pairs.queries), len(pairs.documents))
+def backbone_vectors(model: SentenceTransformer, texts: list[str], folder: str, source: str) -> VectorStore:
+    """The untuned backbone's vectors of the documents, in a store in `folder`: a killed run finds them there."""
     state = PartialState()
-    share = -(-len(pairs.documents) // state.num_processes)
+    share = -(-len(texts) // state.num_processes)
     with progress(what="encode the documents", unit="text", total=share) as bar:
         write_store(
             folder,
-            lambda start, stop: ((str(row), pairs.documents[row]) for row in range(start, stop)),
+            lambda start, stop: ((str(row), texts[row]) for row in range(start, stop)),
             partial(encode, model, prompt_name="document", bar=bar),
             dim=model.get_embedding_dimension(),
             encoder=fingerprint(model),
             source=source,
-            n_rows=len(pairs.documents),
+            n_rows=len(texts),
             shard_rows=8192,
             process_index=state.process_index,
             num_processes=state.num_processes,
         )
     state.wait_for_everyone()
+    return VectorStore.open(folder)
+
+
+def mine(model: SentenceTransformer, pairs: Pairs, config: TeacherConfig, folder: str, source: str) -> np.ndarray:
+    """(queries, k) document rows mined with the untuned backbone, padded with -1; k = 0 mines nothing."""
+    if not config.hard_negatives:
+        return np.zeros((len(pairs.queries), 0), dtype=np.int64)
+    logger.info("mining with the backbone: %d queries, %d documents", len(pairs.queries), len(pairs.documents))
+    store = backbone_vectors(model, pairs.documents, folder, source)
     rows = shared_rows(len(pairs.queries))
     found = np.zeros((0, config.hard_negatives), dtype=np.int64)
     if len(rows):
         queries = encode(model, [pairs.queries[row] for row in rows], prompt_name="query")
         known = [pairs.known[row] for row in rows]
-        store = VectorStore.open(folder)
         found = mine_hard_negatives(queries, known, store, config.hard_negatives, device=search_device(model))
     return gather_rows(rows, found, len(pairs.queries))
+
+
+@dataclass
+class Anchors:
+    """The untuned backbone's vectors of the texts in a batch: what the tuned ones are kept near."""
+
+    queries: torch.Tensor  # (queries, d)
+    documents: FrozenVectors
+
+    @classmethod
+    def of(cls, model: SentenceTransformer, queries: list[str], store: VectorStore, device: torch.device) -> Anchors:
+        vectors = torch.from_numpy(encode(model, queries, prompt_name="query"))
+        return cls(vectors, FrozenVectors(store, store.dim, device))
+
+    def distance(self, batch: dict, queries: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
+        theirs = sent(self.queries[batch["query_ids"].cpu()], queries.device)
+        return l2_alignment(queries, theirs) + l2_alignment(positives, self.documents.gather(batch["positive_ids"]))
 
 
 @dataclass
@@ -194,12 +295,20 @@ class Batches:
     queries: TokenTable
     documents: TokenTable
     config: TeacherConfig
+    anchors: Anchors | None = None
 
     @classmethod
-    def of(cls, model: SentenceTransformer, pairs: Pairs, negatives: np.ndarray, config: TeacherConfig) -> Batches:
+    def of(
+        cls,
+        model: SentenceTransformer,
+        pairs: Pairs,
+        negatives: np.ndarray,
+        config: TeacherConfig,
+        anchors: Anchors | None = None,
+    ) -> Batches:
         queries = TokenTable(model, pairs.queries, prompt_of(model, "query"))
         documents = TokenTable(model, pairs.documents, prompt_of(model, "document"))
-        return cls(pairs.rows, pairs.excluded, negatives, queries, documents, config)
+        return cls(pairs.rows, pairs.excluded, negatives, queries, documents, config, anchors)
 
     def collate(self, rows: list[int]) -> dict:
         pairs = self.rows[rows]
@@ -232,7 +341,7 @@ class Batches:
 
         def contrast(queries: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
             positives = documents[batch["positive_places"]]
-            return qwen3_contrastive(
+            loss = qwen3_contrastive(
                 queries,
                 positives,
                 documents[batch["negative_places"]] if hard else None,
@@ -252,25 +361,12 @@ class Batches:
                 all_positive_ids=all_positive_ids,
                 offset=rank * len(queries),
             )
+            if self.anchors:
+                loss = loss + self.config.anchor_weight * self.anchors.distance(batch, queries, positives)
+            return loss
 
         groups = [batch["query"], batch["document"]]
         return loss_of_chunks(model, groups, contrast, cached=bool(self.config.cache_chunk))
-
-
-def dev_retrieval(data: RetrievalData, config: TeacherConfig) -> DevRetrieval | None:
-    """Dev queries over their judged documents and a fixed sample of others: the teacher's own documents move."""
-    if "dev" not in data.qrels:
-        return None
-    judged = {document for grades in data.qrels["dev"].values() for document in grades}
-    ids = data.corpus["_id"]
-    keep = min(1.0, config.dev_documents / max(1, len(ids)))
-    limit = math.floor(keep * 16**8)
-    documents = {
-        row["_id"]: document_text(row, oracle=config.oracle)
-        for row in iterate(data.corpus)
-        if row["_id"] in judged or int(fingerprint_json(row["_id"])[:8], 16) < limit
-    }
-    return DevRetrieval(dict(data.split_queries("dev", oracle=config.oracle)), data.qrels["dev"], documents=documents)
 
 
 def save_adapter(adapter: dict[str, torch.Tensor], peft_config: Any, backbone: str, folder: Path) -> None:

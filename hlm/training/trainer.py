@@ -24,7 +24,7 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from sentence_transformers.base.evaluation import BaseEvaluator
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 
 from hlm.artefacts import HlmError, claimed, write_json
@@ -39,6 +39,7 @@ from hlm.training.batches import GroupedBatches
 from hlm.training.checkpoints import (
     IDENTITY,
     STATE,
+    TRAINER_STATE,
     check_same_run,
     checkpoint_folder,
     fault,
@@ -347,11 +348,24 @@ def train(
         start = on_dev(trainer)
         if trainer.is_world_process_zero():
             write_json(folder / START, start)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if not checkpoint or not _at_its_end(trainer, checkpoint):
+        trainer.train(resume_from_checkpoint=checkpoint)
     if then is not None:
         then()
     end = on_dev(trainer)
     return {} if end is None else {"dev": {"metric": "ndcg@10", "start": start, "end": end}}
+
+
+def _at_its_end(trainer: RecipeTrainer, checkpoint: str) -> bool:
+    """Whether the run was killed after its last step; then takes its weights. Resumed there, transformers' loop would
+    train one step more before it looks at their number."""
+    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE))
+    if state.global_step < state.max_steps:
+        return False
+    trainer.state = state
+    best = state.best_global_step if trainer.args.load_best_model_at_end else None
+    trainer._load_from_checkpoint(str(checkpoint_folder(trainer.args.output_dir, best)) if best else checkpoint)
+    return True
 
 
 def finish(trainer: RecipeTrainer, measured: dict[str, Any]) -> None:

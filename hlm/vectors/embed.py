@@ -26,6 +26,7 @@ from hlm.settings import keywords
 from hlm.steps import PARTS, EmbedConfig
 from hlm.vectors import canaries
 from hlm.vectors.faiss_index import AdIndex
+from hlm.vectors.recall import measured, sample_of
 from hlm.vectors.store import VectorStore, check_store_output, pending_shards, write_store
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 # Texts encoded at a time. A constant, because in bf16 it decides which texts share a batch and so the last bits of the
 # vectors.
 TEXTS_PER_STEP = 4096
+MEASURED_K = 100
 
 
 @keywords(EmbedConfig)
@@ -138,8 +140,24 @@ def write_index(output: str, factory: str, dim: int | None) -> None:
                 canaries.keep(folder, "index", store.canaries)
             logger.info("%s: up to date", folder)
             return
-    AdIndex.build(store, factory, dim=dim).save(folder)
+    index = AdIndex.build(store, factory, dim=dim)
+    if factory != "Flat":
+        part, queries = queries_beside(output, store)
+        sample = sample_of(queries, 0, dim=index.dim)
+        index.measured = measured(index, store, sample, MEASURED_K, f"vectors of {part}")
+    index.save(folder)
     logger.info("%s: %s over %d ads", folder, factory, len(store))
+
+
+def queries_beside(output: str, store: VectorStore) -> tuple[str, VectorStore]:
+    """A store of the same teacher's queries beside that of the ads; without one the ads' own, for which an index finds
+    more than for queries."""
+    for part in ("unlabelled", "queries"):
+        if (Path(output) / part / MANIFEST).is_file():
+            found = VectorStore.open(Path(output) / part)
+            if (found.encoder, found.dim) == (store.encoder, store.dim):
+                return part, found
+    return "corpus", store
 
 
 def check(config: EmbedConfig) -> None:

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import logging
-import math
-import numbers
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from hlm.artefacts import MANIFEST, HlmError, atomic_folder
 from hlm.fields import optional, shown, whole_number
 from hlm.integrity import read_steadily
-from hlm.vectors import faiss_parts
+from hlm.vectors import faiss_filters, faiss_parts
+from hlm.vectors.filters import Selection, Where, mask_of
 from hlm.vectors.index import ENGINES, Index
-from hlm.vectors.index_parts import checked_ids, checked_queries, normalised, read_facts, read_index_ids, write_facts
+from hlm.vectors.index_parts import (
+    checked_ids,
+    checked_queries,
+    joined,
+    normalised,
+    read_ads,
+    read_facts,
+    write_ads,
+    write_facts,
+)
 from hlm.vectors.store import VectorStore
 
 logger = logging.getLogger(__name__)
-INDEX_FILE, IDS_FILE = ENGINES["faiss"].files
+INDEX_FILE, ADS_FILE, OLDER_IDS_FILE, _ = ENGINES["faiss"].files
+KEPT_PARAMETERS = 64
 
 
 class AdIndex(Index):
@@ -38,7 +46,7 @@ class AdIndex(Index):
     def __init__(
         self,
         index: faiss.Index,
-        ids: pa.Array,
+        ads: pa.Table,
         *,
         encoder: str,
         source: str,
@@ -48,36 +56,49 @@ class AdIndex(Index):
         k_factor: float | None = None,
         on_gpu: bool = False,
         canaries: dict[str, Any] | None = None,
+        measured: dict[str, Any] | None = None,
     ) -> None:
         self._index = index
-        self._ids = ids
+        self._ads = ads
+        self._ids = ads["_id"].combine_chunks()
         self._on_gpu = on_gpu
         self._process = os.getpid()
         self.encoder = encoder
         self.source = source
         self.factory = factory
         self.canaries = canaries
-        parts = list(faiss_parts.parts(index))
-        cells = next((part.nlist for part in parts if faiss_parts.is_ivf(part)), 0)
-        self._cells = cells
-        # FAISS's own defaults (1, 16 and 1) trade most of the recall away; k_factor=1 even makes refinement a no-op.
-        self._defaults: dict[str, float | None] = {
-            "nprobe": min(cells, max(8, math.ceil(cells / 16))) if cells else None,
-            "ef_search": 128 if any(isinstance(part, faiss.IndexHNSW) for part in parts) else None,
-            "k_factor": 10.0 if any(isinstance(part, faiss.IndexRefine) for part in parts) else None,
-        }
-        self._defaults = self._options(nprobe, ef_search, k_factor)
+        self.measured = measured
+        # Building them takes as long as a twentieth of a fast search. They are read alone while FAISS searches.
+        self._parameters: dict[tuple[float | None, ...], faiss.SearchParameters | None] = {}
+        self._defaults = faiss_parts.default_options(index)
+        self.set_options(nprobe=nprobe, ef_search=ef_search, k_factor=k_factor)
 
     def __len__(self) -> int:
         return self._index.ntotal
 
     def __reduce__(self) -> tuple[Any, ...]:
-        facts = {"encoder": self.encoder, "source": self.source, "factory": self.factory, "canaries": self.canaries}
-        return _restored, (faiss.serialize_index(self._on_cpu()), self._ids, facts | self._defaults, self._on_gpu)
+        facts: dict[str, Any] = {"encoder": self.encoder, "source": self.source, "factory": self.factory}
+        facts |= {"canaries": self.canaries, "measured": self.measured}
+        return _restored, (faiss.serialize_index(self._on_cpu()), self._ads, facts | self._defaults, self._on_gpu)
 
     @property
     def dim(self) -> int:
         return self._index.d
+
+    @property
+    def columns(self) -> list[str]:
+        """What a search can be filtered by: "_id", and the columns that were kept."""
+        return self._ads.column_names
+
+    @property
+    def options(self) -> dict[str, float]:
+        """Those of nprobe, ef_search and k_factor that the index has a part for, and their defaults."""
+        return {name: value for name, value in self._defaults.items() if value is not None}
+
+    @property
+    def cells(self) -> int:
+        """Cells of its IVF; 0 without one."""
+        return faiss_parts.cells_in(self._index)
 
     @classmethod
     def build(
@@ -86,7 +107,8 @@ class AdIndex(Index):
         factory: str = "Flat",
         *,
         dim: int | None = None,
-        train_rows: int = 131_072,
+        columns: pa.Table | None = None,
+        train_rows: int | None = None,
         rows_per_block: int = 65_536,
         nprobe: int | None = None,
         ef_search: int | None = None,
@@ -101,8 +123,10 @@ class AdIndex(Index):
             factory: any FAISS factory string: "Flat" (exact), "HNSW32", "IVF1024,PQ48", "IVF256,SQ8",
                 "IVF1024,PQ48x4fs,RFlat", ...
             dim: keep the first `dim` components and normalise again (Matryoshka); all by default.
-            train_rows: at most this many rows, drawn without replacement, train an index that needs training; FAISS
-                asks for 39 or more for each of an IVF's cells.
+            columns: what searches can be filtered by: an Arrow table with the ads' ids in "_id", and numbers, texts,
+                dates or truth values in its other columns; rows in any order.
+            train_rows: at most this many rows, drawn without replacement, train an index that needs training; default
+                40 for each of an IVF's cells, at least 131,072.
             nprobe: cells searched of an IVF; default one in 16, at least 8.
             ef_search: candidates held while walking an HNSW graph; default 128.
             k_factor: candidates re-scored by a refining index (",RFlat"), in multiples of k; default 10.
@@ -117,11 +141,13 @@ class AdIndex(Index):
         width = (
             store.dim if dim is None else whole_number("dim (the store's width or less)", dim, least=1, most=store.dim)
         )
+        if train_rows is None:
+            train_rows = faiss_parts.rows_to_train(str(factory))
         train_rows = whole_number("train_rows", train_rows, least=1)
         rows_per_block = whole_number("rows_per_block", rows_per_block, least=1)
         seed = whole_number("seed", seed, least=0)
         factory = faiss_parts.checked_factory(factory, width, min(len(store), train_rows))
-        ids = checked_ids(store.ids)
+        ads = joined(checked_ids(store.ids), columns)
         try:
             with faiss_parts.threads(one=False):
                 index = _trained(store, factory, width, train_rows, seed, gpu)
@@ -137,7 +163,7 @@ class AdIndex(Index):
             ) from error
         return cls(
             index,
-            ids,
+            ads,
             encoder=store.encoder,
             source=store.source,
             factory=factory,
@@ -166,10 +192,23 @@ class AdIndex(Index):
                 raise HlmError(f"expected ids that are texts, found {shown(name)}; turn them into str")
         index = faiss.IndexFlatIP(vectors.shape[1])
         index.add(normalised(vectors, vectors.shape[1], first_row=0))
-        return cls(index, checked_ids(list(ids)), encoder=encoder, source=source, factory="Flat")
+        return cls(index, joined(checked_ids(list(ids)), None), encoder=encoder, source=source, factory="Flat")
 
-    def save(self, folder: str | Path) -> None:
-        """Writes `index.faiss`, `ids.parquet` and `hlm.json` (kind "index"); an older index is replaced whole.
+    def set_options(
+        self, *, nprobe: int | None = None, ef_search: int | None = None, k_factor: float | None = None
+    ) -> None:
+        """Sets the defaults of these options, which are saved.
+
+        Raises:
+            HlmError: an option that the index has no part for, or a number out of bounds.
+        """
+        self._defaults = self._options(nprobe=nprobe, ef_search=ef_search, k_factor=k_factor)
+
+    def save(self, folder: str | Path, beside: Callable[[Path], None] = lambda folder: None) -> None:
+        """Writes `index.faiss`, `ads.arrow` and `hlm.json` (kind "index"); an older index is replaced whole.
+
+        Args:
+            beside: writes further files of the index into the folder that it is given, before the manifest.
 
         Raises:
             HlmError: `folder` holds something else, another process writes there, or it cannot be written.
@@ -179,7 +218,8 @@ class AdIndex(Index):
                 faiss.write_index(self._on_cpu(), str(aside / INDEX_FILE))
             except RuntimeError as error:
                 raise HlmError(f"could not write {folder}: {faiss_parts.reason(error)}; free some space") from error
-            pq.write_table(pa.table({"_id": self._ids}), aside / IDS_FILE)
+            write_ads(aside / ADS_FILE, self._ads)
+            beside(aside)
             write_facts(aside, self, **self._defaults)
 
     @classmethod
@@ -203,7 +243,7 @@ class AdIndex(Index):
             name: optional(facts.config, kind, name, where=f"{folder / MANIFEST}, config", least=1)
             for name, kind in (("nprobe", int), ("ef_search", int), ("k_factor", float))
         }
-        index = faiss_parts.read_index(folder / INDEX_FILE)
+        index, ads = faiss_parts.read_index(folder / INDEX_FILE), folder / ADS_FILE
         if (index.ntotal, index.d, index.metric_type) != (facts.count, facts.dim, faiss.METRIC_INNER_PRODUCT):
             raise HlmError(
                 f"{folder}: expected {facts.count} vectors of width {facts.dim} as hlm.json says, for inner products, "
@@ -211,12 +251,13 @@ class AdIndex(Index):
             )
         return cls(
             faiss_parts.to_gpu(index) if gpu else index,
-            read_index_ids(folder / IDS_FILE, facts.count),
+            read_ads(ads if ads.is_file() else folder / OLDER_IDS_FILE, facts.count),
             encoder=facts.encoder,
             source=facts.source,
             factory=facts.factory,
             on_gpu=gpu,
             canaries=facts.canaries,
+            measured=facts.measured,
             **options,
         )
 
@@ -225,6 +266,7 @@ class AdIndex(Index):
         queries: np.ndarray,
         k: int,
         *,
+        where: Where | None = None,
         nprobe: int | None = None,
         ef_search: int | None = None,
         k_factor: float | None = None,
@@ -236,42 +278,71 @@ class AdIndex(Index):
             queries: float32 (n, dim), or (dim,) for one query, L2-normalised, of the encoder that made the index or one
                 aligned to it. One query is searched on one thread: a second one would be waited for.
             k: documents for each query; at most as many as there are come back.
+            where: which documents may come back: what `select` made, which costs nothing more, or anything that
+                `select` takes.
             nprobe, ef_search, k_factor: override the index's defaults for this call; beyond what the index has, they
                 mean all of it.
 
         Returns:
             scores: float32 (n, min(k, len(index))), cosines in descending order; for one query (min(k, len(index)),).
+                With `where`, as many columns as documents may come back, where these are fewer.
             ids: n lists of document ids; for one query one list. An approximate index can find fewer than k: then the
-                list is shorter and the scores past its end are -inf.
+                list is shorter and the scores past its end are -inf. With `where` every list is full: options are
+                raised until it is, or the selected documents are scored one by one (`faiss_filters.py`).
 
         Raises:
             HlmError: another width, values that are not finite or not normalised, k or an option that is no number
-                from 1 on, or an option the index has no part for.
+                from 1 on, an option the index has no part for, or what `select` refuses.
         """
         if self._on_gpu and os.getpid() != self._process:
             raise HlmError("an index on a GPU does not work in a forked process; load it there, or start it by spawn")
         rows = checked_queries(queries, self.dim)
         k = min(whole_number("k", k, least=1), len(self))
-        options = self._options(nprobe, ef_search, k_factor)
-        if options["k_factor"] is not None:
-            options["k_factor"] = min(options["k_factor"], len(self) / k)
-        scores, ids = self._found(rows, k, options)
+        chosen = None if where is None else self.select(where)
+        k = k if chosen is None else min(k, chosen.count)
+        unchanged = nprobe is None and ef_search is None and k_factor is None
+        options = self._defaults if unchanged else self._options(nprobe=nprobe, ef_search=ef_search, k_factor=k_factor)
+        if k and options["k_factor"] is not None and options["k_factor"] > len(self) / k:
+            options = options | {"k_factor": len(self) / k}
+        scores, ids = self._found(rows, k, options, chosen)
         return (scores, ids) if np.ndim(queries) == 2 else (scores[0], ids[0])
 
+    def select(self, where: Where) -> Selection:
+        """The rows that a filter lets through, for any number of searches of this index.
+
+        Args:
+            where: {"country": "de", "price": {"<": 10}}, a `pyarrow.compute` expression, ids, or one bool a row; see
+                `hlm.vectors.filters.mask_of`.
+
+        Raises:
+            HlmError: another index's selection, an index on a GPU, or what `mask_of` refuses.
+        """
+        if self._on_gpu:
+            raise HlmError("where: an index on a GPU takes no filter; load it without gpu=True")
+        if isinstance(where, Selection):
+            if where.index is not self:
+                raise HlmError("where: expected a selection of this index, found another's; call select on this one")
+            return where
+        return Selection(mask_of(where, self._ads), self)
+
     def _found(
-        self, queries: np.ndarray, k: int, options: dict[str, float | None]
+        self, queries: np.ndarray, k: int, options: dict[str, float | None], chosen: Selection | None
     ) -> tuple[np.ndarray, list[list[str]]]:
-        if len(queries) == 0:
-            return np.zeros((0, k), np.float32), []
+        if len(queries) == 0 or k == 0:
+            return np.zeros((len(queries), k), np.float32), [[] for _ in queries]
         try:
             with faiss_parts.threads(one=len(queries) == 1):
-                # Parameters go with the call: set on the index they would leak into other threads' searches.
-                scores, rows = self._index.search(queries, k, params=faiss_parts.parameters(self._index, options))
+                if chosen is not None:
+                    scores, rows = faiss_filters.search_selected(self._index, queries, k, chosen, options)
+                else:
+                    scores, rows = self._index.search(queries, k, params=self._parameters_of(options))
         except (RuntimeError, MemoryError) as error:
             raise HlmError(
                 f"FAISS cannot search {len(queries)} queries for {k} ads each: {faiss_parts.reason(error)}; ask for "
                 "fewer at once"
             ) from error
+        if len(rows) == 1 and rows[0, -1] >= 0:
+            return scores, [self._ids.take(pa.array(rows[0])).to_pylist()]
         found = rows >= 0
         if not found.all():
             order = np.argsort(~found, axis=1, kind="stable")
@@ -281,34 +352,26 @@ class AdIndex(Index):
         ends = np.cumsum(found.sum(axis=1))
         return scores, [texts[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
+    def _parameters_of(self, options: dict[str, float | None]) -> faiss.SearchParameters | None:
+        """They go with the call: set on the index they would leak into other threads' searches."""
+        key = tuple(options.values())
+        if key not in self._parameters:
+            if len(self._parameters) >= KEPT_PARAMETERS:
+                self._parameters = {}
+            self._parameters[key] = faiss_parts.parameters(self._index, options)
+        return self._parameters[key]
+
     def _on_cpu(self) -> faiss.Index:
         return faiss.index_gpu_to_cpu(self._index) if self._on_gpu else self._index
 
-    def _options(self, nprobe: int | None, ef_search: int | None, k_factor: float | None) -> dict[str, float | None]:
-        given = {"nprobe": nprobe, "ef_search": ef_search, "k_factor": k_factor}
-        parts = {"nprobe": "IVF", "ef_search": "HNSW graph", "k_factor": "refinement such as ',RFlat'"}
-        for name, value in given.items():
-            if value is not None and self._defaults[name] is None:
-                raise HlmError(
-                    f"{name}={shown(value)} was given, but '{self.factory}' has no {parts[name]}; leave {name} out"
-                )
-        options = {name: default if given[name] is None else given[name] for name, default in self._defaults.items()}
-        if options["nprobe"] is not None:
-            options["nprobe"] = min(whole_number("nprobe", options["nprobe"], least=1), self._cells)
-        if options["ef_search"] is not None:
-            options["ef_search"] = min(whole_number("ef_search", options["ef_search"], least=1), max(16, len(self)))
-        if options["k_factor"] is not None:
-            factor = options["k_factor"]
-            if isinstance(factor, bool) or not isinstance(factor, numbers.Real) or not 1 <= factor < math.inf:
-                raise HlmError(f"k_factor: expected 1 or more, a finite number, found {shown(factor)}; correct it")
-            options["k_factor"] = float(min(factor, max(1, len(self))))
-        return options
+    def _options(self, **given: float | None) -> dict[str, float | None]:
+        return faiss_parts.checked_options(given, self._defaults, self.factory, self.cells, len(self))
 
 
-def _restored(raw: np.ndarray, ids: pa.Array, facts: dict[str, Any], gpu: bool) -> AdIndex:
+def _restored(raw: np.ndarray, ads: pa.Table, facts: dict[str, Any], gpu: bool) -> AdIndex:
     """An index out of a pickle."""
     index = faiss.deserialize_index(raw)
-    return AdIndex(faiss_parts.to_gpu(index) if gpu else index, ids, on_gpu=gpu, **facts)
+    return AdIndex(faiss_parts.to_gpu(index) if gpu else index, ads, on_gpu=gpu, **facts)
 
 
 def _trained(store: VectorStore, factory: str, width: int, train_rows: int, seed: int, gpu: bool) -> faiss.Index:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import numbers
 import os
 import re
 import threading
@@ -18,7 +19,7 @@ from pathlib import Path
 import faiss
 
 from hlm.artefacts import HlmError
-from hlm.fields import shown
+from hlm.fields import shown, whole_number
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,9 @@ FACTORY_CHARACTERS = 200  # FAISS's parser recurses: tens of thousands of charac
 GRAPH_DEGREES = {"HNSW": (2, 2048), "NSG": (16, 512)}  # below them FAISS divides by zero or never ends
 CODEBOOK_BYTES = 2**32
 CODE_BITS, CELL_BITS, LARGEST = 16, 12, 2**14  # of "4x8", of "IMI2x8", of any other number but the cells of an IVF
+
+# FAISS warns of fewer rows than 39 a cell, and trains on 256 a cell at the most.
+TRAIN_ROWS, ROWS_A_CELL = 131_072, 40
 
 _forked = False
 _reading = threading.Lock()
@@ -113,7 +117,8 @@ def check_parts(index: faiss.Index) -> None:
 
 
 def read_index(path: Path) -> faiss.Index:
-    """Reads an index; what it allocates is bounded by the file's size.
+    """Maps an index into memory: pages are read as a search touches them, and processes share them. FAISS before 1.11
+    reads it instead. What is allocated is bounded by the file's size.
 
     Raises:
         HlmError: not an index, damaged, or of a later FAISS.
@@ -121,7 +126,7 @@ def read_index(path: Path) -> faiss.Index:
     size = path.stat().st_size
     try:
         with _limits(size):
-            index = faiss.read_index(str(path))
+            index = faiss.read_index(str(path), getattr(faiss, "IO_FLAG_MMAP_IFC", 0))
     except (RuntimeError, MemoryError) as error:
         raise HlmError(
             f"FAISS {faiss.__version__} cannot read {path}: {reason(error)}; build the index again"
@@ -164,23 +169,73 @@ def is_ivf(index: faiss.Index) -> bool:
     return isinstance(index, (faiss.IndexIVF, *([faiss.GpuIndexIVF] if hasattr(faiss, "GpuIndexIVF") else [])))
 
 
-def parameters(index: faiss.Index, options: dict[str, float | None]) -> faiss.SearchParameters | None:
-    """Search parameters nested as the index is; None where it has none."""
+def parameters(
+    index: faiss.Index, options: dict[str, float | None], selector: faiss.IDSelector | None = None
+) -> faiss.SearchParameters | None:
+    """Search parameters nested as the index is, with the rows that it may find; None where it has none."""
     index = faiss.downcast_index(index)
+    chosen = {} if selector is None else {"sel": selector}
     if isinstance(index, faiss.IndexPreTransform):
-        inner = parameters(index.index, options)
+        inner = parameters(index.index, options, selector)
         return faiss.SearchParametersPreTransform(index_params=inner) if inner is not None else None
     if isinstance(index, faiss.IndexRefine):
-        inner = parameters(index.base_index, options)
+        inner = parameters(index.base_index, options, selector)
         nested = {"base_index_params": inner} if inner is not None else {}
         return faiss.IndexRefineSearchParameters(k_factor=options["k_factor"], **nested)
     if isinstance(index, faiss.IndexHNSW):
-        return faiss.SearchParametersHNSW(efSearch=options["ef_search"])
+        return faiss.SearchParametersHNSW(efSearch=options["ef_search"], **chosen)
     if is_ivf(index):
         inner = parameters(index.quantizer, options)
         nested = {"quantizer_params": inner} if inner is not None else {}
-        return faiss.SearchParametersIVF(nprobe=options["nprobe"], **nested)
+        return faiss.SearchParametersIVF(nprobe=options["nprobe"], **nested, **chosen)
     return None
+
+
+def rows_to_train(factory: str) -> int:
+    """How many rows train an index: more than 131,072 where the cells of its IVF need them."""
+    cells = max((int(cells) for cells in re.findall(r"IVF(\d+)", factory, re.IGNORECASE)), default=0)
+    return max(TRAIN_ROWS, ROWS_A_CELL * cells)
+
+
+def cells_in(index: faiss.Index) -> int:
+    """Cells of the outermost IVF; 0 without one."""
+    return next((part.nlist for part in parts(index) if is_ivf(part)), 0)
+
+
+def default_options(index: faiss.Index) -> dict[str, float | None]:
+    """nprobe, ef_search and k_factor; None where the index has no part for it. FAISS's own defaults (1, 16 and 1) trade
+    most of the recall away; k_factor=1 even makes refinement a no-op."""
+    found, cells = list(parts(index)), cells_in(index)
+    return {
+        "nprobe": min(cells, max(8, math.ceil(cells / 16))) if cells else None,
+        "ef_search": 128 if any(isinstance(part, faiss.IndexHNSW) for part in found) else None,
+        "k_factor": 10.0 if any(isinstance(part, faiss.IndexRefine) for part in found) else None,
+    }
+
+
+def checked_options(
+    given: dict[str, float | None], defaults: dict[str, float | None], factory: str, cells: int, rows: int
+) -> dict[str, float | None]:
+    """The options that are given, within what the index has, and the defaults of the others.
+
+    Raises:
+        HlmError: an option that the index has no part for, or that is no number from 1 on.
+    """
+    wanted = {"nprobe": "IVF", "ef_search": "HNSW graph", "k_factor": "refinement such as ',RFlat'"}
+    for name, value in given.items():
+        if value is not None and defaults[name] is None:
+            raise HlmError(f"{name}={shown(value)} was given, but '{factory}' has no {wanted[name]}; leave {name} out")
+    options = {name: default if given[name] is None else given[name] for name, default in defaults.items()}
+    if options["nprobe"] is not None:
+        options["nprobe"] = min(whole_number("nprobe", options["nprobe"], least=1), cells)
+    if options["ef_search"] is not None:
+        options["ef_search"] = min(whole_number("ef_search", options["ef_search"], least=1), max(16, rows))
+    if options["k_factor"] is not None:
+        factor = options["k_factor"]
+        if isinstance(factor, bool) or not isinstance(factor, numbers.Real) or not 1 <= factor < math.inf:
+            raise HlmError(f"k_factor: expected 1 or more, a finite number, found {shown(factor)}; correct it")
+        options["k_factor"] = float(min(factor, max(1, rows)))
+    return options
 
 
 def to_gpu(index: faiss.Index) -> faiss.Index:

@@ -23,7 +23,9 @@ from hlm.integrity import read_steadily
 # NumPy, PyArrow and FAISS come with the engine: what may be published is known without them.
 if TYPE_CHECKING:
     import numpy as np
+    import pyarrow as pa
 
+    from hlm.vectors.filters import Where
     from hlm.vectors.store import VectorStore
 
 KIND = "index"
@@ -37,7 +39,10 @@ class Engine(NamedTuple):
     files: tuple[str, ...]
 
 
-ENGINES = {"faiss": Engine("hlm.vectors.faiss_index", "AdIndex", ("index.faiss", "ids.parquet"))}
+# ids.parquet is that of an index from before ads.arrow.
+ENGINES = {
+    "faiss": Engine("hlm.vectors.faiss_index", "AdIndex", ("index.faiss", "ads.arrow", "ids.parquet", "tuning.png"))
+}
 OLDEST = "faiss"  # the engine of indexes whose manifests name none
 
 
@@ -50,6 +55,8 @@ class Index(abc.ABC):
         source: fingerprint of the texts behind them.
         factory: what was built, in the engine's own words, e.g. FAISS's factory string "Flat".
         canaries: the teacher's vectors of fixed queries (`canaries.py`), from the store; None where it had none.
+        measured: how much of exact search a sample of queries found, and what was measured with it (`recall.py`); None
+            where nothing was measured, as of an exact index.
     """
 
     engine: ClassVar[str]
@@ -57,6 +64,7 @@ class Index(abc.ABC):
     source: str
     factory: str
     canaries: dict[str, Any] | None
+    measured: dict[str, Any] | None = None
 
     @property
     @abc.abstractmethod
@@ -69,25 +77,36 @@ class Index(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def build(cls, store: VectorStore, factory: str, *, dim: int | None = None) -> Self:
-        """Builds an index over a store's vectors; with `dim` over their first components, normalised again."""
+    def build(
+        cls, store: VectorStore, factory: str, *, dim: int | None = None, columns: pa.Table | None = None
+    ) -> Self:
+        """Builds an index over a store's vectors; with `dim` over their first components, normalised again.
+
+        Args:
+            columns: what searches can be filtered by: "_id", and columns of plain values; rows in any order.
+        """
 
     @abc.abstractmethod
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, list[list[str]] | list[str]]:
+    def search(
+        self, queries: np.ndarray, k: int, *, where: Where | None = None
+    ) -> tuple[np.ndarray, list[list[str]] | list[str]]:
         """The `k` documents with the largest inner product for each query. Safe to call from several threads.
 
         Args:
             queries: float32 (n, dim), or (dim,) for one query, L2-normalised, of the encoder that made the index or one
                 aligned to it.
             k: documents for each query; at most as many as there are come back.
+            where: which documents may come back (`filters.py`); None: all.
 
         Returns:
             scores: float32 (n, min(k, len(index))), cosines in descending order; for one query (min(k, len(index)),).
+                With `where`, as many columns as documents may come back, where these are fewer.
             ids: n lists of document ids; for one query one list. An approximate index can find fewer than k: then the
-                list is shorter and the scores past its end are -inf.
+                list is shorter and the scores past its end are -inf. With `where` every list is full.
 
         Raises:
-            HlmError: another width, values that are not finite or not normalised, or a k below 1.
+            HlmError: another width, values that are not finite or not normalised, a k below 1, or a filter that does
+                not fit the index.
         """
 
     @abc.abstractmethod

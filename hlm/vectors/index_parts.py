@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.types as pt
 
 from hlm.artefacts import MANIFEST, HlmError, read_manifest, write_manifest
 from hlm.fields import REMEDY, field, optional
@@ -31,6 +32,7 @@ class Facts:
     dim: int
     count: int
     canaries: dict[str, Any] | None
+    measured: dict[str, Any] | None
     config: Mapping[str, Any]
 
 
@@ -52,6 +54,7 @@ def read_facts(folder: Path, engine: str, expect_encoder: str | None = None) -> 
         dim=field(manifest, int, "dim", where=where, least=1),
         count=field(manifest, int, "count", where=where, least=1),
         canaries=optional(manifest, dict, "canaries", where=where),
+        measured=optional(manifest, dict, "measured", where=where),
         config=manifest["config"],
     )
     if expect_encoder is not None and facts.encoder != expect_encoder:
@@ -67,12 +70,13 @@ def read_facts(folder: Path, engine: str, expect_encoder: str | None = None) -> 
 def write_facts(folder: Path, index: Index, **settings: Any) -> None:
     """Writes the manifest of an index, the last of its files; `settings` are the engine's own."""
     facts: dict[str, Any] = {"engine": index.engine, "dim": index.dim, "count": len(index)}
+    facts |= {name: kept for name in ("canaries", "measured") if (kept := getattr(index, name))}
     write_manifest(
         folder,
         KIND,
         inputs={"encoder": index.encoder, "source": index.source},
         config={"factory": index.factory, **settings},
-        **facts | ({"canaries": index.canaries} if index.canaries else {}),
+        **facts,
     )
 
 
@@ -145,14 +149,66 @@ def checked_ids(ids: Any) -> pa.Array:
     return ids
 
 
-def read_index_ids(path: Path, count: int) -> pa.Array:
-    """The `count` ids in column "_id" of a Parquet file.
+def joined(ids: pa.Array, columns: pa.Table | None) -> pa.Table:
+    """Column "_id", the ids in their order, and the other columns of a table that has each of these ids in its own.
 
     Raises:
-        HlmError: not Parquet, another number of ids, or ids that are no texts.
+        HlmError: no ids in the table, an id that it lacks or has twice, a column without a name, or one of values that
+            cannot be compared, such as lists.
     """
-    with open(path, "rb") as file:
-        return _flat_strings(read_ids(file, path, count, REMEDY))
+    if columns is None:
+        return pa.table({"_id": ids})
+    if "_id" not in columns.column_names:
+        raise HlmError(f"columns: expected a table with a column '_id', found {', '.join(columns.column_names)}")
+    rows = pc.index_in(ids, value_set=checked_ids(columns["_id"]))
+    if rows.null_count:
+        raise HlmError(f"columns: expected a row for each ad, found none for {ids.filter(rows.is_null())[0].as_py()!r}")
+    others = columns.drop_columns(["_id"]).take(rows)
+    for name, kind in zip(others.column_names, others.schema.types, strict=True):
+        if not comparable(kind):
+            raise HlmError(f"columns: expected numbers, texts, dates or truth values in '{name}', found {kind}")
+    return pa.table({"_id": ids, **{name: others[name] for name in others.column_names}})
+
+
+def comparable(kind: pa.DataType) -> bool:
+    """Whether a filter can compare values of this type."""
+    kinds = (pt.is_integer, pt.is_floating, pt.is_boolean, pt.is_string, pt.is_large_string, pt.is_temporal)
+    return any(is_kind(kind) for is_kind in kinds)
+
+
+def write_ads(path: Path, ads: pa.Table) -> None:
+    """Writes a table as one uncompressed Arrow record batch, so that reading it maps it into memory."""
+    with pa.ipc.new_file(path, ads.schema) as writer:
+        writer.write_batch(ads.combine_chunks().to_batches()[0])
+
+
+def read_ads(path: Path, count: int) -> pa.Table:
+    """The ads' ids, column "_id" of type large_string, and the columns kept with them; mapped into memory.
+
+    Args:
+        path: what `write_ads` wrote, or the Parquet file of the ids alone of an older index.
+
+    Raises:
+        HlmError: another kind of file, another number of rows, or ids that are no texts.
+    """
+    if path.suffix == ".parquet":
+        with open(path, "rb") as file:
+            return pa.table({"_id": _flat_strings(read_ids(file, path, count, REMEDY))})
+    try:
+        with pa.memory_map(str(path)) as file, pa.ipc.open_file(file) as reader:
+            batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+            ads = pa.Table.from_batches(batches, reader.schema)
+        ads.validate(full=True)
+    except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
+        raise HlmError(f"{path} is not readable ({error}); {REMEDY}") from error
+    kind = ads.schema.field("_id").type if "_id" in ads.column_names else None
+    if kind != pa.large_string() or not all(map(comparable, ads.schema.types)):
+        raise HlmError(f"{path}: expected '_id' of type large_string and plain columns, found {ads.schema}; {REMEDY}")
+    if len(ads) != count or len(batches) != 1 or ads["_id"].null_count:
+        raise HlmError(f"{path}: expected {count} ids in one batch, found {len(ads)} in {len(batches)}; {REMEDY}")
+    if ads.nbytes > path.stat().st_size:
+        raise HlmError(f"{path}: expected no compression, found {ads.nbytes:,} bytes in a smaller file; {REMEDY}")
+    return ads
 
 
 def _flat_strings(ids: Any) -> pa.Array:

@@ -126,9 +126,8 @@ def plan(config: CompareConfig, work: Path) -> dict[str, dict[str, Any]]:
     jobs["refine, their ads with as many hard negatives"] = refine | {"negatives": 4}
     if config.shape:
         made = shape_student(config, work / "shape")
-        jobs[f"align, {config.shape.rsplit('/')[-1]} of {config.layers} layers"] = made | {
-            "kind": "align", "batch": config.shape_batch, "steps": config.shape_steps,
-        }  # fmt: skip
+        made |= {"kind": "align", "batch": config.shape_batch, "steps": config.shape_steps}
+        jobs[f"align, {config.shape.rsplit('/')[-1]} of {config.layers} layers"] = made
     return jobs
 
 
@@ -259,10 +258,9 @@ def recipe(name: str, argv: list[str]) -> None:
 
 def training(job: dict[str, Any]) -> dict[str, Any]:
     """Training arguments that both sides share."""
-    return {
-        "per_device_train_batch_size": job["batch"], "max_steps": job["steps"], "learning_rate": 1e-4, "seed": 0,
-        "eval_strategy": "no", "save_strategy": "no", "disable_tqdm": True, "report_to": "none",
-    }  # fmt: skip
+    quiet = {"eval_strategy": "no", "save_strategy": "no", "disable_tqdm": True, "report_to": "none"}
+    size = {"per_device_train_batch_size": job["batch"], "max_steps": job["steps"]}
+    return {**size, "learning_rate": 1e-4, "seed": 0, **quiet}
 
 
 def flags(settings: dict[str, Any]) -> list[str]:
@@ -344,11 +342,15 @@ def refine_theirs(job: dict[str, Any]) -> None:
 
 
 JOBS: dict[tuple[str, str], Callable[[dict[str, Any]], None]] = {
-    ("align", "ours"): align_ours, ("align", "theirs"): align_theirs,
-    ("embed", "ours"): embed_ours, ("embed", "theirs"): embed_theirs,
-    ("encode", "ours"): encode_ours, ("encode", "theirs"): embed_theirs,
-    ("refine", "ours"): refine_ours, ("refine", "theirs"): refine_theirs,
-}  # fmt: skip
+    ("align", "ours"): align_ours,
+    ("align", "theirs"): align_theirs,
+    ("embed", "ours"): embed_ours,
+    ("embed", "theirs"): embed_theirs,
+    ("encode", "ours"): encode_ours,
+    ("encode", "theirs"): embed_theirs,
+    ("refine", "ours"): refine_ours,
+    ("refine", "theirs"): refine_theirs,
+}
 
 
 def summary(job: dict[str, Any], sides: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

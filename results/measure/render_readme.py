@@ -263,8 +263,16 @@ def latency_table(latency: LatencyReport, columns: list[str] | None = None) -> s
 
 
 def published(found: dict[str, Any]) -> str:
-    header = ["upload mode, scenario", "requests", "faults tried", "client completed", "clear error", "other error",
-              "half-published or wrong content", "reruns completed"]  # fmt: skip
+    header = [
+        "upload mode, scenario",
+        "requests",
+        "faults tried",
+        "client completed",
+        "clear error",
+        "other error",
+        "half-published or wrong content",
+        "reruns completed",
+    ]
     rows, modes = [], found["settings"]["modes"]
     for mode in modes:
         for scenario in found["settings"]["scenarios"]:

@@ -155,9 +155,16 @@ def launch(config: DemoConfig, **options: Any) -> gr.Blocks:
 
     page = build(config, loading)
     page.launch(
-        theme=THEME, css=demo_page.CSS + demo_plots.CSS, mcp_server=True, ssr_mode=False, footer_links=["api"],
-        prevent_thread_lock=True, run_history=False, app_kwargs={"middleware": [Middleware(Limits)]}, **options,
-    )  # fmt: skip
+        theme=THEME,
+        css=demo_page.CSS + demo_plots.CSS,
+        mcp_server=True,
+        ssr_mode=False,
+        footer_links=["api"],
+        prevent_thread_lock=True,
+        run_history=False,
+        app_kwargs={"middleware": [Middleware(Limits)]},
+        **options,
+    )
     loader = threading.Timer(PAINT_S, load)  # imports of models would hold the interpreter while the page is served
     loader.daemon = True
     loader.start()

@@ -87,11 +87,11 @@ def test_the_recipe_aligns_it_and_what_is_served_is_what_was_trained(name, tiny_
     teacher, where = tiny_family(name), ["--data", catalogue_200, "--output"]
     embed.main(["--model", teacher, *where, str(tmp_path / "vectors")])
     align.main(
-        ["--student", teacher, "--vectors", str(tmp_path / "vectors"), *where, str(tmp_path / "student"), "--cascade",
-         json.dumps([{"layers": 4, "epochs": 1}, {"layers": 2, "ffn": 32}]), "--num_train_epochs", "1", "--method",
-         "norm_ratio", "--per_device_train_batch_size", "32", "--learning_rate", "3e-3", "--disable_tqdm", "true",
-         "--save_strategy", "no"]
-    )  # fmt: skip
+        ["--student", teacher, "--vectors", str(tmp_path / "vectors"), *where, str(tmp_path / "student")]
+        + ["--cascade", json.dumps([{"layers": 4, "epochs": 1}, {"layers": 2, "ffn": 32}]), "--method", "norm_ratio"]
+        + "--num_train_epochs 1 --per_device_train_batch_size 32 --learning_rate 3e-3".split()
+        + "--disable_tqdm true --save_strategy no".split()
+    )
     model = load_encoder(str(tmp_path / "student"), device="cpu")
     backbone = model[0].model
     assert len(layers_of(backbone)) == len(backbone.config.layer_types) == 2
@@ -244,9 +244,16 @@ def test_an_unknown_family_is_exported_where_its_graph_is_true_and_refused_where
     config = model[0].model.config
     torch.manual_seed(0)
     model[0].model = AutoModel.from_config(
-        DebertaV2Config(vocab_size=config.vocab_size, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
-                        intermediate_size=64, max_position_embeddings=64, initializer_range=0.2)
-    ).eval()  # fmt: skip
+        DebertaV2Config(
+            vocab_size=config.vocab_size,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            intermediate_size=64,
+            max_position_embeddings=64,
+            initializer_range=0.2,
+        )
+    ).eval()
     with pytest.raises(HlmError, match="found a difference of nan"):  # it reads a mask that is added in its own way
         export_model(model, tmp_path)
 

@@ -154,10 +154,19 @@ def test_fingerprint_covers_the_configuration(request, tmp_path, family, name, v
 
 def test_fingerprint_leaves_out_what_decides_nothing(path, tmp_path):
     model = load_encoder(path, device="cpu")
-    harmless = {"transformers_version": "5.17.0", "architectures": ["Other"], "attention_dropout": 0.3,
-                "hidden_dropout_prob": 0.3, "id2label": {"0": "a"}, "use_cache": True, "initializer_range": 0.5,
-                "classifier_dropout": 0.2, "_name_or_path": "elsewhere", "output_hidden_states": False,
-                "dtype": "bfloat16"}  # fmt: skip
+    harmless = {
+        "transformers_version": "5.17.0",
+        "architectures": ["Other"],
+        "attention_dropout": 0.3,
+        "hidden_dropout_prob": 0.3,
+        "id2label": {"0": "a"},
+        "use_cache": True,
+        "initializer_range": 0.5,
+        "classifier_dropout": 0.2,
+        "_name_or_path": "elsewhere",
+        "output_hidden_states": False,
+        "dtype": "bfloat16",
+    }
     changed = settings_changed(path, tmp_path / "changed", **harmless)
     np.testing.assert_array_equal(encode(model, TEXTS), encode(changed, TEXTS))
     assert fingerprint(model) == fingerprint(changed)

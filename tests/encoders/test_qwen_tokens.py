@@ -21,9 +21,18 @@ END, EOS = 151643, 151645  # <|endoftext|>, which is pooled, and <|im_end|>, whi
 WIDTH, LIMIT = 64, 64
 PROMPT = "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery:"
 # Digits one by one, both forms of é, scripts without blanks, blanks and line ends, emoji, odd characters.
-TEXTS = ["cordless hedge trimmer 18 V", "Küchenmaschine 1200W", "cafe\u0301 caf\u00e9", "無線イヤホン 防水",
-         "наушники", "  two  blanks\n\n", "it's 3.5mm, isn't it?", "\U0001f6b2 kids' bike",
-         "\u00a0\u200bx\u0000\ufffd", "a"]  # fmt: skip
+TEXTS = [
+    "cordless hedge trimmer 18 V",
+    "Küchenmaschine 1200W",
+    "cafe\u0301 caf\u00e9",
+    "無線イヤホン 防水",
+    "наушники",
+    "  two  blanks\n\n",
+    "it's 3.5mm, isn't it?",
+    "\U0001f6b2 kids' bike",
+    "\u00a0\u200bx\u0000\ufffd",
+    "a",
+]
 LONG = "stainless steel kettle 1.7 l with temperature control " * 8
 
 
@@ -33,9 +42,16 @@ def path(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("qwen")
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=151669, hidden_size=WIDTH, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=16, intermediate_size=96, max_position_embeddings=128, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=151669,
+        hidden_size=WIDTH,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=96,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+    )
     Qwen3Model(config).save_pretrained(folder / "bare")
     find_tokenizer().save_pretrained(folder / "bare")
     transformer = Transformer(str(folder / "bare"))

@@ -22,7 +22,7 @@ from hlm.planning.phases import CONTRASTIVE_MATRICES, REFINEMENT_MATRICES, steps
 from hlm.planning.plan import cascade, check_dim, check_step, index_bytes, make_plan
 from hlm.planning.settings import PLANNED, TRAINING, Assumptions, read_steps
 from hlm.settings import defaults_of
-from hlm.steps import STEPS
+from hlm.step_table import STEPS
 from hlm.training.losses import id_mask, qwen3_contrastive, refinement_contrastive
 from hlm.training.trainer import TrainingArguments
 from hlm.vectors.store import write_store
@@ -143,8 +143,9 @@ def test_losses_need_what_the_plan_sets_aside():
     ads, pool_ids = torch.randn(pool, width), torch.arange(pool)
     live = LiveBytes([])
     with live:
-        refinement_contrastive(queries, positives.detach(), ads, positive_ids=ids, pool_ids=pool_ids,
-                               mask=id_mask(ids[:, None], pool_ids), excluded_ids=ids[:, None]).backward()  # fmt: skip
+        masks = {"mask": id_mask(ids[:, None], pool_ids), "excluded_ids": ids[:, None]}
+        loss = refinement_contrastive(queries, positives.detach(), ads, positive_ids=ids, pool_ids=pool_ids, **masks)
+        loss.backward()
     assert 0.75 * REFINEMENT_MATRICES <= live.peak / (4 * rows * pool) <= REFINEMENT_MATRICES
 
 

@@ -177,6 +177,26 @@ def test_a_recovery_that_is_undefined_is_a_dash_with_its_reason(house, about):
     assert "recovery of precision@10: 90.0% [-] (use more queries)" in card and "None" not in card
 
 
+def test_what_the_student_adds_to_an_ensemble_and_its_least_score(house, about):
+    report = json.loads(json.dumps(about["report"]))
+    member = {
+        "without": {"ndcg@10": 0.4}, "uplift": {"ndcg@10": {"value": 0.05, "ci95": [-0.01, 0.11]}},
+        "only_found": {"only": 7, "found": 90, "share": result(0.08)},
+        "interleaving": {"simulated": True, "preference": result(0.6)},
+    }  # fmt: skip
+    fusion = {"systems": ["bm25", "student"], "weights": None, "members": {"student": member}}
+    report["fusions"] = {"hybrid": fusion, "elsewhere": fusion | {"systems": ["bm25", "aligned"]}}
+    reported = {"precision": result(0.88), "coverage": 0.75, "kept": 0.5, "shown_per_query": 1.25}
+    least = {"threshold": 0.61237, "reported": reported}
+    report["thresholds"] = {"wanted_precision": 0.9, "split": "dev", "systems": {"student": least, "bm25": least}}
+    card = student_card(house / "bert", **(about | {"report": report})).replace("\\", "")
+    _, _, added, shown, *_ = tables(card)
+    assert added[2][1:] == ["0.4000", "+5.0% [-1.0, +11.0]", "8.0% [6.8, 10.3], 7 of 90", "60.0% [58.8, 62.3]"]
+    assert shown[2:] == [["student", "0.6124", "88.0% [86.8, 90.3]", "75.0%", "50.0%", "1.25"]]
+    assert "hybrid: bm25 + student, fused by reciprocal ranks." in card and "elsewhere" not in card
+    assert "simulated" in card and "90% of the ads shown are relevant" in card
+
+
 def percent(kept: dict) -> str:
     low, high = kept["ci95"]
     return f"{kept['value']:.1%} [{low:.1%}, {high:.1%}]"
@@ -233,9 +253,13 @@ def test_the_teachers_code_runs_and_gives_the_merged_teachers_vectors(tiny_qwen3
     config = copy.deepcopy(model[0].model.peft_config["default"])
     merge_lora(model)
     save_encoder(
-        model, tmp_path / "teacher", "teacher", inputs={"backbone": "2" * 16}, config={"backbone": "acme/backbone"},
+        model,
+        tmp_path / "teacher",
+        "teacher",
+        inputs={"backbone": "2" * 16},
+        config={"backbone": "acme/backbone"},
         beside=lambda folder: save_adapter(state, config, "acme/backbone", folder / "adapter"),
-    )  # fmt: skip
+    )
     card = teacher_card(tmp_path / "teacher", repo_id="acme/teacher", student_repo="acme/query-encoder")
     front = front_of(card)
     assert front["library_name"] == "peft" and front["base_model_relation"] == "adapter"
@@ -288,8 +312,10 @@ def test_what_metadata_say_is_only_shown(house, about, evil, tmp_path):
     outside = re.sub(r"(?s)^```.*?^```$|`[^`\n]*`", "", body, flags=re.MULTILINE)
     assert "<script" not in outside and "<img" not in outside and "6049261729" not in body
     assert not re.search(r"(?<!\\)\]\((?!https://huggingface\.co/)", outside)
-    widths = [{len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|")} for text in
-              re.findall(r"(?:^\|.*\|\n)+", body, flags=re.MULTILINE)]  # fmt: skip
+    widths = [
+        {len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|")}
+        for text in re.findall(r"(?:^\|.*\|\n)+", body, flags=re.MULTILINE)
+    ]
     assert all(len(width) == 1 for width in widths) and len(widths) == 4
 
 
@@ -331,10 +357,8 @@ def test_eval_results_are_what_the_hub_reads(about):
     text = eval_results(about["report"], dataset_repo="acme/ads", repo_id="acme/query-encoder", revision="v1")
     entries = parse_eval_result_entries(yaml.safe_load(text))
     expected = about["report"]["systems"]["student"]
-    assert {entry.task_id: entry.value for entry in entries} == {
-        "precision_10": expected["precision@10"], "ndcg_10": expected["ndcg@10"], "recall_100": expected["recall@100"],
-        "mrr_10": expected["mrr@10"], "overlap_10": expected["overlap@10"],
-    }  # fmt: skip
+    metrics = ("precision@10", "ndcg@10", "recall@100", "mrr@10", "overlap@10")
+    assert {entry.task_id: entry.value for entry in entries} == {m.replace("@", "_"): expected[m] for m in metrics}
     assert {entry.dataset_id for entry in entries} == {"acme/ads"} and entries[0].dataset_revision == "v1"
     assert entries[0].date == about["report"]["environment"]["date"] and "private" not in text
 
@@ -344,10 +368,8 @@ def test_a_dataset_card(catalogue_200, tiny_bert, tmp_path):
     shutil.copytree(catalogue_200, folder)
     model = load_encoder(tiny_bert, device="cpu")
     rows = [(f"a{number}", f"red shoe {number}") for number in range(5)]
-    write_store(
-        folder / "vectors/corpus", rows, lambda texts: encode(model, texts), dim=32, encoder="1" * 16, source="4" * 16,
-        n_rows=5,
-    )  # fmt: skip
+    known = {"dim": 32, "encoder": "1" * 16, "source": "4" * 16}
+    write_store(folder / "vectors/corpus", rows, lambda texts: encode(model, texts), **known, n_rows=5)
     AdIndex.build(VectorStore.open(folder / "vectors/corpus"), dim=8).save(folder / "index")
     card = dataset_card(folder, repo_id="acme/ads", student_repo="acme/query-encoder", licence="apache-2.0")
     data = RepoCard(card).data

@@ -149,7 +149,7 @@ def change(path: Path) -> None:
         ("student", "model.safetensors"),
         ("dataset", "vectors/corpus/vectors-00000.safetensors"),
         ("dataset", "index/index.faiss"),
-        ("dataset", "index/ids.parquet"),
+        ("dataset", "index/ads.arrow"),
     ],
 )
 def test_what_was_tampered_with_is_not_published(mine, kind, name, damage):
@@ -189,7 +189,7 @@ def test_objects_are_published_as_their_folders_are(house):
     made = publish_folder(store, "acme/ads", repo_type="dataset", dry_run=True)
     assert {name.rsplit("/", 1)[0] for name in made.files} == {"vectors/corpus"} and len(made.files) == 3
     made = publish_folder(AdIndex.build(store), "acme/ads", repo_type="dataset", dry_run=True)
-    assert set(made.files) == {"index/hlm.json", "index/ids.parquet", "index/index.faiss"}
+    assert set(made.files) == {"index/hlm.json", "index/ads.arrow", "index/index.faiss"}
 
 
 def test_a_linked_view_is_published_like_the_folder(house, tmp_path):
@@ -217,8 +217,10 @@ def linked(folder: Path, outside: Path) -> dict[str, tuple[Path, Path]]:
     }
 
 
-WAYS = ["straight", "relative", "by way of itself", "over a link inside", "a folder", "a folder inside", "to nothing",
-        "to itself", "the card", "results"]  # fmt: skip
+WAYS = (
+    "straight, relative, by way of itself, over a link inside, a folder, a folder inside, to nothing, to itself, "
+    "the card, results"
+).split(", ")
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -274,10 +276,19 @@ def test_links_inside_and_a_snapshot_of_the_hubs_cache_are_published(mine):
 
 @pytest.mark.parametrize(
     "kind, name",
-    [("student", "LICENSE"), ("student", "vocab.txt"), ("student", "notes.model"), ("student", "README.md"),
-     ("student", "chat_template.jinja"), ("student", "LICENSE.key"), ("student", ".eval_results/hlm.yaml"),
-     ("dataset", "unlabelled.jsonl"), ("dataset", "LICENSE.txt"), ("teacher", "adapter/LICENSE")],
-)  # fmt: skip
+    [
+        ("student", "LICENSE"),
+        ("student", "vocab.txt"),
+        ("student", "notes.model"),
+        ("student", "README.md"),
+        ("student", "chat_template.jinja"),
+        ("student", "LICENSE.key"),
+        ("student", ".eval_results/hlm.yaml"),
+        ("dataset", "unlabelled.jsonl"),
+        ("dataset", "LICENSE.txt"),
+        ("teacher", "adapter/LICENSE"),
+    ],
+)
 def test_secrets_are_found_in_every_text_that_is_allowed_by_name(mine, kind, name):
     path = mine / kind / name
     path.parent.mkdir(exist_ok=True)

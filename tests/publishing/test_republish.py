@@ -124,9 +124,19 @@ def test_any_edited_file_counts_and_a_lost_record_makes_all_files_others(hub, st
     name, ours = "acme/edited", {"card": "# One\n"}
     edits = [{"upload": "LICENSE", "content": "theirs"}, {"upload": "hlm.json", "content": "{}"}]
     *_, refused, overwritten, _, lost, other, _, last = run(
-        hub, student, name, ours, *edits, ours, ours | {"overwrite_edited": True}, {"delete": RECORD}, ours,
-        {"card": "# Two\n"}, {"upload": RECORD, "content": "[]"}, {"card": "# Three\n"},
-    )  # fmt: skip
+        hub,
+        student,
+        name,
+        ours,
+        *edits,
+        ours,
+        ours | {"overwrite_edited": True},
+        {"delete": RECORD},
+        ours,
+        {"card": "# Two\n"},
+        {"upload": RECORD, "content": "[]"},
+        {"card": "# Three\n"},
+    )
     assert "expected hlm.json there as HLM wrote it" in refused[0] and overwritten[3][5] == ["hlm.json"]
     assert lost[2] and lost[3] == [[], [], [], ["LICENSE"], [], []]  # equal to ours: the record alone is written again
     assert other[2] and other[3][1] == ["README.md"]

@@ -26,7 +26,8 @@ from hlm.encoders.loading import encode, fingerprint, load_encoder
 from hlm.evaluation.inputs import find_inputs
 from hlm.evaluation.metrics import dense_run
 from hlm.steps import System
-from hlm.vectors.store import write_store
+from hlm.vectors.faiss_index import AdIndex
+from hlm.vectors.store import VectorStore, write_store
 from recipes import evaluate
 
 COLOURS, THINGS = ("red", "blue", "green", "black", "white"), ("shoe", "phone", "kettle", "lamp", "chair", "bag")
@@ -126,6 +127,29 @@ def test_called_in_python_it_names_the_command_that_makes_it_again(inputs, tmp_p
     evaluate.main([*words, "--output", str(tmp_path / "two")])
     again = json.loads((tmp_path / "two/report.json").read_text())
     assert {**again, "environment": None} == {**report, "environment": None}
+
+
+def test_the_student_on_the_shipped_index_has_a_line_of_its_own(inputs, tmp_path):
+    AdIndex.build(VectorStore.open(inputs / "store"), "IVF8,Flat", nprobe=1).save(tmp_path / "index")
+    shipped = {"model": str(inputs / "good"), "index": str(tmp_path / "index")}
+    systems = {name: all_systems(inputs)[name] for name in ("teacher", "student")} | {"student_on_index": shipped}
+    report = run(inputs, tmp_path / "one", systems)
+    exact, found = (report["systems"][name] for name in ("student", "student_on_index"))
+    assert 0 < found["recall@100"] < exact["recall@100"] and found["overlap@10"] < exact["overlap@10"] == 1
+    assert 0 < report["recovery_by_system"]["student_on_index"]["ndcg@10"]["value"] < 1
+    AdIndex.build(VectorStore.open(inputs / "store"), "IVF8,Flat", nprobe=8).save(tmp_path / "index")
+    again = run(inputs, tmp_path / "one", systems)  # kept runs are not of this index
+    assert again["systems"]["student_on_index"]["recall@100"] == exact["recall@100"]
+    for wrong, message in (
+        ({"model": str(inputs / "good")}, "student_on_index.*give it as `index`"),
+        (shipped | {"index": str(tmp_path / "none")}, "kind 'index' at .*none"),
+    ):
+        with pytest.raises(HlmError, match=message):
+            run(inputs, tmp_path / "two", systems | {"student_on_index": wrong})
+    store = VectorStore.open(inputs / "store")
+    AdIndex.from_vectors(store.gather(range(9)), list("abcdefghi"), encoder=store.encoder).save(tmp_path / "index")
+    with pytest.raises(HlmError, match="an index of the 30 ads of .*found one of 9 other ads"):
+        run(inputs, tmp_path / "two", systems)
 
 
 def test_report_end_to_end(inputs, tmp_path, capsys):

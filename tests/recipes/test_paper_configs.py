@@ -14,7 +14,7 @@ from hlm.planning.hardware import parse_gpus
 from hlm.planning.plan import check_fit, make_plan
 from hlm.planning.report import step_line
 from hlm.planning.settings import Assumptions, read_steps
-from hlm.steps import STEPS
+from hlm.step_table import STEPS
 from hlm.training.trainer import TrainingArguments
 
 CONFIGS = Path(__file__).resolve().parents[2] / "recipes/configs"
@@ -70,8 +70,17 @@ def test_every_config_loads_through_its_recipes_parser(path):
 @pytest.mark.parametrize("folder", PAPER)
 def test_the_papers_configs_are_complete_and_hang_together(folder):
     steps = {path.stem: yaml.safe_load(path.read_text()) for path in (CONFIGS / folder).glob("*.yaml")}
-    assert set(steps) == {"plan", "prepare", "teacher", "embed", "prune", "align", "refine", "contrastive_only",
-                          "evaluate"}  # fmt: skip
+    assert set(steps) == {
+        "plan",
+        "prepare",
+        "teacher",
+        "embed",
+        "prune",
+        "align",
+        "refine",
+        "contrastive_only",
+        "evaluate",
+    }
     data, vectors = steps["prepare"]["output"], steps["embed"]["output"]
     for name, step in steps.items():
         assert step.get("data", data) == data, name

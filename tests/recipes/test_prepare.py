@@ -245,6 +245,22 @@ def test_a_catalogue_becomes_training_data(shop, tmp_path, monkeypatch):
     assert (output / "hlm.json").stat().st_mtime_ns == before
 
 
+def test_dev_judgements_and_queries_of_ones_own_stay(shop, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (shop / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\nq2\tp4\t3\nq2\tp9\t0\n")
+    (shop / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\tp0\t3\n")
+    (shop / "unlabelled.jsonl").write_text('{"text": "Notebook Sleeve"}\n{"text": "Laptops"}\n')
+    prepare(shop, tmp_path / "out")
+    data = load(str(tmp_path / "out"), cache_dir=tmp_path / "cache")
+    assert data.qrels["dev"] == {"q2": {"p4": 3, "p9": 0}} and len(data.qrels["train"]) == 150
+    derived = {row["_id"]: row["derived"] for row in data.queries}
+    assert not derived["q1"] and not derived["q2"] and derived["train-0"]
+    assert [row["text"] for row in data.unlabelled if not row["derived"]] == ["Notebook Sleeve"]
+    assert read_manifest(tmp_path / "out", "dataset")["queries"] == {
+        "train": 150, "dev": 0, "unlabelled": len(data.unlabelled) - 1, "log": 1, "general": 0
+    }  # fmt: skip
+
+
 SHOPS = {
     "Hindi": (["लाल", "नीला", "हरा", "सफ़ेद"], ["किताब", "जूता", "कुर्सी", "मेज़", "घड़ी"], ["टाटा", "बाटा", "गोदरेज"]),
     "Thai": (["สีแดง", "สีเขียว", "สีน้ำเงิน", "สีขาว"], ["รองเท้า", "เก้าอี้", "กาต้มน้ำ"], ["ช้าง", "สิงห์", "น้ำทิพย์"]),
@@ -254,14 +270,34 @@ SHOPS = {
 }
 
 
+def test_a_catalogue_of_plain_texts_has_queries_as_well(shop, tmp_path):
+    rows = [{"_id": row["_id"], "text": f"{row['title']}, {row['text'] or 'sold here'}"} for row in catalogue_rows()]
+    (shop / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare(shop, tmp_path / "out", "--train_queries", "40", "--dev_queries", "5", "--unlabelled_queries", "60")
+    data = load(str(tmp_path / "out"), cache_dir=tmp_path / "cache")
+    assert len(data.qrels["train"]) > 20 and data.qrels["dev"]
+    texts = {row["_id"]: row["text"] for row in data.queries}
+    words = {row["_id"]: normalise(row["text"]) for row in rows}
+    for query, documents in data.qrels["train"].items():
+        assert all(set(normalise(texts[query]).split()) <= set(words[document].split()) for document in documents)
+
+
 @pytest.mark.parametrize("language", SHOPS)
 def test_derived_queries_are_words_of_the_catalogue_in_every_script(tmp_path, language):
     colours, things, brands = SHOPS[language]
     rows = [
-        {"_id": f"d{colour}{thing}{brand}", "title": f"{brand} M{len(thing)} {thing}", "text": f"{colour} {thing}",
-         "brand": brand, "model": f"M{len(thing)}", "attrs": {"product_type": thing, "colour": colour}}
-        for colour in colours for thing in things for brand in brands
-    ]  # fmt: skip
+        {
+            "_id": f"d{colour}{thing}{brand}",
+            "title": f"{brand} M{len(thing)} {thing}",
+            "text": f"{colour} {thing}",
+            "brand": brand,
+            "model": f"M{len(thing)}",
+            "attrs": {"product_type": thing, "colour": colour},
+        }
+        for colour in colours
+        for thing in things
+        for brand in brands
+    ]
     folder = tmp_path / "shop"
     (folder / "qrels").mkdir(parents=True)
     (folder / "corpus.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -32,10 +32,10 @@ def home(tmp_path_factory, tiny_bert, catalogue_200) -> Path:
     shutil.copytree(catalogue_200, folder / "data")
     data = str(folder / "data")
     teacher.main(
-        ["--backbone", tiny_bert, "--data", data, "--output", str(folder / "teacher"), "--min_score", "3",
-         "--lora_rank", "4", "--max_steps", "2", "--per_device_train_batch_size", "32", "--learning_rate", "1e-2",
-         "--save_strategy", "no", "--disable_tqdm", "true"]
-    )  # fmt: skip
+        ["--backbone", tiny_bert, "--data", data, "--output", str(folder / "teacher")]
+        + "--min_score 3 --lora_rank 4 --max_steps 2 --per_device_train_batch_size 32 --learning_rate 1e-2".split()
+        + "--save_strategy no --disable_tqdm true".split()
+    )
     embed.main(["--model", str(folder / "teacher"), "--data", data, "--output", str(folder / "vectors")])
     fingerprint = read_manifest(folder / "teacher", "teacher")["encoder"]
     model = load_encoder(str(folder / "teacher"), device="cpu", max_seq_length=24)  # so it is another encoder
@@ -48,10 +48,12 @@ def home(tmp_path_factory, tiny_bert, catalogue_200) -> Path:
 
 
 def arguments(home: Path, *more: str) -> list[str]:
-    return ["--name", "tiny", "--namespace", "acme", "--student", str(home / "online"), "--vectors",
-            str(home / "vectors"), "--data", str(home / "data"), "--teacher", str(home / "teacher"), "--space",
-            str(ROOT / "spaces/query_to_ad"), "--report", str(home / "report.json"), "--base_model", "acme/backbone",
-            "--licence", "apache-2.0", "--language", "en", *more]  # fmt: skip
+    made = {"student": "online", "vectors": "vectors", "data": "data", "teacher": "teacher", "report": "report.json"}
+    return [
+        *"--name tiny --namespace acme --base_model acme/backbone --licence apache-2.0 --language en".split(),
+        *(word for name, file in made.items() for word in (f"--{name}", str(home / file))),
+        *["--space", str(ROOT / "spaces/query_to_ad"), *more],
+    ]
 
 
 def test_a_dry_run_prints_every_file_and_card_and_sends_nothing(home, capsys, monkeypatch):
@@ -78,8 +80,15 @@ def test_a_dry_run_prints_every_file_and_card_and_sends_nothing(home, capsys, mo
     assert {"model.safetensors", "onnx/model.onnx", "onnx/model_quantized.onnx", ".eval_results/hlm.yaml"} <= set(
         planned["student"].files
     )
-    assert {"corpus.jsonl", "queries.jsonl", "qrels/test.jsonl", "vectors/queries/hlm.json", "index/index.faiss",
-            "reports/report.json", "reports/report.png"} <= set(planned["dataset"].files)  # fmt: skip
+    assert {
+        "corpus.jsonl",
+        "queries.jsonl",
+        "qrels/test.jsonl",
+        "vectors/queries/hlm.json",
+        "index/index.faiss",
+        "reports/report.json",
+        "reports/report.png",
+    } <= set(planned["dataset"].files)
     assert not any("unlabelled" in name for name in planned["dataset"].files)  # may be a log of what people typed
     assert "unlabelled.jsonl" in publish.main(arguments(home, "--dry-run", "--unlabelled"))["dataset"].files
     library = {"hlm/publishing/publish.py", "hlm/demo/comparison.py"}

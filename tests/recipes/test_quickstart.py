@@ -17,7 +17,7 @@ import pytest
 
 from hlm.artefacts import HlmError
 from hlm.machine import peak_memory_mib
-from hlm.steps import STEPS
+from hlm.step_table import STEPS
 from recipes import quickstart
 
 ROOT = Path(__file__).resolve().parents[2]

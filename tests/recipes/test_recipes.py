@@ -25,22 +25,23 @@ from recipes import align, embed, evaluate, make_catalogue, prune, quickstart, r
 TRAIN = ["--per_device_train_batch_size", "32", "--seed", "3", "--disable_tqdm", "true", "--learning_rate", "3e-3"]
 BEST = ["--eval_strategy", "epoch", "--save_strategy", "epoch", "--load_best_model_at_end", "true"]
 BEST += ["--metric_for_best_model", "dev_ndcg@10", "--greater_is_better", "true"]
+ONLY_LAST = "--eval_strategy no --save_strategy no --load_best_model_at_end false".split()
 
 
 def teacher_arguments(data, backbone, output):
-    return ["--backbone", backbone, "--data", data, "--output", str(output), "--min_score", "3", "--lora_rank", "4",
-            "--pairs_per_query", "2", "--queries_per_document", "2", "--max_steps", "6", "--save_strategy", "steps",
-            "--save_steps", "2", *TRAIN]  # fmt: skip
+    given = ["--backbone", backbone, "--data", data, "--output", str(output), *TRAIN]
+    given += "--min_score 3 --lora_rank 4 --pairs_per_query 2 --queries_per_document 2".split()
+    return given + "--max_steps 6 --save_strategy steps --save_steps 2".split()
 
 
 def align_arguments(house, output, *more):
-    return ["--student", str(house / "teacher"), "--data", house.data, "--vectors", str(house / "vectors"),
-            "--output", str(output), "--num_train_epochs", "2", *TRAIN, *BEST, *more]  # fmt: skip
+    given = ["--student", str(house / "teacher"), "--data", house.data, "--vectors", str(house / "vectors")]
+    return [*given, "--output", str(output), "--num_train_epochs", "2", *TRAIN, *BEST, *more]
 
 
 def refine_arguments(house, student, output, *more):
-    return ["--student", str(student), "--data", house.data, "--vectors", str(house / "vectors"), "--output",
-            str(output), "--min_score", "3", "--num_train_epochs", "2", *TRAIN, *BEST, *more]  # fmt: skip
+    given = ["--student", str(student), "--data", house.data, "--vectors", str(house / "vectors")]
+    return [*given, "--output", str(output), "--min_score", "3", "--num_train_epochs", "2", *TRAIN, *BEST, *more]
 
 
 class House(type(Path())):
@@ -55,8 +56,8 @@ def house(request, tmp_path_factory, catalogue_200):
     backbone = request.getfixturevalue(request.param)
     teacher.main(teacher_arguments(catalogue_200, backbone, folder / "teacher"))
     embed.main(["--model", str(folder / "teacher"), "--data", catalogue_200, "--output", str(folder / "vectors")])
-    prune.main(["--model", str(folder / "teacher"), "--data", catalogue_200, "--vectors", str(folder / "vectors"),
-                "--output", str(folder / "pruned"), "--keep", "2"])  # fmt: skip
+    given = ["--model", str(folder / "teacher"), "--data", catalogue_200, "--vectors", str(folder / "vectors")]
+    prune.main([*given, "--output", str(folder / "pruned"), "--keep", "2"])
     cascade = json.dumps([{"layers": 4, "epochs": 1}, {"layers": 2, "ffn": 32}])
     align.main(align_arguments(folder, folder / "aligned", "--cascade", cascade))
     refine.main(refine_arguments(folder, folder / "aligned", folder / "student", "--alignment_weight", "0.5"))
@@ -126,9 +127,18 @@ def test_a_step_called_in_python_is_the_scripts(house, caplog):
     best = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
     best |= {"metric_for_best_model": "dev_ndcg@10", "greater_is_better": True, "num_train_epochs": 2}
     teacher = hlm.train_teacher(
-        house.backbone, house.data, house / "teacher", min_score=3, lora_rank=4, pairs_per_query=2,
-        queries_per_document=2, max_steps=6, save_strategy="steps", save_steps=2, **training,
-    )  # fmt: skip
+        house.backbone,
+        house.data,
+        house / "teacher",
+        min_score=3,
+        lora_rank=4,
+        pairs_per_query=2,
+        queries_per_document=2,
+        max_steps=6,
+        save_strategy="steps",
+        save_steps=2,
+        **training,
+    )
     vectors = hlm.embed(teacher, house.data, house / "vectors")
     assert hlm.prune(teacher, house.data, vectors, house / "pruned", keep=2) == house / "pruned"
     stages = ({"layers": 4, "epochs": 1}, {"layers": 2, "ffn": 32})
@@ -167,14 +177,12 @@ def test_students_of_another_teacher_are_refused(house, tmp_path):
 @pytest.mark.parametrize("objective", ["cosine", "kernel", "kl"])
 def test_other_objectives_train(house, tmp_path, objective):
     arguments = align_arguments(house, tmp_path / "aligned", "--objective", objective, "--max_steps", "2")
-    align.main([*arguments, "--cascade", '[{"layers": 2}]', "--eval_strategy", "no", "--save_strategy", "no",
-                "--load_best_model_at_end", "false"])  # fmt: skip
+    align.main([*arguments, "--cascade", '[{"layers": 2}]', *ONLY_LAST])
     assert len(layers_of(load_encoder(str(tmp_path / "aligned"))[0].model)) == 2
 
 
 def test_a_head_makes_a_student_as_wide_as_the_teacher(house, tmp_path):
-    align.main([*align_arguments(house, tmp_path / "aligned", "--head", "true"), "--eval_strategy", "no",
-                "--save_strategy", "no", "--load_best_model_at_end", "false", "--max_steps", "2"])  # fmt: skip
+    align.main([*align_arguments(house, tmp_path / "aligned", "--head", "true"), *ONLY_LAST, "--max_steps", "2"])
     model = load_encoder(str(tmp_path / "aligned"))
     assert [type(module).__name__ for module in model] == ["Transformer", "Pooling", "Dense", "Normalize"]
 
@@ -265,8 +273,10 @@ def test_resuming_with_another_configuration_is_refused_by_name(house, tmp_path)
 
 def test_a_growing_cascade_stops_before_anything_loads(tmp_path):
     with pytest.raises(HlmError, match="grows from 2 to 4"):
-        align.main(["--student", "nowhere", "--data", "nowhere", "--vectors", "nowhere", "--output", str(tmp_path),
-                    "--cascade", '[{"layers": 2}, {"layers": 4}]'])  # fmt: skip
+        align.main(
+            ["--student", "nowhere", "--data", "nowhere", "--vectors", "nowhere", "--output", str(tmp_path)]
+            + ["--cascade", '[{"layers": 2}, {"layers": 4}]']
+        )
 
 
 def test_make_catalogue_is_up_to_date_the_second_time(tmp_path, caplog):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hlm.artefacts import HlmError, write_manifest
-from hlm.planning import plan as planner
+from hlm.planning import plan
 from hlm.planning.footprint import encoder_width
 from hlm.planning.hardware import Gpu
 
@@ -36,7 +36,7 @@ def garbage(request, tmp_path_factory) -> str:
 @pytest.fixture
 def small_gpu(monkeypatch):
     """As `check_step` sees a GPU of 0.2 GiB beside the context of CUDA."""
-    real = planner.check_step
+    real = plan.check_step
     gpu = Gpu("Tiny-GPU", int(1.2 * 2**30), 0.0)
     monkeypatch.setattr("hlm.training.trainer.check_step", lambda *args, **more: real(*args, **more, gpu=gpu))
 
@@ -86,7 +86,7 @@ def test_a_backbone_of_another_family_is_not_refused(tmp_path, caplog):
     DebertaV2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2).save_pretrained(tmp_path)
     caplog.set_level("INFO")
     settings = {"student": str(tmp_path), "cascade": [], "max_seq_length": None}
-    planner.check_step("align", settings, gpu=Gpu("Tiny-GPU", 2**20, 0.0))
+    plan.check_step("align", settings, gpu=Gpu("Tiny-GPU", 2**20, 0.0))
     assert "not known beforehand" in caplog.text
 
 

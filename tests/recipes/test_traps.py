@@ -44,8 +44,8 @@ def vectors(tiny_qwen3, catalogue_200, tmp_path_factory) -> str:
 
 
 def align_arguments(student, data, vectors, output, *more):
-    return ["--student", student, "--data", data, "--vectors", vectors, "--output", str(output), "--parts", "train",
-            *ONE_STEP, *more]  # fmt: skip
+    given = ["--student", student, "--data", data, "--vectors", vectors, "--output", str(output)]
+    return [*given, "--parts", "train", *ONE_STEP, *more]
 
 
 def test_dtype_the_student_trains_in_fp32_weights_under_autocast(

@@ -44,8 +44,15 @@ STEPS = {
 }
 ROWS = {"teacher": 36, "align": 24, "refine": 24}  # of a process at a step: 2, 3 and 6 steps an epoch
 # On two processes -> on one: the same but for gradient caching and sharding.
-EQUAL = {"teacher": "teacher", "teacher cached": "teacher", "teacher sharded": "teacher", "align": "align",
-         "align kernel": "align kernel", "refine": "refine", "refine cached": "refine"}  # fmt: skip
+EQUAL = {
+    "teacher": "teacher",
+    "teacher cached": "teacher",
+    "teacher sharded": "teacher",
+    "align": "align",
+    "align kernel": "align kernel",
+    "refine": "refine",
+    "refine cached": "refine",
+}
 # Job -> the step of the kill (or call of the encoder), just after a checkpoint and within the second epoch.
 CHAIN_KILLED = ("align", 2)  # the step of the whole recipe, and its training step, at which that is killed once
 KILLED = {"teacher dropout": 3, "teacher sharded": 3, "align": 4, "refine": 8, "embed": 1}
@@ -83,13 +90,13 @@ def chain(house: Path, folder: str, data: str, qwen3: str) -> dict[str, list[str
     tuned = ["--backbone", qwen3, "--min_score", "3", "--pairs_per_query", "1", "--max_seq_length", "16"]
     vectors = ["--vectors", str(made / "embed")]
     words = {
-        "teacher": [*tuned, "--lora_rank", "4", "--cache_chunk", "24", "--max_steps", "2", *common],
+        "teacher": [*tuned, *"--lora_rank 4 --cache_chunk 24 --max_steps 2".split(), *common],
         "embed": ["--model", str(made / "teacher"), "--data", data, "--shard_rows", "64"],
-        "align": ["--student", str(made / "teacher"), "--cascade", '[{"layers": 2, "ffn": 32}]', "--max_steps", "4",
-                  *vectors, *common],
-        "refine": ["--student", str(made / "align"), "--min_score", "3", "--pool", "64", "--hard_negatives", "4",
-                   "--max_steps", "2", *vectors, *common],
-    }  # fmt: skip
+        "align": ["--student", str(made / "teacher"), "--cascade", '[{"layers": 2, "ffn": 32}]', "--max_steps", "4"],
+        "refine": ["--student", str(made / "align"), *"--min_score 3 --pool 64 --hard_negatives 4".split()],
+    }
+    words["align"] += [*vectors, *common]
+    words["refine"] += ["--max_steps", "2", *vectors, *common]
     return {step: [*words[step], "--output", str(made / step)] for step in RECIPES}
 
 
@@ -214,22 +221,24 @@ def house(tmp_path_factory, catalogue_200, tiny_bert, tiny_qwen3):
         run(settings[name][0], words(name, f"one/{name}", 1), house / f"one/{name}.safetensors")
 
     plan = []
+
+    def planned(name, recipe, words, kill, environment, machines=1):
+        run = {"name": name, "recipe": recipe, "words": words, "kill": kill, "environment": environment}
+        plan.append(run | {"machines": machines, "port": free_port()})
+
     whole = [(name, "") for name in settings if name != "embed"]
     for name, suffix in [*((name, suffix) for name in KILLED for suffix in (" killed", " resumed")), *whole]:
         output = f"two/{name} killed" if suffix else f"two/{name}"
         kill = KILLED[name] if suffix == " killed" else None
         environment = fsdp_environment() if name == "teacher sharded" else {}
-        plan.append({"name": name + suffix, "recipe": settings[name][0], "words": words(name, output, 2),
-                     "kill": kill, "environment": environment, "machines": 1, "port": free_port()})  # fmt: skip
+        planned(name + suffix, settings[name][0], words(name, output, 2), kill, environment)
     killed = [("two/chain killed", CHAIN_KILLED[0]), ("two/chain killed", None)]
     for folder, upto in [("two/chain", None), *killed, ("two/machines", None)]:
         steps = chain(house, folder, catalogue_200, tiny_qwen3)
         for step in list(steps)[: list(steps).index(upto) + 1 if upto else None]:
             name, kill = Path(folder).name + (" at first" if upto else ""), CHAIN_KILLED[1] if step == upto else None
             environment = fsdp_environment() if step == "teacher" else {}  # sharded, as its launch file says
-            plan.append({"name": f"{name} {step}", "recipe": step, "words": steps[step], "kill": kill,
-                         "environment": environment, "machines": 2 if folder == "two/machines" else 1,
-                         "port": free_port()})  # fmt: skip
+            planned(f"{name} {step}", step, steps[step], kill, environment, 2 if folder == "two/machines" else 1)
     (house / "two/plan.json").write_text(json.dumps(plan))
     alone("embed")
     (house / "vectors").symlink_to(house / "one/embed")

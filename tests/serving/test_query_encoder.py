@@ -14,7 +14,7 @@ import torch
 
 from hlm.artefacts import HlmError, write_manifest
 from hlm.encoders.loading import encode, load_encoder
-from hlm.serving import engines as backends
+from hlm.serving import engines
 from hlm.serving import query_encoder as runtime
 from hlm.serving.bulk import cut_by_length
 from hlm.serving.cuda_graphs import GRAPH_TOKENS, LENGTHS, ROWS, CudaGraphs, pad, padded_shape
@@ -212,8 +212,8 @@ def test_look_ups_are_taken_where_they_are(tiny_bert, tmp_path, monkeypatch):
     backbone = model[0].model
     backbone.encoder.layer, backbone.config.num_hidden_layers = backbone.encoder.layer[:1], 1
     model.save(str(tmp_path / "student"))
-    opened, load = [], backends.onnxruntime
-    monkeypatch.setattr(backends, "onnxruntime", lambda path, threads: (opened.append(path), load(path, threads))[1])
+    opened, load = [], engines.onnxruntime
+    monkeypatch.setattr(engines, "onnxruntime", lambda path, threads: (opened.append(path), load(path, threads))[1])
     expected = encode(model, TEXTS)
 
     def check(folder, **settings):

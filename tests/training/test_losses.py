@@ -109,10 +109,8 @@ def test_margin_masks_a_negative_nearer_than_the_positive(cosine, masked):
     def at(c):
         return torch.tensor([[c, math.sqrt(1 - c * c)]])
 
-    value = losses.qwen3_contrastive(
-        query, at(0.6), at(cosine)[None], query_ids=torch.tensor([0]), positive_ids=torch.tensor([0]),
-        negative_ids=torch.tensor([[1]]), temperature=1.0, margin=0.1,
-    )  # fmt: skip
+    ids = {"query_ids": torch.tensor([0]), "positive_ids": torch.tensor([0]), "negative_ids": torch.tensor([[1]])}
+    value = losses.qwen3_contrastive(query, at(0.6), at(cosine)[None], **ids, temperature=1.0, margin=0.1)
     assert value.item() == pytest.approx(0 if masked else math.log(1 + math.exp(cosine - 0.6)), abs=1e-6)
 
 
@@ -121,10 +119,8 @@ def test_each_id_mask_removes_exactly_its_terms():
 
     def terms(query_ids=ids, positive_ids=ids, excluded_ids=None, negative_ids=None):
         negatives = None if negative_ids is None else torch.tensor([[[0.0, 1.0]], [[1.0, 0.0]]])
-        value = losses.qwen3_contrastive(
-            eye, eye, negatives, query_ids=query_ids, positive_ids=positive_ids, negative_ids=negative_ids,
-            excluded_ids=excluded_ids, temperature=1.0,
-        )  # fmt: skip
+        given = {"query_ids": query_ids, "positive_ids": positive_ids, "negative_ids": negative_ids}
+        value = losses.qwen3_contrastive(eye, eye, negatives, **given, excluded_ids=excluded_ids, temperature=1.0)
         return E * (math.exp(value.item()) - 1)  # with equal rows: the number of cosine-0 terms in the denominator
 
     assert terms() == pytest.approx(3, abs=1e-5)
@@ -220,15 +216,16 @@ def test_refinement_equals_the_slow_loop_and_moves_only_queries(batch, qq, tempe
     mask = torch.rand(B, 9, generator=random) < 0.3
     floats = {name: batch.pop(name).requires_grad_() for name in ("queries", "positives", "negatives")}
     pool.requires_grad_()
-    value = losses.refinement_contrastive(
-        **floats, pool=pool, **batch, pool_ids=pool_ids, mask=mask, temperature=temperature, margin=margin,
-        use_query_query=qq,
-    )  # fmt: skip
+    settings = {"temperature": temperature, "margin": margin, "use_query_query": qq}
+    value = losses.refinement_contrastive(**floats, pool=pool, **batch, pool_ids=pool_ids, mask=mask, **settings)
     wanted = slow_refinement(
         *(t.detach().numpy() for t in (floats["queries"], floats["positives"], pool, floats["negatives"])),
         *(t.numpy() for t in (batch["positive_ids"], pool_ids, batch["negative_ids"], mask, batch["excluded_ids"])),
-        batch["query_ids"].numpy(), temperature, margin, qq,
-    )  # fmt: skip
+        batch["query_ids"].numpy(),
+        temperature,
+        margin,
+        qq,
+    )
     assert value.item() == pytest.approx(wanted, rel=1e-4, abs=1e-6)
     value.backward()
     assert floats["queries"].grad.abs().max() > 0
@@ -243,10 +240,8 @@ def test_refinement_by_hand():
     masked = losses.refinement_contrastive(query, query, pool, **ids, mask=torch.tensor([[False, True, False]]))
     assert masked.item() == pytest.approx(0.126928, abs=1e-5)  # log(1 + 1/e^2)
     # mask is about the pool: a hard negative of the same id still counts
-    hard = losses.refinement_contrastive(
-        query, query, pool, **ids, mask=torch.tensor([[False, True, False]]), negatives=pool[None, 1:2],
-        negative_ids=torch.tensor([[1]]),
-    )  # fmt: skip
+    hard_ids = {"mask": torch.tensor([[False, True, False]]), "negative_ids": torch.tensor([[1]])}
+    hard = losses.refinement_contrastive(query, query, pool, **ids, **hard_ids, negatives=pool[None, 1:2])
     assert hard.item() == pytest.approx(value.item(), abs=1e-6)
 
 

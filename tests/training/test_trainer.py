@@ -154,18 +154,20 @@ def test_token_files_that_do_not_belong_together_are_written_again(tiny_bert, tm
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--use_cpu", "false"], "use_cpu: false: expected a GPU, found no GPU that torch"),
-        (["--use_cpu", "false", "--bf16", "true"], "use_cpu: false: expected a GPU, found no GPU that torch"),
-        (["--fp16", "true"], "fp16: expected a GPU, found none in use"),
-        (["--resume_from_checkpoint", "x"], "a recipe resumes by itself"),
-        (["--load_best_model_at_end", "true", "--eval_strategy", "steps", "--eval_steps", "2", "--save_strategy",
-          "steps", "--save_steps", "4"], "expected each evaluated step to be saved, found eval_steps 2 and save_steps"),
+        ("--use_cpu false", "use_cpu: false: expected a GPU, found no GPU that torch"),
+        ("--use_cpu false --bf16 true", "use_cpu: false: expected a GPU, found no GPU that torch"),
+        ("--fp16 true", "fp16: expected a GPU, found none in use"),
+        ("--resume_from_checkpoint x", "a recipe resumes by itself"),
+        (
+            "--load_best_model_at_end true --eval_strategy steps --eval_steps 2 --save_strategy steps --save_steps 4",
+            "expected each evaluated step to be saved, found eval_steps 2 and save_steps",
+        ),
     ],
-)  # fmt: skip
+)
 def test_settings_that_cannot_work_here_are_refused_before_any_work(monkeypatch, tmp_path, given, message):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     with pytest.raises(HlmError, match=message):
-        parse(TrainingArguments, argv=["--output_dir", str(tmp_path), *given])
+        parse(TrainingArguments, argv=["--output_dir", str(tmp_path), *given.split()])
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", "mps", "gpu", "accelerator"])

@@ -158,11 +158,20 @@ def test_a_damaged_student_ends_in_one_error(pair, monkeypatch, tmp_path, name, 
 
 @pytest.mark.parametrize(
     "change",
-    [{"files": []}, {"files": {"model.safetensors": None}}, {"onnx": [1]}, {"onnx": {"fp32": {"file": 3}}},
-     {"dim": "x"}, {"dim": float("nan")}, {"dim": 10**30}, {"encoder": None}, {"inputs": None},
-     {"inputs": {"teacher": 5}}],
+    [
+        {"files": []},
+        {"files": {"model.safetensors": None}},
+        {"onnx": [1]},
+        {"onnx": {"fp32": {"file": 3}}},
+        {"dim": "x"},
+        {"dim": float("nan")},
+        {"dim": 10**30},
+        {"encoder": None},
+        {"inputs": None},
+        {"inputs": {"teacher": 5}},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_damaged_manifest_of_a_student_ends_in_one_error(pair, change):
     student, vectors = pair
     edit(student, lambda manifest: manifest.update(change))
@@ -184,7 +193,7 @@ def test_a_shard_cut_short_or_changed_is_found(pair, name):
         verify(student, vectors / "corpus")
 
 
-@pytest.mark.parametrize("name", ["index.faiss", "ids.parquet"])
+@pytest.mark.parametrize("name", ["index.faiss", "ads.arrow"])
 def test_an_index_cut_short_or_changed_is_found(pair, name):
     student, vectors = pair
     path = vectors / "index" / name
@@ -213,10 +222,21 @@ def test_an_exported_graph_that_was_changed_is_found(pair):
 
 @pytest.mark.parametrize(
     "damage",
-    [{"vectors": "no base64!"}, {"vectors": 5}, {"dim": 7}, {"dim": None}, {"dim": 10**30}, {"dim": -1},
-     {"texts": ["one"]}, {"texts": []}, {"texts": None}, {"texts": [1] * 12}, {"vectors": "AAAA"}],
+    [
+        {"vectors": "no base64!"},
+        {"vectors": 5},
+        {"dim": 7},
+        {"dim": None},
+        {"dim": 10**30},
+        {"dim": -1},
+        {"texts": ["one"]},
+        {"texts": []},
+        {"texts": None},
+        {"texts": [1] * 12},
+        {"vectors": "AAAA"},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_damaged_canaries_are_named(pair, damage):
     student, vectors = pair
     edit(vectors / "index", lambda manifest: manifest["canaries"].update(damage))

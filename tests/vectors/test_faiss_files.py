@@ -2,6 +2,8 @@
 
 import json
 import struct
+import subprocess
+import sys
 import threading
 
 import faiss
@@ -13,6 +15,7 @@ from stores import clustered, make_store, rewrite
 
 from hlm.artefacts import HlmError
 from hlm.vectors.faiss_index import AdIndex
+from hlm.vectors.index_parts import read_ads, write_ads
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,7 @@ def test_load_refuses_what_was_tampered_with(store, tmp_path):
     folder = tmp_path / "index"
     AdIndex.build(store).save(folder)
     good = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert sorted(good) == ["hlm.json", "ids.parquet", "index.faiss"]
+    assert sorted(good) == ["ads.arrow", "hlm.json", "index.faiss"]
 
     def expect(message):
         with pytest.raises(HlmError, match=message):
@@ -45,9 +48,10 @@ def test_load_refuses_what_was_tampered_with(store, tmp_path):
     flipped[5000] ^= 1
     (folder / "index.faiss").write_bytes(bytes(flipped))
     expect("index.faiss.*changed")
-    pq.write_table(pq.read_table(folder / "ids.parquet").slice(1), folder / "ids.parquet")
-    expect("ids.parquet.*changed")
-    (folder / "ids.parquet").unlink()
+    shorter = pa.array([f"ad-{row}" for row in range(2999)], pa.large_string())
+    write_ads(folder / "ads.arrow", pa.table({"_id": shorter}))
+    expect("ads.arrow.*changed")
+    (folder / "ads.arrow").unlink()
     expect("found no file")
     manifest = json.loads(good["hlm.json"])
     (folder / "hlm.json").write_text(json.dumps(manifest | {"count": 2999}))
@@ -80,8 +84,10 @@ def saved(store, tmp_path):
     return tmp_path / "index"
 
 
-PLACES = ["inputs", "inputs.encoder", "inputs.source", "config.factory", "config.nprobe", "config.k_factor",
-          "config.ef_search", "canaries", "dim", "count", "files", "files.index.faiss"]  # fmt: skip
+PLACES = (
+    "inputs inputs.encoder inputs.source config.factory config.nprobe config.k_factor config.ef_search canaries dim "
+    "count files files.index.faiss"
+).split()
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -127,11 +133,68 @@ def test_damaged_files_end_in_one_error_though_their_hashes_fit(saved):
     with pytest.raises(HlmError, match="for inner products"):
         AdIndex.load(saved)
     path.write_bytes(good)
+    ads = (saved / "ads.arrow").read_bytes()
     for ids in (pa.array(range(3000)), pa.array(["a"] * 2999), pa.array(["a"] * 2999 + [None])):
-        pq.write_table(pa.table({"_id": ids}), saved / "ids.parquet")
+        ids = ids if ids.type == pa.int64() else ids.cast(pa.large_string())
+        write_ads(saved / "ads.arrow", pa.table({"_id": ids}))
         rewrite(saved)
-        with pytest.raises(HlmError, match="ids.parquet: expected"):
+        with pytest.raises(HlmError, match="ads.arrow: expected"):
             AdIndex.load(saved)
+    for place in range(0, len(ads) - 8, len(ads) // 60 // 8 * 8):
+        (saved / "ads.arrow").write_bytes(ads[:place] + struct.pack("<q", 2**38 - 1) + ads[place + 8 :])
+        rewrite(saved)
+        try:
+            found = AdIndex.load(saved).search(clustered(3001)[3000], 3000)[1]
+        except HlmError:
+            continue
+        assert len(found) == 3000
+    options = pa.ipc.IpcWriteOptions(compression="lz4")
+    table = pa.table({"_id": pa.array(["a" * 999] * 3000, pa.large_string())})
+    with pa.ipc.new_file(saved / "ads.arrow", table.schema, options=options) as writer:
+        writer.write_table(table)
+    rewrite(saved)
+    with pytest.raises(HlmError, match="expected no compression"):
+        AdIndex.load(saved)
+
+
+def test_an_index_with_its_ids_in_parquet_is_still_read(saved):
+    queries, index = clustered(3004)[3000:], AdIndex.load(saved)
+    pq.write_table(pa.table({"_id": read_ads(saved / "ads.arrow", 3000)["_id"]}), saved / "ids.parquet")
+    (saved / "ads.arrow").unlink()
+    rewrite(saved)
+    assert AdIndex.load(saved).search(queries, 5)[1] == index.search(queries, 5)[1]
+    pq.write_table(pa.table({"_id": ["a"] * 2999}), saved / "ids.parquet")
+    rewrite(saved)
+    with pytest.raises(HlmError, match="ids.parquet: expected 3000"):
+        AdIndex.load(saved)
+
+
+MEMORY = """
+import sys
+import numpy as np
+from hlm.machine import anonymous_mib
+from hlm.vectors.faiss_index import AdIndex
+
+query = np.eye(256, dtype=np.float32)[0]
+AdIndex.load(sys.argv[1]).search(query, 10)  # what FAISS and Arrow themselves take
+for folder in sys.argv[1:]:
+    before = anonymous_mib()
+    index = AdIndex.load(folder)
+    index.search(query, 10)
+    print((anonymous_mib() - before) * 2**20 / len(index))
+"""
+
+
+def test_a_loaded_index_takes_hardly_any_memory_of_its_own(tmp_path):
+    """The vectors, of 1024 and 264 bytes, are mapped."""
+    if not hasattr(faiss, "IO_FLAG_MMAP_IFC"):
+        pytest.skip("this FAISS reads indexes into memory")
+    store = make_store(tmp_path / "store", clustered(20_000, 256), shard_rows=20_000)
+    for factory in ("Flat", "IVF16,SQ8"):
+        AdIndex.build(store, factory).save(tmp_path / factory)
+    words = [sys.executable, "-c", MEMORY, *(str(tmp_path / name) for name in ("Flat", "Flat", "IVF16,SQ8"))]
+    ran = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert all(float(word) < 60 for word in ran.stdout.split()[1:]), ran.stdout
 
 
 def test_an_index_replaced_while_it_is_loaded_is_one_of_the_two(tmp_path):

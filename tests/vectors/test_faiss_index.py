@@ -253,7 +253,7 @@ def test_numbers_beyond_the_index_mean_all_of_it(store, queries):
     ("name", "values"),
     [
         ("dim", (0, 33, 1.5, True, "8", float("nan"))),
-        ("train_rows", (0, 1.5, None, float("inf"))),
+        ("train_rows", (0, 1.5, float("inf"))),
         ("rows_per_block", (0, 1.5, None, True)),
         ("seed", (-1, 1.5, None)),
         ("factory", (None, 7, "", b"Flat", "Flat\x00", "IVF4(" * 50 + "Flat", "ü")),

@@ -5,7 +5,6 @@ import sys
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from stores import clustered, make_store, rewrite
 
@@ -14,6 +13,7 @@ from hlm.evaluation.metrics import dense_run
 from hlm.publishing.files import release_files
 from hlm.vectors import index_parts
 from hlm.vectors.faiss_index import AdIndex
+from hlm.vectors.filters import mask_of
 from hlm.vectors.index import ENGINES, Engine, Index, open_index
 from hlm.vectors.lineage import open_fitting
 
@@ -40,8 +40,8 @@ class ArrayIndex(Index):
     engine = "array"
     factory = "float32"
 
-    def __init__(self, vectors, ids, *, encoder, source, canaries=None):
-        self.vectors, self.ids = vectors, ids
+    def __init__(self, vectors, ads, *, encoder, source, canaries=None):
+        self.vectors, self.ads, self.ids = vectors, ads, ads["_id"].combine_chunks()
         self.encoder, self.source, self.canaries = encoder, source, canaries
 
     @property
@@ -55,11 +55,14 @@ class ArrayIndex(Index):
     def build(cls, store, factory="float32", *, dim=None):
         width = dim or store.dim
         blocks = [index_parts.normalised(block, width, first_row=row) for row, block in store.iter_blocks()]
-        ids = index_parts.checked_ids(store.ids)
-        return cls(np.concatenate(blocks), ids, encoder=store.encoder, source=store.source, canaries=store.canaries)
+        ads = index_parts.joined(index_parts.checked_ids(store.ids), None)
+        return cls(np.concatenate(blocks), ads, encoder=store.encoder, source=store.source, canaries=store.canaries)
 
-    def search(self, queries, k):
+    def search(self, queries, k, *, where=None):
         products = index_parts.checked_queries(queries, self.dim) @ self.vectors.T
+        if where is not None:
+            mask = mask_of(where, self.ads)
+            products[:, ~mask], k = -np.inf, min(k, mask.sum())
         rows = np.argsort(-products, axis=1, kind="stable")[:, :k]
         scores = np.take_along_axis(products, rows, 1)
         ids = [self.ids.take(pa.array(row)).to_pylist() for row in rows]
@@ -68,20 +71,20 @@ class ArrayIndex(Index):
     def save(self, folder):
         with atomic_folder(folder, "index") as aside:
             np.save(aside / "vectors.npy", self.vectors)
-            pq.write_table(pa.table({"_id": self.ids}), aside / "ids.parquet")
+            index_parts.write_ads(aside / "ads.arrow", self.ads)
             index_parts.write_facts(aside, self)
 
     @classmethod
     def load(cls, folder, *, expect_encoder=None):
         facts = index_parts.read_facts(folder, cls.engine, expect_encoder)
-        ids = index_parts.read_index_ids(folder / "ids.parquet", facts.count)
+        ads = index_parts.read_ads(folder / "ads.arrow", facts.count)
         vectors = np.load(folder / "vectors.npy", allow_pickle=False)
-        return cls(vectors, ids, encoder=facts.encoder, source=facts.source, canaries=facts.canaries)
+        return cls(vectors, ads, encoder=facts.encoder, source=facts.source, canaries=facts.canaries)
 
 
 @pytest.fixture
 def second_engine(monkeypatch):
-    files = ("vectors.npy", "ids.parquet")
+    files = ("vectors.npy", "ads.arrow")
     monkeypatch.setitem(ENGINES, "array", Engine(__name__, ArrayIndex.__name__, files))
 
 
@@ -94,6 +97,8 @@ def test_another_engine_is_opened_by_its_manifest_and_answers_as_faiss_does(seco
     mine, other = (dense_run(queries, index, names, 10) for index in (ours, theirs))
     assert {name: list(found) for name, found in mine.items()} == {name: list(found) for name, found in other.items()}
     assert ours.search(queries[0], 3)[1] == theirs.search(queries[0], 3)[1]
+    where = [f"ad-{row}" for row in range(5)]
+    assert ours.search(queries[0], 9, where=where)[1] == theirs.search(queries[0], 9, where=where)[1]
     student = {"inputs": {"teacher": "teacher-a"}, "dim": 32}
     assert len(open_fitting(tmp_path / "array", student)) == 3000
     with pytest.raises(HlmError, match="teacher-b.*teacher-a"):
@@ -108,7 +113,7 @@ def test_another_engine_is_opened_by_its_manifest_and_answers_as_faiss_does(seco
 def test_the_files_of_an_engine_are_published_and_no_others(store, tmp_path):
     (tmp_path / "dataset").mkdir()
     AdIndex.build(store).save(tmp_path / "dataset/index")
-    files = {f"index/{name}" for name in ("hlm.json", *ENGINES["faiss"].files)}
+    files = {f"index/{name}" for name in ("hlm.json", "index.faiss", "ads.arrow")}
     assert set(release_files(tmp_path / "dataset", "dataset")) == files
     (tmp_path / "dataset/index/vectors.npy").touch()
     with pytest.raises(HlmError, match="only the documented files of a dataset, found 'index/vectors.npy'"):

@@ -167,8 +167,18 @@ def edited(folder, change):
     (folder / "hlm.json").write_text(json.dumps(manifest))
 
 
-FIELDS = [("inputs",), ("inputs", "encoder"), ("dim",), ("rows",), ("shards",), ("shards", 0), ("shards", 0, "rows"),
-          ("shards", 0, "vectors"), ("shards", 0, "vectors", "bytes"), ("shards", 0, "ids", "sha256")]  # fmt: skip
+FIELDS = [
+    ("inputs",),
+    ("inputs", "encoder"),
+    ("dim",),
+    ("rows",),
+    ("shards",),
+    ("shards", 0),
+    ("shards", 0, "rows"),
+    ("shards", 0, "vectors"),
+    ("shards", 0, "vectors", "bytes"),
+    ("shards", 0, "ids", "sha256"),
+]
 
 
 @pytest.mark.parametrize("path", FIELDS, ids=lambda path: ".".join(map(str, path)))

@@ -236,9 +236,17 @@ def other_run(folder, encoder, index, processes, go, said):
     go.wait()
     try:
         write_store(
-            folder, [(f"{encoder}{n}", "t") for n in range(8)], lambda texts: vectors[: len(texts)], dim=4,
-            encoder=encoder, source="s", n_rows=8, shard_rows=2, process_index=index, num_processes=processes,
-        )  # fmt: skip
+            folder,
+            [(f"{encoder}{n}", "t") for n in range(8)],
+            lambda texts: vectors[: len(texts)],
+            dim=4,
+            encoder=encoder,
+            source="s",
+            n_rows=8,
+            shard_rows=2,
+            process_index=index,
+            num_processes=processes,
+        )
         said.put((encoder, "written"))
     except HlmError as error:
         said.put((encoder, "told" if "another run" in str(error) or "the only one" in str(error) else str(error)))

@@ -1,0 +1,179 @@
+"""How much of what a teacher learnt is kept: checkpoint and merge weight, chosen on queries that people typed.
+
+The backbone is a candidate too. Tuned on pairs that are unlike what people type, a teacher is often worse than its
+backbone, and no loss shows it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from hlm.artefacts import HlmError, fingerprint_json
+from hlm.data.contract import RetrievalData, document_text, iterate
+from hlm.encoders.lora import adapter_of, set_adapter
+from hlm.evaluation.metrics import Qrels, Scores, mean
+from hlm.steps import TeacherConfig
+from hlm.training.agreement import Agreement, TypedQueries
+from hlm.training.checkpoints import STATE, checkpoint_folder, fault
+from hlm.training.dev_retrieval import DevRetrieval, scores_on_dev
+from hlm.training.trainer import RecipeTrainer, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+JUDGED = "judged dev queries"  # what a choice is made by
+AGREED = "unlabelled queries, judged by BM25 and the backbone"
+WEIGHTS = (0.25, 0.5, 0.75, 1.0)
+LEAST_JUDGED = 20  # dev queries; fewer tell nothing
+SAMPLES = 10_000
+RISK = 0.05  # of keeping what only noise made better than the backbone
+DECIMALS = 4
+
+
+def weights_of(setting: float | list[float] | str) -> tuple[float, ...] | None:
+    """The weights to choose from, lowest first; None where the setting is the one weight itself.
+
+    Raises:
+        HlmError: a weight outside (0, 1], an empty list, or a word other than "auto".
+    """
+    if setting == AUTO:
+        return WEIGHTS
+    weights = setting if isinstance(setting, list) else [setting]
+    if not weights or not all(isinstance(weight, float) and 0 <= weight <= 1 for weight in weights):
+        raise HlmError(
+            f"merge_weight: expected a number above 0 and up to 1, a list of such, or {AUTO}, found {setting!r}"
+        )
+    if not isinstance(setting, list):
+        if not setting:
+            raise HlmError("merge_weight: expected above 0, found 0, which trains for nothing; use the backbone")
+        return None
+    return tuple(sorted({*weights} - {0.0})) or WEIGHTS
+
+
+def dev_retrieval(
+    data: RetrievalData, config: TeacherConfig, texts: dict[str, str] | None = None, qrels: Qrels | None = None
+) -> DevRetrieval | None:
+    """Dev queries, or these, over their judged documents and a fixed sample of others: the teacher's own documents
+    move."""
+    if qrels is None:
+        if "dev" not in data.qrels:
+            return None
+        texts, qrels = dict(data.split_queries("dev", oracle=config.oracle)), data.qrels["dev"]
+    judged = {document for grades in qrels.values() for document in grades}
+    keep = min(1.0, config.dev_documents / max(1, len(data.corpus)))
+    limit = math.floor(keep * 16**8)
+    documents = {
+        row["_id"]: document_text(row, oracle=config.oracle)
+        for row in iterate(data.corpus)
+        if row["_id"] in judged or int(fingerprint_json(row["_id"])[:8], 16) < limit
+    }
+    return DevRetrieval(texts or {}, qrels, documents=documents)
+
+
+def typed_retrieval(
+    data: RetrievalData, config: TeacherConfig, typed: TypedQueries, searched: Callable[[list[str]], Agreement]
+) -> tuple[DevRetrieval | None, str | None]:
+    """`dev_retrieval` of queries that people typed, and what they are judged by.
+
+    Dev queries that people judged, where there are enough. Else held-out queries with the judgements of
+    `Agreement.judgements`. Queries derived from the catalogue are like the pairs trained on, not like what people type:
+    where there are no others, there is nothing to choose by.
+    """
+    if len(typed.judged) >= LEAST_JUDGED:
+        texts = dict(data.split_queries("dev", oracle=config.oracle))
+        qrels = {query: data.qrels["dev"][query] for query in typed.judged}
+        return dev_retrieval(data, config, {query: texts[query] for query in qrels}, qrels), JUDGED
+    qrels = searched(typed.held_out).judgements() if typed.held_out else {}
+    if len(qrels) < LEAST_JUDGED:
+        return dev_retrieval(data, config), None
+    return dev_retrieval(
+        data, config, {text: text for text in qrels}, qrels
+    ), "unlabelled queries, judged by BM25 and the backbone"
+
+
+def keep_checkpoints(args: TrainingArguments) -> None:
+    """Keeps every checkpoint until the end, as each may be the one.
+
+    Raises:
+        HlmError: the trainer is to choose one by itself.
+    """
+    if args.load_best_model_at_end:
+        raise HlmError(
+            "load_best_model_at_end: expected false where merge_weight is chosen, which chooses the checkpoint as well"
+        )
+    args.save_total_limit = None
+
+
+def choose(trainer: RecipeTrainer, weights: tuple[float, ...]) -> dict[str, Any]:
+    """Sets the model to the best of all checkpoints and weights on dev, or to the backbone where none is better by
+    more than noise. Every process must call it.
+
+    Better means: the mean gain in nDCG@10 over the backbone is positive in all but `RISK` of the paired bootstrap's
+    samples of the queries (Efron and Tibshirani 1993, ch. 13).
+
+    Returns:
+        {"step", "merge_weight", "backbone": its nDCG@10, "queries": their number, "table": [{"step", "merge_weight",
+        "ndcg@10", "gain", "ci90"}]}; step 0 with weight 0 is the backbone.
+    """
+    learnt = _learnt(trainer)
+    last = learnt[max(learnt)]
+    set_adapter(trainer.model, last, 0.0)
+    backbone = scores_on_dev(trainer)
+    table = []
+    for step, tensors in learnt.items():
+        for weight in weights:
+            set_adapter(trainer.model, tensors, weight)
+            row = {"step": step, "merge_weight": weight} | _compared(scores_on_dev(trainer), backbone)
+            logger.info("step %d, merge weight %.2f: nDCG@10 %.4f, gain %+.4f %s", *row.values())
+            table.append(row)
+    better = [row for row in table if row["ci90"][0] > 0]
+    found: dict[str, Any] = {
+        "step": 0,
+        "merge_weight": 0.0,
+        "backbone": round(mean(backbone), DECIMALS),
+        "queries": len(backbone),
+    }
+    if better:
+        best = max(better, key=lambda row: row["gain"])  # of equals the earlier step, then the lower weight
+        found |= {"step": best["step"], "merge_weight": best["merge_weight"]}
+        logger.info("kept: step %(step)d, merge weight %(merge_weight).2f", found)
+    else:
+        logger.warning(
+            "the teacher is its backbone: on %d queries nothing that was learnt is better than its nDCG@10 of %.4f by "
+            "more than noise; other pairs, or more of them, may help",
+            found["queries"],
+            found["backbone"],
+        )
+    set_adapter(trainer.model, learnt.get(found["step"], last), found["merge_weight"])
+    return found | {"table": table}
+
+
+def _learnt(trainer: RecipeTrainer) -> dict[int, dict[str, Tensor]]:
+    """Step -> the adapter as it was then, of every checkpoint and of the end."""
+    end = trainer.state.global_step
+    now = adapter_of(trainer.model)
+    found = {}
+    for step in sorted(int(path.name.rsplit("-", 1)[1]) for path in Path(trainer.args.output_dir).glob("checkpoint-*")):
+        folder = checkpoint_folder(trainer.args.output_dir, step)
+        if step < end and fault(folder, {STATE}) is None:
+            trainer._load_from_checkpoint(str(folder))
+            found[step] = adapter_of(trainer.model)
+    return found | {end: now}
+
+
+def _compared(scores: Scores, backbone: Scores) -> dict[str, Any]:
+    gains = np.array([scores[query] - backbone[query] for query in sorted(backbone)])
+    draws = np.random.default_rng(0).integers(len(gains), size=(SAMPLES, len(gains)))
+    low, high = np.quantile(gains[draws].mean(axis=1), [RISK, 1 - RISK])
+    return {
+        "ndcg@10": round(mean(scores), DECIMALS),
+        "gain": round(float(gains.mean()), DECIMALS),
+        "ci90": [round(float(low), DECIMALS), round(float(high), DECIMALS)],
+    }

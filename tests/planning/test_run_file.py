@@ -1,0 +1,134 @@
+"""run.yaml: one file for all steps, from three answers, over a shipped set of configs."""
+
+import builtins
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hlm import cli
+from hlm.errors import HlmError
+from hlm.planning.run_file import RUN_FILE, step_settings, write_run_file, write_steps
+from hlm.recipe_files import sets
+from hlm.settings import hints_of
+from hlm.step_table import STEPS
+from recipes import quickstart
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data/qrels").mkdir(parents=True)
+    (tmp_path / "data/qrels/train.tsv").touch()
+    (tmp_path / "ads").mkdir()
+    return tmp_path
+
+
+def run_file(**values) -> Path:
+    path = Path("mine", RUN_FILE)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump({"like": "electronics", "output": "runs/mine", "data": "data"} | values))
+    return path
+
+
+def texts_of(value):
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from texts_of(one)
+
+
+@pytest.mark.parametrize(
+    "answers, like, kept",
+    [
+        ({}, "quickstart", {"data": None, "p99_ms": 15.0}),
+        ({"data": "data", "p99_ms": "2"}, "electronics", {"data": "data", "p99_ms": 2.0}),
+        ({"data": "ads", "hardware": "CPU", "min_score": "1"}, "electronics", {"catalogue": "ads", "min_score": 1}),
+        ({"data": "owner/name", "hardware": "8xH100"}, "qwen3-8b-190m", {"data": "owner/name", "p99_ms": None}),
+        ({"data": "owner/name", "hardware": "RTX4090"}, "qwen3-0.6b-190m", {"data": "owner/name"}),
+    ],
+)
+def test_three_answers(answers, like, kept):
+    path = write_run_file("mine", **answers)
+    written = yaml.safe_load(path.read_text())
+    assert written["like"] == like and written["output"] == "runs/mine"
+    assert {name: written[name] for name in kept} == kept
+    assert all("  # " in line for line in path.read_text().splitlines()[1:-1])  # each line says what it is
+    steps = step_settings(path)
+    assert {"teacher", "embed", "align", "refine", "evaluate"} < set(steps)
+    assert not any(text.startswith(f"runs/{like}") for text in texts_of(steps))
+    assert ("prepare" in steps) == ("catalogue" in kept) and ("make_catalogue" in steps) == (not answers)
+    for name, settings in steps.items():
+        if (own := STEPS[name].settings) and not STEPS[name].trains:
+            assert set(settings) <= set(hints_of(own))
+
+
+def test_what_is_the_users_own_reaches_every_step():
+    path = run_file(
+        backbone="bert", min_score=2, p99_ms=3.5, steps={"align": {"learning_rate": 1e-3}, "contrastive_only": None}
+    )
+    steps, before = step_settings(path), sets()["electronics"]
+    assert steps["teacher"]["backbone"] == steps["evaluate"]["systems"]["backbone"] == "bert"
+    assert {name for name, settings in steps.items() if settings.get("min_score") == 2} == {"teacher", "refine"}
+    assert steps["benchmark"]["budgets"] == {"p99_ms": 3.5}
+    assert steps["align"]["data"] == "data" and steps["align"]["output"] == "runs/mine/aligned"
+    theirs = yaml.safe_load((before / "align.yaml").read_text())
+    same = set(theirs) - {"data", "student", "vectors", "output", "learning_rate"}
+    assert all(steps["align"][name] == theirs[name] for name in same) and steps["align"]["learning_rate"] == 1e-3
+    assert "contrastive_only" not in steps
+
+
+def test_queries_are_derived_from_a_catalogue():
+    steps = step_settings(run_file(data=None, catalogue="ads"))
+    assert steps["prepare"]["source"] == "ads" and "general_queries" not in steps["prepare"]
+    assert steps["prepare"]["output"] == steps["align"]["data"] == "runs/mine/data"
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"like": "electronix"}, "did you mean 'electronics'"),
+        ({"catalogue": "ads"}, "expected data or catalogue, found both"),
+        ({"data": None}, "expected data or catalogue, found neither"),
+        ({"like": "quickstart", "data": None, "catalogue": "ads"}, "expected a set that derives queries"),
+        ({"like": "qwen3-8b-190m", "p99_ms": 1}, "expected a set that times its student"),
+        ({"steps": {"algin": {}}}, "did you mean 'align'"),
+        ({"steps": {"align": 3}}, "expected settings, or null to leave it out, found 3"),
+        ({"stepps": {}}, "did you mean 'steps'"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_by_name(values, message):
+    with pytest.raises(HlmError, match=re.escape(message)):
+        step_settings(run_file(**values))
+
+
+def test_the_runner_reads_it_anew_each_time():
+    path = run_file()
+    jobs = {job.name: job for job in quickstart.read_jobs(path.parent)}
+    config = jobs["align"].config
+    assert config.parent == Path("runs/mine/.steps/configs") and f"Written from {path}" in config.read_text()
+    before = config.read_bytes()
+    write_steps(path, config.parent)
+    assert config.read_bytes() == before  # or every step would run again
+    run_file(steps={"align": None})
+    assert "align" not in {job.name for job in quickstart.read_jobs(path.parent)} and not config.exists()
+
+
+def test_init_asks_on_a_terminal_alone(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(builtins, "input", lambda question: asked.append(question) or ["data", "", "4"][len(asked) - 1])
+    assert cli.main(["init", "silent"]) == 0 and not asked
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    assert cli.main(["init", "flags", "--data", "data"]) == 0 and not asked
+    assert cli.main(["init", "mine"]) == 0 and len(asked) == 3
+    assert "hlm run mine" in capsys.readouterr().out
+    written = yaml.safe_load(Path("mine", RUN_FILE).read_text())
+    assert (written["like"], written["data"], written["p99_ms"]) == ("electronics", "data", 4.0)
+    assert cli.main(["init", "mine", "--data", "data"]) == 2 and "found one" in capsys.readouterr().err
+    assert cli.main(["init", "both", "--like", "quickstart", "--data", "data"]) == 2
+    assert cli.main(["init", "fast", "--p99-ms", "fast"]) == 2 and not Path("fast").exists()
+    assert cli.main(["init", "good", "--min-score", "good"]) == 2 and "--min-score" in capsys.readouterr().err
+    assert cli.main(["init", "gpu", "--hardware", "8xH100"]) == 2 and "--data" in capsys.readouterr().err

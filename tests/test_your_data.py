@@ -1,0 +1,85 @@
+"""docs/your-data.md: every command in it runs, on raw files as a shop has them."""
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from test_readme import commands_of
+
+import hlm
+from hlm import cli
+from hlm.data.log_columns import NEEDED
+from hlm.log_settings import PrepareLogsConfig
+from recipes import prepare_logs, quickstart
+from results.measure import raw_logs
+
+PAGE = (Path(__file__).resolve().parent.parent / "docs/your-data.md").read_text()
+COMMANDS = commands_of(PAGE)
+OBJECT = '{"object": {"object_id": "ad%07d"}, "position": {"ordinal": 1}}'
+UBI = [
+    '{"user_query": "lamp %d", "query_id": "q%d", "client_id": "c%d", "timestamp": "2024-12-10T00:01:29.378Z"}',
+    '{"action_name": "impression", "query_id": "q%d", "event_attributes": ' + OBJECT + "}",
+    '{"action_name": "click", "query_id": "q%d", "event_attributes": ' + OBJECT + "}",
+]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with the three raw files, and events of UBI."""
+    folder = tmp_path_factory.mktemp("home")
+    raw_logs.make(folder, total=20_000, ads=300, planted=100)
+    searches = [((n % 40, n, n), (n, n % 40), (n, n % 40)) for n in range(400)]
+    lines = [form % values for search in searches for form, values in zip(UBI, search, strict=True)]
+    (folder / "ubi.ndjson").write_text("\n".join(lines))
+    return folder
+
+
+def test_the_way_from_three_files_to_a_student(home, tiny_bert, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    (settings,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.S)
+    Path("prepare_logs.yaml").write_text(settings)
+    ran = []
+    for words in map(shlex.split, COMMANDS):
+        if words[:2] == ["hlm", "prepare"]:
+            prepare_logs.main(words[2:])
+            assert "What was dropped" in capsys.readouterr().out
+        elif words[:2] in (["hlm", "init"], ["hlm", "plan"]):
+            assert cli.main(words[1:]) == 0, capsys.readouterr().err
+        elif words[0] == "sed":
+            subprocess.run(words, check=True)
+        else:
+            assert words[0] == "pip" or words[:2] in (["hlm", "run"], ["hlm", "search"])
+            continue
+        ran.append(words[1])
+    assert ran.count("prepare") == 4 and {"init", "plan"} < set(ran)
+    assert Path("runs/mine/data/report.html").is_file() and Path("runs/mine/ubi/report.html").is_file()
+    # The steps run in tests/test_readme.py and, whole, in tests/recipes; here the first of them reads what was made.
+    jobs = {job.name: job for job in quickstart.read_jobs(Path("mine"))}
+    assert next(iter(jobs)) == "teacher" and yaml.safe_load(jobs["teacher"].config.read_text())["min_score"] == 1
+    (search,) = [shlex.split(command) for command in COMMANDS if command.startswith("hlm search")]
+    assert search[search.index("--student") + 1] in {str(job.output) for job in jobs.values()}
+    hlm.train_teacher(
+        tiny_bert, "runs/mine/data", "runs/mine/teacher", min_score=1, hard_negatives=0, lora_rank=2, max_steps=1,
+        per_device_train_batch_size=8, eval_strategy="no", save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    assert Path("runs/mine/teacher/hlm.json").is_file()
+
+
+def test_the_python_runs(home, monkeypatch):
+    monkeypatch.chdir(home)
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    shutil.rmtree("runs/mine/data", ignore_errors=True)
+    exec(code, {})
+    assert Path("runs/mine/data/qrels/test.parquet").is_file()
+
+
+def test_the_flags_and_columns_are_those_that_are_known():
+    known = PrepareLogsConfig.__dataclass_fields__
+    assert set(re.findall(r"`--(\w+)", PAGE)) <= known.keys() and len(re.findall(r"`--(\w+)", PAGE)) > 8
+    for table, groups in NEEDED.items():
+        (row,) = re.findall(rf"^\| `--{table}` \| (.*?) \|", PAGE, re.M)
+        assert set(re.findall(r"`(\w+)`", row)) == {role for group in groups for role in group}

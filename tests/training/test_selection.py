@@ -1,0 +1,145 @@
+"""What a teacher keeps of what it learnt: nothing where its pairs are noise, most where they help; judged by people, or
+by BM25 and the backbone."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+import hlm
+from hlm.artefacts import HlmError, read_manifest, write_json
+from hlm.data.contract import load
+from hlm.encoders.loading import fingerprint, load_encoder
+from hlm.publishing.cards import teacher_card
+from hlm.training import selection
+from hlm.training.agreement import Agreement, TypedQueries
+
+TRAINING = {"per_device_train_batch_size": 32, "seed": 3, "learning_rate": 3e-3, "disable_tqdm": True}
+SETTINGS = {"min_score": 3, "lora_rank": 4, "pairs_per_query": 2, "hard_negatives": 0, "max_steps": 8, **TRAINING}
+SETTINGS |= {"save_strategy": "steps", "save_steps": 4, "merge_weight": [0.0, 0.5, 1.0]}
+
+
+def write(path, rows):
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def tuned(backbone, data, output, **more):
+    hlm.train_teacher(backbone, str(data), str(output), **SETTINGS | more)
+    return read_manifest(output, "teacher")["chosen"]
+
+
+@pytest.fixture(scope="module")
+def helped(tiny_bert, catalogue_200, tmp_path_factory):
+    """A teacher of pairs that help."""
+    folder = tmp_path_factory.mktemp("helped") / "teacher"
+    return folder, tuned(tiny_bert, catalogue_200, folder)
+
+
+def test_what_helps_is_kept_and_the_table_says_why(helped, tiny_bert):
+    folder, chosen = helped
+    assert chosen["signal"] == "judged dev queries" and chosen["queries"] == 20
+    assert [(row["step"], row["merge_weight"]) for row in chosen["table"]] == [(4, 0.5), (4, 1), (8, 0.5), (8, 1)]
+    best = max((row for row in chosen["table"] if row["ci90"][0] > 0), key=lambda row: row["gain"])
+    assert (chosen["step"], chosen["merge_weight"]) == (best["step"], best["merge_weight"])
+    assert best["ndcg@10"] == pytest.approx(chosen["backbone"] + best["gain"], abs=2e-4)
+    dev = read_manifest(folder, "teacher")["dev"]
+    assert dev["end"] == pytest.approx(best["ndcg@10"], abs=1e-3)  # what was saved is what was measured
+    assert dev["start"] == pytest.approx(chosen["backbone"], abs=1e-4)
+    assert fingerprint(load_encoder(str(folder))) != fingerprint(load_encoder(tiny_bert))
+
+
+def test_pairs_that_are_noise_leave_the_backbone(helped, catalogue_200, tmp_path, caplog):
+    shutil.copytree(catalogue_200, tmp_path / "data")
+    path = tmp_path / "data/qrels/train.tsv"
+    header, *lines = [line.split("\t") for line in path.read_text().splitlines()]
+    documents = [line[1] for line in lines]
+    random.Random(0).shuffle(documents)
+    pairs = {(line[0], document): line[2] for line, document in zip(lines, documents, strict=True)}
+    rows = [header, *([*pair, grade] for pair, grade in pairs.items())]
+    path.write_text("".join("\t".join(row) + "\n" for row in rows))
+    chosen = tuned(str(helped[0]), tmp_path / "data", tmp_path / "teacher")
+    assert (chosen["step"], chosen["merge_weight"]) == (0, 0) and len(chosen["table"]) == 4
+    assert "the teacher is its backbone" in caplog.text
+    assert fingerprint(load_encoder(str(tmp_path / "teacher"))) == fingerprint(load_encoder(str(helped[0])))
+    assert (tmp_path / "teacher/adapter/adapter_model.safetensors").is_file()
+
+
+def test_the_card_says_what_was_kept(helped, tmp_path):
+    folder, chosen = helped
+    backbone = chosen | {"step": 0, "merge_weight": 0.0}
+    nothing = {"step": 0, "merge_weight": 0.0, "signal": None}
+    shutil.copytree(folder, tmp_path / "teacher")
+    for kept, words in (
+        (chosen, f"the share {chosen['merge_weight']} is kept"),
+        (backbone, "nothing that was learnt"),
+        (nothing, "no queries that people typed"),
+    ):
+        write_json(tmp_path / "teacher/hlm.json", read_manifest(folder, "teacher") | {"chosen": kept})
+        assert words in " ".join(teacher_card(tmp_path / "teacher", repo_id="acme/teacher").split())
+
+
+def test_a_choice_that_was_killed_is_made_again(helped, tiny_bert, catalogue_200, tmp_path, monkeypatch):
+    folder, chosen = helped
+    before = selection.set_adapter
+    calls = []
+
+    def killed(*rest):
+        calls.append(rest)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        before(*rest)
+
+    monkeypatch.setattr(selection, "set_adapter", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(tiny_bert, catalogue_200, tmp_path / "teacher")
+    monkeypatch.setattr(selection, "set_adapter", before)
+    assert tuned(tiny_bert, catalogue_200, tmp_path / "teacher") == chosen
+    assert fingerprint(load_encoder(str(tmp_path / "teacher"))) == fingerprint(load_encoder(str(folder)))
+
+
+def derived(catalogue, folder, unlabelled):
+    """The catalogue with dev queries that nobody typed."""
+    shutil.copytree(catalogue, folder)
+    queries = [json.loads(line) for line in (folder / "queries.jsonl").read_text().splitlines()]
+    write(folder / "queries.jsonl", [row | {"derived": True} for row in queries])
+    rows = [json.loads(line) for line in (folder / "unlabelled.jsonl").read_text().splitlines()]
+    write(folder / "unlabelled.jsonl", [row | {"derived": unlabelled} for row in rows])
+    return folder
+
+
+def test_derived_queries_alone_choose_nothing(tiny_bert, catalogue_200, tmp_path, caplog):
+    data = derived(catalogue_200, tmp_path / "data", unlabelled=True)
+    chosen = tuned(tiny_bert, data, tmp_path / "teacher")
+    assert chosen == {"step": 0, "merge_weight": 0.0, "signal": None} and "people typed" in caplog.text
+    assert fingerprint(load_encoder(str(tmp_path / "teacher"))) == fingerprint(load_encoder(tiny_bert))
+
+
+def test_typed_queries_without_judgements_choose(helped, catalogue_200, tmp_path, monkeypatch):
+    monkeypatch.setattr(selection, "LEAST_JUDGED", 3)  # so small a backbone seldom agrees with BM25
+    data = derived(catalogue_200, tmp_path / "data", unlabelled=False)
+    chosen = tuned(str(helped[0]), data, tmp_path / "teacher", agreed_pairs=2, anchor_weight=0.5)
+    typed = TypedQueries.of(load(str(data)))
+    assert not typed.judged and not {*typed.trained} & {*typed.held_out}
+    assert chosen["signal"].startswith("unlabelled queries")
+    assert selection.LEAST_JUDGED <= chosen["queries"] <= len(typed.held_out) and len(chosen["table"]) == 4
+
+
+def test_agreed_pairs_are_high_in_both_rankings():
+    lexical = {"a": {"d3": 9.0, "d1": 5.0, "d2": 4.0}, "b": {"d4": 1.0}}
+    agreement = Agreement(lexical, {"a": {"d1": 0.9, "d3": 0.8, "d9": 0.7}, "b": {"d5": 0.5}})
+    assert agreement.agreed() == {"a": ["d3", "d1"]}  # of equals the higher id, as everywhere
+    assert list(agreement.pairs(1)) == [("a", ["d3"], ["d1", "d2", "d3", "d9"])]
+    assert agreement.judgements() == {"a": {"d1": 1, "d2": 0, "d3": 1, "d9": 0}}
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.5, "best", [], [0.5, -1.0]])
+def test_weights_that_are_none(tiny_bert, catalogue_200, tmp_path, weight):
+    with pytest.raises(HlmError, match="merge_weight: expected"):
+        tuned(tiny_bert, catalogue_200, tmp_path / "teacher", merge_weight=weight)
+
+
+def test_the_trainer_does_not_choose_as_well(tiny_bert, catalogue_200, tmp_path):
+    with pytest.raises(HlmError, match="load_best_model_at_end: expected false"):
+        tuned(tiny_bert, catalogue_200, tmp_path / "teacher", load_best_model_at_end=True, save_strategy="best")
