@@ -243,6 +243,8 @@ def second(request: dict[str, Any], inherited: tuple[socket.socket, ...]) -> int
     os.environ.update(request["env"])
     for name in SECOND:
         importlib.import_module(name)
+    # Made at the first model that is loaded, of a thousand regular expressions, and kept.
+    sys.modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("bert")
     gc.freeze()
     with listening(request["server"]) as listener:
         os.write(writer, b"1")

@@ -29,6 +29,8 @@ from transformers import (
     Qwen3Model,
 )
 
+LONGEST = ("test_two_processes.py", "test_wheel.py", "test_gpu_check.py", "test_compare.py", "test_measure_publish.py",
+           "test_publish.py", "test_recipes.py", "test_checkpoints.py", "test_export.py")  # fmt: skip
 LAYERS, HIDDEN, FFN = 6, 32, 64
 WORDS = """red blue green black white steel wooden cotton small large cheap new used laptop notebook printer camera
 phone charger cable shoe boot jacket kettle vacuum cleaner drill saw lamp desk chair bike helmet tent bottle litre inch
@@ -46,6 +48,11 @@ def sentence_transformer(backbone, tokenizer, folder: Path, pooling: str, prompt
     )
     model.save_pretrained(str(folder / "model"), create_model_card=False)
     return str(folder / "model")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first, or one worker has them left when the other is done. Within a module the order stays."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def pytest_collection_finish():
