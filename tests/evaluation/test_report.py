@@ -24,6 +24,8 @@ def small_runs(n=40, seed=0):
         "aligned": 1,
         "student": 0.9,
         "contrastive_only": 1.8,
+        "student_on_index": 1,
+        "static": 1.2,
     }
     runs = {
         name: {
