@@ -163,6 +163,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--data", metavar="ID", help="a folder or Hub id (default: a sample catalogue)")
     command.add_argument("--hardware", metavar="NAME", help="cpu, or GPUs such as 8xH100 (default: cpu)")
     command.add_argument("--p99-ms", metavar="MS", help="latency budget of one query (default: 15)")
+    command.add_argument("--min-score", metavar="GRADE", help="lowest grade of a good ad (default: the set's)")
     command.add_argument("--like", metavar="NAME", help="write out a set of configs instead, one file a step")
     command.set_defaults(run=init)
 
@@ -190,10 +191,11 @@ def run_script(name: str, *words: str) -> NoReturn:
 def init(options: argparse.Namespace) -> None:
     from hlm import recipe_files
 
-    folder, answers = options.folder.rstrip("/"), {name: getattr(options, name) for name in QUESTIONS}
+    folder = options.folder.rstrip("/")
+    answers = {name: getattr(options, name) for name in (*QUESTIONS, "min_score")}
     if options.like:
         if any(answers.values()):
-            raise HlmError("expected --like, or --data, --hardware and --p99-ms, found both; leave --like out")
+            raise HlmError("expected --like, or what goes into run.yaml, found both; leave --like out")
         written = recipe_files.init(options.folder, options.like)
         show(f"{len(written)} files in {folder}; all steps: hlm run {folder}")
         return

@@ -11,13 +11,13 @@ import logging
 import re
 import unicodedata
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 import pyarrow as pa
 
 from hlm.data.log_columns import Columns
-from hlm.data.log_sources import RawTable, quoted
+from hlm.data.log_sources import RawTable, one_row, quoted
 from hlm.data.personal import ProductNumbers, personal
 from hlm.data.words import fold
 from hlm.errors import HlmError
@@ -64,7 +64,7 @@ def clean(text: str, known: ProductNumbers | None, longest: int) -> tuple[str, s
         return "", "", LONG
     if "\ufffd" in shown:
         return "", "", BROKEN
-    # Of what belongs to a person nothing is kept, not even here.
+    # What belongs to a person gets neither key nor text: nothing that is written could show it.
     return ("", "", reason) if (reason := personal(shown, known)) else (key, shown, None)
 
 
@@ -109,7 +109,7 @@ def hours_of(connection: duckdb.DuckDBPyConnection, table: RawTable, columns: Co
     found = hour(
         "time", _reads_day_first(connection, table, columns["time"], select) if day_first is None else day_first
     )
-    times, read = _row(
+    times, read = one_row(
         connection,
         f"SELECT count(*), count({found}) FROM (SELECT time FROM ({select}) WHERE time IS NOT NULL LIMIT {_BATCH})",
     )
@@ -125,7 +125,7 @@ def hours_of(connection: duckdb.DuckDBPyConnection, table: RawTable, columns: Co
 def _reads_day_first(connection: duckdb.DuckDBPyConnection, table: RawTable, column: str, select: str) -> bool:
     parts = ", ".join(f"max(try_cast(regexp_extract(time, '{_SLASHES}', {n}) AS INTEGER))" for n in (1, 2))
     dotted = "bool_and(regexp_matches(time, '^\\s*\\d{1,2}\\.'))"
-    first, second, by_dots = _row(
+    first, second, by_dots = one_row(
         connection, f"SELECT {parts}, {dotted} FROM ({select}) WHERE regexp_matches(time, '{_SLASHES}')"
     )
     if first is None or by_dots:
@@ -162,11 +162,10 @@ def read_lines(
     connection.execute(f"CREATE TABLE all_lines AS {grouped(table.select(read))}")
     if rescued := table.rescued(connection, read):
         connection.execute(f"INSERT INTO all_lines {grouped(rescued)}")
-    rows, bare, bad, robots = _row(
+    rows, bare, bad, robots = one_row(
         connection,
-        "SELECT sum(rows), sum(rows) FILTER (query IS NULL), sum(rows) FILTER (n IS NULL OR "
-        "n <= 0), "
-        "sum(n) FILTER (robot) FROM all_lines",
+        "SELECT sum(rows), sum(rows) FILTER (query IS NULL), sum(rows) FILTER (n IS NULL OR n <= 0), sum(n) FILTER "
+        "(robot) FROM all_lines",
     )
     dropped["lines that cannot be read"] += table.unread(connection, rows or 0)
     if not rows:
@@ -174,15 +173,14 @@ def read_lines(
     if (bad or 0) * 2 > rows:
         raise HlmError(
             f"{table.what}: expected numbers in '{columns['count']}', found other text in {bad} of {rows} rows; "
-            "correct "
-            "it, or name another column with --columns log.count=COLUMN"
+            "correct it, or name another column with --columns log.count=COLUMN"
         )
     dropped.update(
         {"empty": int(bare or 0), "without a count": int(bad or 0), "agents that are robots": int(robots or 0)}
     )
     connection.execute(
-        "CREATE TABLE lines AS SELECT query, user, hour, n FROM all_lines WHERE query IS NOT NULL AND n > 0 AND "
-        "NOT robot"
+        "CREATE TABLE lines AS SELECT query, user, hour, n FROM all_lines WHERE query IS NOT NULL AND n > 0 AND NOT "
+        "robot"
     )
     connection.execute("DROP TABLE all_lines")
 
@@ -199,7 +197,7 @@ def _is_search(connection: duckdb.DuckDBPyConnection, table: RawTable, columns: 
     if "action" not in columns:
         return "true"
     select = table.select({"action": columns["action"]})
-    without = _row(connection, f"SELECT count(*) FILTER (action IS NULL) FROM ({select})")[0]
+    without = one_row(connection, f"SELECT count(*) FILTER (action IS NULL) FROM ({select})")[0]
     return "action IS NULL" if without else "lower(action) IN ('search', 'on_search', 'query')"
 
 
@@ -246,25 +244,23 @@ def count_support(
         "SELECT reason, sum(n) FROM lines JOIN texts USING (query) WHERE reason IS NOT NULL GROUP BY ALL"
     ).fetchall():
         dropped[reason] += int(n)
-    users = _row(connection, "SELECT count(user) FROM lines")[0]  # of a log without any the count stands in
+    users = one_row(connection, "SELECT count(user) FROM lines")[0]  # of a log without any the count stands in
     past = "true" if train_before is None else f"coalesce(hour < {train_before}, true)"
     people = (
         f"SELECT key, user, sum(n) AS n, coalesce(sum(n) FILTER ({past}), 0) AS past FROM lines JOIN texts USING "
-        "(query) "
-        "WHERE reason IS NULL AND (user IS NULL OR user NOT IN (SELECT user FROM robots)) GROUP BY ALL"
+        "(query) WHERE reason IS NULL AND (user IS NULL OR user NOT IN (SELECT user FROM robots)) GROUP BY ALL"
     )
     capped = f"CASE WHEN user IS NULL THEN {{0}} ELSE least({{0}}, {repeats}) END"
     connection.execute(
         f"CREATE TABLE support AS SELECT key, sum({capped.format('n')}) AS count, sum({capped.format('past')}) AS "
-        "past, "
-        f"sum(n) AS lines, {'count(user)' if users else 'sum(n)'} AS users FROM ({people}) GROUP BY key"
+        f"past, sum(n) AS lines, {'count(user)' if users else 'sum(n)'} AS users FROM ({people}) GROUP BY key"
     )
-    robots, of_robots = _row(
+    robots, of_robots = one_row(
         connection,
         "SELECT count(DISTINCT user), sum(n) FROM lines JOIN texts USING (query) JOIN robots USING (user) "
         "WHERE reason IS NULL",
     )
-    repeated = _row(connection, "SELECT sum(lines - count) FROM support")[0]
+    repeated = one_row(connection, "SELECT sum(lines - count) FROM support")[0]
     dropped.update({"users that are robots": int(of_robots or 0), "repeats of one user": int(repeated or 0)})
     return int(robots or 0), bool(users)
 
@@ -283,9 +279,3 @@ def commonest_spellings(connection: duckdb.DuckDBPyConnection, sources: list[str
         "CREATE TABLE spellings AS SELECT key, max({'n': n, 'shown': shown}).shown AS text "
         f"FROM ({counted}) GROUP BY key"
     )
-
-
-def _row(connection: duckdb.DuckDBPyConnection, sql: str) -> tuple[Any, ...]:
-    found = connection.execute(sql).fetchone()
-    assert found is not None  # of an aggregate
-    return found

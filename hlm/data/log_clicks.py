@@ -1,8 +1,8 @@
 """Clicks as graded pairs, by clicks over expected clicks (COEC), and the splits.
 
 COEC divides the clicks of a pair by what its impressions would have got at their positions on average (Zhang and Jones,
-"Comparing click logs and editorial labels for training query rewriting", 2007; Chapelle and Zhang call the position's
-rate its examination). Both are smoothed by the same number of clicks, which draws rare pairs to 1.
+"Comparing click logs and editorial labels for training query rewriting", 2007). Both are smoothed by the same number of
+clicks, which draws rare pairs to 1.
 
 Tables in the database of work: `events` (key, doc, period, clicks, impressions, expected, conversions), `graded` (key,
 doc, period, grade), `split_of` (key, split), `qrels` (key, doc, grade, split).
@@ -14,9 +14,9 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hlm.data.log_catalogue import WHOLE
-from hlm.data.log_cleaning import _row, hours_of, number, user_of
+from hlm.data.log_cleaning import hours_of, number, user_of
 from hlm.data.log_columns import Columns
-from hlm.data.log_sources import RawTable
+from hlm.data.log_sources import RawTable, one_row
 from hlm.errors import HlmError
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def read_clicks(
     connection.execute(f"CREATE TABLE click_lines AS {grouped(table.select(columns))}")
     if rescued := table.rescued(connection, columns):
         connection.execute(f"INSERT INTO click_lines {grouped(rescued)}")
-    rows = _row(connection, "SELECT count(*) FROM click_lines")[0]
+    rows = one_row(connection, "SELECT count(*) FROM click_lines")[0]
     dropped["lines that cannot be read"] += table.unread(connection, rows)
     if not rows:
         raise HlmError(
@@ -101,7 +101,7 @@ def _with_queries(
         )
     if "query" in columns:
         bare = f"SELECT count(*) FROM {source} WHERE query IS NULL AND query_id IS NOT NULL"
-        if not named_by_id or not _row(connection, bare)[0]:
+        if not named_by_id or not one_row(connection, bare)[0]:
             return source
     assert log is not None
     ids = log[0].select({"query_id": log[1]["query_id"], "query": log[1]["query"]})
@@ -116,21 +116,22 @@ def _with_queries(
 def _counts(connection: duckdb.DuckDBPyConnection, table: RawTable, columns: Columns) -> tuple[str, str, str]:
     """SQL of the clicks, impressions and conversions of a row."""
     if "action" in columns and "clicks" not in columns:
-        action = "lower(action)"
-        return tuple(
-            f"CAST(coalesce(regexp_matches({action}, '{form}'), false) AS INTEGER)" for form in (CLICKED, SHOWN, BOUGHT)
-        )  # type: ignore[return-value]
+        clicks, shown, bought = (
+            f"CAST(coalesce(regexp_matches(lower(action), '{form}'), false) AS INTEGER)"
+            for form in (CLICKED, SHOWN, BOUGHT)
+        )
+        return clicks, shown, bought
     clicks = f"coalesce({number('clicks')}, 0)" if "clicks" in columns else "0" if "impressions" in columns else "1"
     shown = f"coalesce({number('impressions')}, 0)" if "impressions" in columns else "0"
     if "clicks" in columns and "impressions" not in columns:
         select = table.select({"clicks": columns["clicks"]})
-        if _row(connection, f"SELECT count(*) FILTER ({number('clicks')} = 0) FROM ({select})")[0]:
+        if one_row(connection, f"SELECT count(*) FILTER ({number('clicks')} = 0) FROM ({select})")[0]:
             shown = "1"  # rows without a click: each row is an impression
     return clicks, shown, f"coalesce({number('conversions')}, 0)" if "conversions" in columns else "0"
 
 
 def _check_ids(connection: duckdb.DuckDBPyConnection, table: RawTable, columns: Columns) -> None:
-    lost, of, example = _row(
+    lost, of, example = one_row(
         connection,
         "SELECT count(*) FILTER (ads._id IS NULL), count(*), min(doc) FILTER (ads._id IS NULL) "
         "FROM click_lines LEFT JOIN ads ON doc = ads._id",
@@ -140,12 +141,11 @@ def _check_ids(connection: duckdb.DuckDBPyConnection, table: RawTable, columns: 
             "SELECT min(_id) FROM ads, (SELECT DISTINCT doc FROM click_lines LIMIT 1000) "
             "WHERE ltrim(lower(_id), '0') = ltrim(lower(doc), '0')"
         ).fetchone()
-        first = _row(connection, "SELECT min(_id) FROM ads")[0]
+        first = one_row(connection, "SELECT min(_id) FROM ads")[0]
         hint = f"the catalogue writes it '{alike[0]}'" if alike and alike[0] else f"the catalogue's are like '{first}'"
         raise HlmError(
             f"{table.what}: expected ids of the catalogue in '{columns['_id']}', found '{example}' and the like "
-            f"({hint}); "
-            f"name the right column with --columns {table.what}._id=COLUMN, or export ids as text"
+            f"({hint}); name the right column with --columns {table.what}._id=COLUMN, or export ids as text"
         )
 
 
@@ -160,16 +160,14 @@ def sum_events(connection: duckdb.DuckDBPyConnection, periods: tuple[int, int] |
         "AND (user IS NULL OR user NOT IN (SELECT user FROM robots))"
     )
     connection.execute(
-        f"CREATE TABLE events AS WITH rows AS ({joined}), "
-        "rates AS (SELECT position, sum(clicks) / sum(impressions) AS rate FROM rows WHERE impressions > 0 GROUP "
-        "BY ALL) "
-        "SELECT key, doc, period, sum(clicks) AS clicks, sum(impressions) AS impressions, "
-        "round(sum(impressions * coalesce(rate, 0)), 6) AS expected, sum(conversions) AS conversions "
-        "FROM rows LEFT JOIN rates USING (position) GROUP BY ALL"
+        f"CREATE TABLE events AS WITH rows AS ({joined}), rates AS (SELECT position, sum(clicks) / sum(impressions) "
+        "AS rate FROM rows WHERE impressions > 0 GROUP BY ALL) SELECT key, doc, period, sum(clicks) AS clicks, "
+        "sum(impressions) AS impressions, round(sum(impressions * coalesce(rate, 0)), 6) AS expected, "
+        "sum(conversions) AS conversions FROM rows LEFT JOIN rates USING (position) GROUP BY ALL"
     )
-    impressions, conversions = _row(connection, "SELECT coalesce(sum(impressions), 0), sum(conversions) FROM events")
-    positions = _row(connection, "SELECT count(position) FROM click_lines")[0]
-    of_ads, of_texts = _row(
+    impressions, conversions = one_row(connection, "SELECT coalesce(sum(impressions), 0), sum(conversions) FROM events")
+    positions = one_row(connection, "SELECT count(position) FROM click_lines")[0]
+    of_ads, of_texts = one_row(
         connection,
         "SELECT count(*) FILTER (doc NOT IN (SELECT _id FROM ads)), count(*) FILTER (reason IS NOT NULL) "
         "FROM click_lines JOIN texts USING (query)",
@@ -220,22 +218,21 @@ def read_judgements(connection: duckdb.DuckDBPyConnection, table: RawTable, colu
         f"CREATE TABLE judged_lines AS SELECT query, {WHOLE.format('_id')} AS doc, grade AS said, {value} AS grade "
         f"FROM ({table.select(columns)}) WHERE query IS NOT NULL AND _id IS NOT NULL"
     )
-    rows = _row(connection, "SELECT count(*) FROM judged_lines")[0]
+    rows = one_row(connection, "SELECT count(*) FROM judged_lines")[0]
     dropped["lines that cannot be read"] += table.unread(connection, rows)
     wrong = connection.execute(
-        "SELECT coalesce(said, '') FROM judged_lines WHERE grade IS NULL OR grade NOT IN (0, 1, 2, 3) ORDER BY "
-        "ALL LIMIT 1"
+        "SELECT coalesce(said, '') FROM judged_lines WHERE grade IS NULL OR grade NOT IN (0, 1, 2, 3) ORDER BY ALL "
+        "LIMIT 1"
     ).fetchone()
     if wrong:
         raise HlmError(
             f"judgements: expected grades of 0, 1, 2 and 3 in '{columns['grade']}', found '{wrong[0]}'; rescale them"
         )
     connection.execute("CREATE TABLE judged AS SELECT query, doc, max(grade) AS grade FROM judged_lines GROUP BY ALL")
-    if not _row(connection, "SELECT count(*) FROM judged WHERE doc IN (SELECT _id FROM ads)")[0]:
+    if not one_row(connection, "SELECT count(*) FROM judged WHERE doc IN (SELECT _id FROM ads)")[0]:
         raise HlmError(
             f"judgements: expected ids of the catalogue in '{columns['_id']}', found none of them; name the right "
-            "column "
-            "with --columns judgements._id=COLUMN"
+            "column with --columns judgements._id=COLUMN"
         )
 
 
@@ -267,11 +264,10 @@ def make_pairs(
     )
     connection.execute(
         "CREATE TABLE negatives AS SELECT DISTINCT doc, ' ' || key || ' ' AS negative FROM bids JOIN texts USING "
-        "(query) "
-        "WHERE kind = 'negative' AND key != ''"
+        "(query) WHERE kind = 'negative' AND key != ''"
     )
     connection.execute(f"CREATE TABLE pairs AS {' UNION ALL '.join(sources)}")
-    excluded = _row(connection, f"SELECT count(*) FROM pairs WHERE grade > 0 AND {refused}")[0]
+    excluded = one_row(connection, f"SELECT count(*) FROM pairs WHERE grade > 0 AND {refused}")[0]
     connection.execute(f"DELETE FROM pairs WHERE grade > 0 AND {refused}")
     connection.execute(_split_sql(config, share, timed=facts is not None and facts.times, judged=judged))
     for split, most in (("test", config.test_queries), ("dev", config.dev_queries)):
@@ -303,9 +299,8 @@ def _split_sql(config: Any, share: str, *, timed: bool, judged: bool) -> str:
         )
     elif timed:  # half of the queries, so that the other half of the latest time does not have to be thrown away
         split = (
-            f"CASE WHEN {share} < 0.5 AND {has['test']} THEN 'test' WHEN {share} >= 0.5 AND {has['dev']} AND "
-            f"{share} < 0.75 "
-            "THEN 'dev' ELSE 'train' END"
+            f"CASE WHEN {share} < 0.5 AND {has['test']} THEN 'test' WHEN {share} >= 0.5 AND {has['dev']} AND {share} "
+            "< 0.75 THEN 'dev' ELSE 'train' END"
         )
     else:
         real = "bool_or(period = 'all')"  # a bid is no judgement

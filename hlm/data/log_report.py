@@ -75,8 +75,7 @@ def _notes(about: Mapping[str, Any], config: PrepareLogsConfig) -> list[str]:
     if fewest is None:
         notes.append(
             f"The log has no users: a query is kept from a count of {config.min_users} on. This is no k-anonymity; "
-            "do not "
-            "publish the queries on its strength."
+            "do not publish the queries on its strength."
         )
     else:
         notes.append(f"At least {fewest['queries']} users typed each query that has judgements from clicks.")

@@ -141,8 +141,8 @@ class RawTable(NamedTuple):
         if found > read:
             raise HlmError(
                 f"{self.what}: expected rows of {len(self.columns)} cells ({', '.join(self.columns[:8])}) in "
-                f"{self.name}, found {found} lines that are none; pass --separator, or export it with quotes "
-                "around cells"
+                f"{self.name}, found {found} lines that are none; pass --separator, or export it with quotes around "
+                "cells"
             )
         return found
 
@@ -161,8 +161,14 @@ def _whole(line: str, part: Part) -> list[str]:
 
 
 def _number(connection: duckdb.DuckDBPyConnection, sql: str) -> int:
+    return int(one_row(connection, sql)[0] or 0)
+
+
+def one_row(connection: duckdb.DuckDBPyConnection, sql: str) -> tuple[Any, ...]:
+    """The one row of an aggregate."""
     found = connection.execute(sql).fetchone()
-    return int(found[0]) if found and found[0] is not None else 0
+    assert found is not None
+    return found
 
 
 def quoted(text: str) -> str:

@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 Tables = dict[str, tuple[RawTable, Columns]]
 TABLES = ("catalogue", "log", "clicks", "judgements")
 FEWEST_HOURS = 10  # of a log that is split by time
-BANDS = ("head", "torso", "tail")  # each a third of the searches
 
 
 @keywords(PrepareLogsConfig)
@@ -78,10 +77,10 @@ def prepare(config: PrepareLogsConfig, *, ask: Callable[[str], str] | None = Non
 def _check(config: PrepareLogsConfig) -> None:
     if not config.catalogue:
         raise HlmError("catalogue: expected the file of the ads, found none; name it with --catalogue")
-    if not (config.log or config.clicks or config.judgements):
+    if not (config.clicks or config.judgements):
         raise HlmError(
-            "expected a log, clicks or judgements beside the catalogue, found none; name them with --log, --clicks or "
-            "--judgements, or derive queries from the catalogue with hlm prepare_catalogue_queries"
+            "expected clicks or judgements beside the catalogue, found neither; name them with --clicks or "
+            "--judgements, or derive pairs from the catalogue with hlm prepare_catalogue_queries"
         )
     least = {"min_users": 1, "max_characters": 1, "queries_a_day": 1, "repeats": 1, "min_clicks": 1}
     least |= {"dev_queries": 1, "test_queries": 1, "smoothing": 0, "min_expected": 0}
@@ -203,7 +202,7 @@ def _read(
                 "CREATE TABLE lines AS SELECT query, user, hour, sum(greatest(clicks, conversions))::DOUBLE AS n "
                 "FROM click_lines GROUP BY ALL HAVING n > 0"
             )
-    elif "log" not in tables:
+    elif "log" not in tables:  # judgements alone
         connection.execute("CREATE TABLE lines (query VARCHAR, user UBIGINT, hour INTEGER, n DOUBLE)")
     if "judgements" in tables:
         log_clicks.read_judgements(connection, *tables["judgements"], dropped["judgements"])
@@ -235,7 +234,7 @@ def _periods(connection: duckdb.DuckDBPyConnection, config: PrepareLogsConfig, n
     ).fetchall()
     if len(hours) < FEWEST_HOURS:
         return None
-    total, before, found = sum(n for _, n in hours), 0.0, []
+    total, found = sum(n for _, n in hours), []
     for share in (1 - config.test_share - config.dev_share, 1 - config.test_share):
         before = 0.0
         for at, n in hours:
@@ -252,9 +251,8 @@ def _write(connection: duckdb.DuckDBPyConnection, config: PrepareLogsConfig, fol
     fewest = _fewest(config)
     connection.execute(
         "CREATE TABLE bands AS SELECT key, count, CASE WHEN before < 1 / 3 THEN 'head' WHEN before < 2 / 3 THEN "
-        "'torso' "
-        "ELSE 'tail' END AS band FROM (SELECT key, count, (sum(count) OVER (ORDER BY count DESC, key) - count) "
-        f"/ sum(count) OVER () AS before FROM support WHERE users >= {min(fewest, config.min_users)})"
+        "'torso' ELSE 'tail' END AS band FROM (SELECT key, count, (sum(count) OVER (ORDER BY count DESC, key) - "
+        f"count) / sum(count) OVER () AS before FROM support WHERE users >= {min(fewest, config.min_users)})"
     )
     ad = [row[0] for row in connection.execute("DESCRIBE ads").fetchall() if row[0] != "place"]
     query_id = "'q' || md5(key)[:16]"
@@ -286,6 +284,6 @@ def _write(connection: duckdb.DuckDBPyConnection, config: PrepareLogsConfig, fol
         found = ", ".join(f"{counts[f'qrels/{split}']} for {split}" for split in ("train", "dev", "test"))
         raise HlmError(
             f"expected pairs for train, dev and test, found {found}; lower --min_users ({config.min_users}) or "
-            f"--min_clicks ({config.min_clicks}), pass --by_time false, or give more of the log"
+            f"--min_clicks ({config.min_clicks}), pass --by_time false, or give more of the log and clicks"
         )
     return counts

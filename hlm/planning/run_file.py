@@ -167,18 +167,24 @@ def _as_yaml(settings: dict[str, Any], path: Path) -> str:
 
 
 def write_run_file(
-    folder: str | Path, *, data: str | None = None, hardware: str | None = None, p99_ms: str | float | None = None
+    folder: str | Path,
+    *,
+    data: str | None = None,
+    hardware: str | None = None,
+    p99_ms: str | float | None = None,
+    min_score: str | int | None = None,
 ) -> Path:
-    """Writes `run.yaml` from three answers.
+    """Writes `run.yaml` from three answers, and the lowest grade of a good ad.
 
     Args:
         data: a folder or Hub id in the data contract; None: the sample catalogue of the quickstart. Of a folder without
             train judgements queries are derived.
         hardware: "cpu", or GPUs such as "8xH100"; None: CPU.
         p99_ms: the latency budget; None: the paper's, 15 ms.
+        min_score: None: that of the set of configs.
 
     Raises:
-        HlmError: GPUs that are not known, a budget that is no number, or there is such a file already.
+        HlmError: GPUs that are not known, a budget or grade that is no number, or there is such a file already.
     """
     target = resolved(folder) / RUN_FILE
     if os.path.lexists(target):
@@ -192,7 +198,7 @@ def write_run_file(
         "output": f"runs/{re.sub(r'[^A-Za-z0-9_.-]+', '-', resolved(folder).name)}",
         "catalogue" if derived else "data": data,
         "backbone": None,
-        "min_score": None,
+        "min_score": _whole(min_score, "--min-score"),
         "p99_ms": budget if timed else None,
         "steps": {},
     }
@@ -205,6 +211,11 @@ def write_run_file(
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return target
+
+
+def _whole(value: str | int | None, where: str) -> int | None:
+    whole = int(value) if isinstance(value, str) and value.isdecimal() else value
+    return coerce(whole, int | None, where)
 
 
 def _has_train(data: Path) -> bool:
@@ -234,4 +245,4 @@ def ask(given: dict[str, str | None]) -> dict[str, str | None]:
     """Asks on the terminal for what is not given; without a terminal nothing is asked."""
     if not sys.stdin.isatty() or any(given.values()):
         return given
-    return {name: input(f"{question}: ").strip() or None for name, question in QUESTIONS.items()}
+    return given | {name: input(f"{question}: ").strip() or None for name, question in QUESTIONS.items()}

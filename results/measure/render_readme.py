@@ -103,6 +103,7 @@ def details() -> str:
     for name, title, rows in (
         ("compare", "Training and embedding beside the sentence-transformers scripts they replace", compared),
         ("memory", "Memory of alignment as the query log grows", remembered),
+        ("prepare", "Raw logs with every kind of dirt through hlm prepare", prepared),
         ("install", "What an install takes, and how fast it starts", light),
         ("gpu", "The published shapes on one GPU", on_gpu),
         ("reliability", "Two writers on one output, and kills at random moments", reliable),
@@ -168,6 +169,19 @@ def remembered(found: dict[str, Any]) -> str:
         found["runs"][0]["limit"],
     ]
     return markdown(header, rows) + f"\n\nA query more costs {found['bytes_a_row']:.0f} B of anonymous memory."
+
+
+def prepared(found: dict[str, Any]) -> str:
+    """Time and memory of each log; what of the planted got through, and what was lost for nothing."""
+    sizes = ("log_mib", "seconds", "peak_mib")
+    rows = [[f"{run['lines']:,}", run["kind"], *(f"{run[name]:,.0f}" for name in sizes)] for run in found["runs"]]
+    through, of = (sum(run[name] for run in found["runs"]) for name in ("planted_found", "planted"))
+    lost = found["product_numbers"]
+    return (
+        markdown(["lines", "log", "on disk MiB", "seconds", "peak MiB"], rows)
+        + f"\n\nOf the e-mail addresses and numbers that were planted, {through} of {of:,} got through. "
+        f"Of {lost['of']:,} sizes, prices, models and numbers of the catalogue {lost['lost']:,} were taken for these."
+    )
 
 
 def light(found: dict[str, Any]) -> str:

@@ -51,7 +51,7 @@ MISTAKES = {
     "folder in place of a file": ({"logs/a.csv": CLICKS}, {"clicks": ["logs"]}, "found the folder .*name '.*/\\*.csv'"),
     "empty folder": ({"logs/note.md": "x"}, {"clicks": ["logs"]}, "found the folder .*name its files"),
     "glob without files": ({}, {"clicks": ["*.tsv"]}, "found none; correct the path"),
-    "no table at all": ({}, {"clicks": []}, "expected a log, clicks or judgements"),
+    "no table at all": ({}, {"clicks": []}, "expected clicks or judgements"),
     "no catalogue": ({}, {"catalogue": []}, "name it with --catalogue"),
     "empty file": ({"clicks.csv": ""}, {}, "found an empty file; export it again"),
     "blank lines": ({"clicks.csv": "\n \n\n"}, {}, "found blank lines alone"),

@@ -46,7 +46,7 @@ def texts_of(value):
     [
         ({}, "quickstart", {"data": None, "p99_ms": 15.0}),
         ({"data": "data", "p99_ms": "2"}, "electronics", {"data": "data", "p99_ms": 2.0}),
-        ({"data": "ads", "hardware": "CPU"}, "electronics", {"catalogue": "ads"}),
+        ({"data": "ads", "hardware": "CPU", "min_score": "1"}, "electronics", {"catalogue": "ads", "min_score": 1}),
         ({"data": "owner/name", "hardware": "8xH100"}, "qwen3-8b-190m", {"data": "owner/name", "p99_ms": None}),
         ({"data": "owner/name", "hardware": "RTX4090"}, "qwen3-0.6b-190m", {"data": "owner/name"}),
     ],
@@ -130,4 +130,5 @@ def test_init_asks_on_a_terminal_alone(monkeypatch, capsys):
     assert cli.main(["init", "mine", "--data", "data"]) == 2 and "found one" in capsys.readouterr().err
     assert cli.main(["init", "both", "--like", "quickstart", "--data", "data"]) == 2
     assert cli.main(["init", "fast", "--p99-ms", "fast"]) == 2 and not Path("fast").exists()
+    assert cli.main(["init", "good", "--min-score", "good"]) == 2 and "--min-score" in capsys.readouterr().err
     assert cli.main(["init", "gpu", "--hardware", "8xH100"]) == 2 and "--data" in capsys.readouterr().err
