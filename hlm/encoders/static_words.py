@@ -7,6 +7,7 @@ They start as the teacher encodes them, the frequent ones lighter (Minishlab's m
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -23,6 +24,7 @@ from hlm.encoders.static import StaticEmbedding
 
 FREQUENCY = 1e-4  # a token that makes up so much of the log counts half (SIF's constant)
 UNKNOWN, PREFIX = "[UNK]", "##"
+UNUSED = re.compile(r"\[unused\d+\]")  # places in BERT's vocabulary that no text is cut to
 PIECES = range(2, 6)  # characters of the pieces of words that are taken where the teacher's tokenizer has none
 
 
@@ -49,7 +51,7 @@ def static_student(teacher: SentenceTransformer, texts: Iterable[str], words: in
     tokenizer = Tokenizer.from_str(json.dumps(described))
     frequency = np.zeros(len(tokens))
     for word, encoding in zip(ranked, tokenizer.encode_batch(ranked, is_pretokenized=False), strict=True):
-        frequency[encoding.ids] += counts[word]
+        np.add.at(frequency, encoding.ids, counts[word])
     frequency /= max(1, frequency.sum())
     read = [token.removeprefix(PREFIX) if len(token) > len(PREFIX) else token for token in tokens]
     vectors = encode(teacher, read, prompt_name="query") * (FREQUENCY / (FREQUENCY + frequency))[:, None]
@@ -85,7 +87,7 @@ def _count_words(tokenizer: Tokenizer, texts: Iterable[str]) -> Counter[str]:
 
 def _pieces(own: Iterable[str], counts: Counter[str], most: int) -> list[str]:
     """Pieces of words beside every character: the teacher's, or where it has none the log's most frequent ones."""
-    known = [token for token in own if token != UNKNOWN]
+    known = [token for token in own if token != UNKNOWN and not UNUSED.fullmatch(token)]
     characters = sorted({character for word in counts for character in word})
     single = [*characters, *(PREFIX + character for character in characters)]
     if known:
