@@ -259,9 +259,9 @@ def _write(connection: duckdb.DuckDBPyConnection, config: PrepareLogsConfig, fol
     selects = {
         "corpus": f"SELECT {', '.join(map(named, ad))} FROM ads ORDER BY place",
         "queries": f"SELECT {query_id} AS _id, text, CAST(round(coalesce(count, 0)) AS BIGINT) AS count, "
-        "coalesce(band, 'tail') AS band, split FROM (SELECT DISTINCT key, split FROM qrels) JOIN spellings USING (key) "
+        "coalesce(band, 'tail') AS kind, split FROM (SELECT DISTINCT key, split FROM qrels) JOIN spellings USING (key) "
         "LEFT JOIN bands USING (key) ORDER BY split, key",
-        "unlabelled": f"SELECT text, CAST(round(past) AS BIGINT) AS count, coalesce(band, 'tail') AS band FROM support "
+        "unlabelled": f"SELECT text, CAST(round(past) AS BIGINT) AS count, coalesce(band, 'tail') AS kind FROM support "
         f"JOIN spellings USING (key) LEFT JOIN (SELECT key, band FROM bands) USING (key) WHERE users >= "
         f"{fewest} AND past >= 0.5 AND "
         "key NOT IN (SELECT key FROM qrels WHERE split != 'train') ORDER BY past DESC, key",

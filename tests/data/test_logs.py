@@ -14,7 +14,7 @@ import hlm
 from hlm.artefacts import HlmError, read_manifest
 from hlm.data.contract import load
 from hlm.data.words import fold
-from hlm.evaluation.metrics import length_slice
+from hlm.evaluation.evaluate import query_kinds
 from results.measure import raw_logs
 
 
@@ -40,8 +40,8 @@ def test_the_contract_is_written_and_loads(shop, tmp_path):
         and "<p>" not in data.corpus[0]["text"]
         and "& more" in data.corpus[0]["text"]
     )
-    assert {"count", "band", "split"} < set(data.queries.column_names)
-    assert {"count", "band"} < set(data.unlabelled.column_names)
+    assert {"count", "kind", "split"} < set(data.queries.column_names)
+    assert {"count", "kind"} < set(data.unlabelled.column_names)
     splits = {name: set(data.qrels[name]) for name in ("train", "dev", "test")}
     assert all(splits.values()) and sum(map(len, splits.values())) == len(set.union(*splits.values())) == len(
         data.queries
@@ -52,6 +52,7 @@ def test_the_contract_is_written_and_loads(shop, tmp_path):
     assert held_out and not held_out & {fold(text) for text in data.unlabelled["text"]}
     grades = [grade for qrels in data.qrels.values() for documents in qrels.values() for grade in documents.values()]
     assert set(grades) <= {0, 1, 2, 3} and {1, 2} <= set(grades)
+    assert set(query_kinds(data).values()) == {"head", "torso", "tail"}  # the slices of a report
     manifest = read_manifest(folder, "dataset")
     assert manifest["split"] == "by time and by query" and manifest["robots"] > 0
     dropped = manifest["dropped"]["log"]
@@ -144,9 +145,9 @@ def test_frequencies_are_kept_and_the_commonest_spelling(tmp_path):
     assert (
         rows["red shoe"]["text"] == "Red Shoe"
         and rows["red shoe"]["count"] == 112
-        and rows["red shoe"]["band"] == "head"
+        and rows["red shoe"]["kind"] == "head"
     )
-    assert rows["blue lamp"]["band"] == "tail"
+    assert rows["blue lamp"]["kind"] == "tail"
     assert read_manifest(folder, "dataset")["fewest_users"] is None
     assert "no k-anonymity" in (folder / "report.txt").read_text()
 
@@ -190,7 +191,7 @@ def test_every_kind_of_file_is_the_same_table(tmp_path, kind, expected):
         with fsspec.open(named, "wb") as file:
             file.write(clicks_of().encode())
     found = hlm.prepare(tmp_path / "out", files[:1], clicks=[named], by_time=False, dev_share=0.2, test_share=0.3)
-    assert all_grades(found) == expected and length_slice("red lamp") == "2"
+    assert all_grades(found) == expected
 
 
 def test_on_a_terminal_it_asks(tmp_path):
