@@ -127,7 +127,7 @@ def test_a_query_of_few_users_is_kept_nowhere(tmp_path):
     assert "secret" not in text and "spam" not in text
     at_home = prepared(tmp_path / "home", clicks_of(MANY, more=more), min_users=3, unlabelled_min_users=1)
     assert "secret lamp" in pq.read_table(at_home / "unlabelled.parquet")["text"].to_pylist()
-    assert "do not publish" in (at_home / "report.txt").read_text()
+    assert "too few to publish" in (at_home / "report.txt").read_text()
     assert read_manifest(at_home, "dataset")["fewest_users"] == {"queries": 3, "unlabelled": 1}
 
 
