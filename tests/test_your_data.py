@@ -63,9 +63,18 @@ def test_the_way_from_three_files_to_a_student(home, tiny_bert, monkeypatch, cap
     (search,) = [shlex.split(command) for command in COMMANDS if command.startswith("hlm search")]
     assert search[search.index("--student") + 1] in {str(job.output) for job in jobs.values()}
     hlm.train_teacher(
-        tiny_bert, "runs/mine/data", "runs/mine/teacher", min_score=1, hard_negatives=0, lora_rank=2, max_steps=1,
-        per_device_train_batch_size=8, eval_strategy="no", save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
+        tiny_bert,
+        "runs/mine/data",
+        "runs/mine/teacher",
+        min_score=1,
+        hard_negatives=0,
+        lora_rank=2,
+        max_steps=1,
+        per_device_train_batch_size=8,
+        eval_strategy="no",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
     assert Path("runs/mine/teacher/hlm.json").is_file()
 
 

@@ -79,8 +79,14 @@ def on_dev(trainer: SentenceTransformerTrainer) -> float | None:
 
 
 def scores_on_dev(trainer: SentenceTransformerTrainer) -> Scores:
-    """nDCG@10 of each dev query, of the model as it is. Every process must call it."""
-    return _in_one_process(trainer, lambda: trainer.evaluator.scores(trainer.model)["ndcg@10"])
+    """nDCG@10 of each dev query, of the model as it is, computed in the precision it trains in. Every process must call
+    it."""
+
+    def measured() -> Scores:
+        with trainer.compute_loss_context_manager():
+            return trainer.evaluator.scores(trainer.model)["ndcg@10"]
+
+    return _in_one_process(trainer, measured)
 
 
 def _in_one_process(trainer: SentenceTransformerTrainer, measured: Callable[[], Any]) -> Any:

@@ -76,18 +76,29 @@ def _tune(config: IndexConfig, output: Path) -> None:
     found: Any = index.search(queries[half:], config.k)[1]
     recall = float(recalls(found, exact[half:]).mean())
     index.measured = {
-        "recall": recall, "k": config.k, "queries": len(queries) - half, "of": "queries of the student",
-        "inputs": inputs, "config": as_config(config), "chosen": chosen._asdict(),
+        "recall": recall,
+        "k": config.k,
+        "queries": len(queries) - half,
+        "of": "queries of the student",
+        "inputs": inputs,
+        "config": as_config(config),
+        "chosen": chosen._asdict(),
         "trials": [trial._asdict() for trial in trials],
-    }  # fmt: skip
+    }
     index.save(output, lambda aside: tuning.plot(trials, chosen, bounds, config.k, aside / "tuning.png"))
     _clear(folder)
     say = logger.info if recall >= config.target_recall else logger.warning
     say(
         "%s: %s %s, recall %.4f on %d queries that did not choose it (wanted: %.4f), p50 %.3f ms, %.0f bytes an ad",
-        output, chosen.factory, tuning.shown_options(chosen.options), recall, len(queries) - half,
-        config.target_recall, chosen.p50_ms, chosen.bytes / len(store),
-    )  # fmt: skip
+        output,
+        chosen.factory,
+        tuning.shown_options(chosen.options),
+        recall,
+        len(queries) - half,
+        config.target_recall,
+        chosen.p50_ms,
+        chosen.bytes / len(store),
+    )
 
 
 def _trials(

@@ -27,7 +27,8 @@ from hlm.vectors.store import VectorStore
 
 logger = logging.getLogger(__name__)
 
-K_FACTORS = (1, 2, 4, 8, 16)
+K_FACTORS = (16, 8, 4, 2, 1)
+LEAST_GAIN = 1e-4  # of recall by 1.4 times the effort
 TIMED_QUERIES = 200
 # One-sided 95%: a setting counts as good enough where its recall is, this many standard errors below what was measured.
 STANDARD_ERRORS = 1.64
@@ -132,23 +133,24 @@ def explore(
         queries: float32 (n, dim), L2-normalised; `exact` are their neighbours.
         best_ms: p50 of the best trial of other candidates.
     """
-    trials = []
+    trials, least = [], 0
+    efforts = list(_efforts(index, k))
+    # From the most candidates refined to the fewest: what these need of nprobe, fewer need as well.
     for factor in K_FACTORS if "k_factor" in index.options else (None,):
-        for effort in _efforts(index, k):
-            options = dict(effort) | ({"k_factor": factor} if factor else {})
-            trials.append(_trial(index, size, queries, exact, k, options))
-            found = trials[-1]
-            logger.info(
-                "%s %s: recall %.4f, p50 %.3f ms", found.factory, shown_options(options), found.recall, found.p50_ms
-            )
+        before = -1.0
+        for place in range(least, len(efforts)):
+            options = efforts[place] | ({"k_factor": factor} if factor else {})
+            found = _trial(index, size, queries, exact, k, options)
+            trials.append(found)
+            logger.info("%s %s: recall %.4f, p50 %.3f ms", index.factory, shown_options(options), *found[2:5:2])
             if found.fits(bounds):
                 best_ms = min(best_ms, found.p50_ms)
-            if found.finds(bounds) or found.p50_ms > best_ms:
+            if found.finds(bounds) or found.p50_ms > best_ms or found.recall - before < LEAST_GAIN:
                 break
-            # More effort finds no more candidates than are refined: more of these come with the next factor.
-            if factor and len(trials) > 1 and found.options["k_factor"] == trials[-2].options["k_factor"]:
-                if found.recall - trials[-2].recall < 1e-4 and found.recall > 0.5:
-                    break
+            before = found.recall
+        if not found.finds(bounds) and found.p50_ms <= best_ms:
+            break  # no effort finds enough, and fewer candidates would find less
+        least = place
     return trials
 
 

@@ -59,6 +59,7 @@ class MeasureIndexConfig:
     k: int = field(default=100, metadata={"help": "ads that are searched"})
     queries: int = field(default=2000, metadata={"help": "half choose, half measure"})
     timed: int = field(default=300, metadata={"help": "queries that are timed"})
+    filtered: int = field(default=50, metadata={"help": "queries that are searched with each filter"})
     repeats: int = field(default=3, metadata={"help": "turns of every side"})
     block_s: float = field(default=2.0, metadata={"help": "seconds of a turn"})
     candidates: list[str] = field(default_factory=list, metadata={"help": "factory strings; empty: those of the size"})
@@ -113,7 +114,8 @@ def choose(
     bounds = {wanted: tuning.Bounds(wanted, None, None) for wanted in config.recalls}
     for factory in config.candidates or tuning.candidates(len(store), queries.shape[1]):
         index, size = tuning.build_candidate(store, factory, queries.shape[1], columns, work / "candidates", 0)
-        trials += tuning.explore(index, size, queries, exact, config.k, bounds[max(bounds)])
+        for bound in bounds.values():
+            trials += tuning.explore(index, size, queries, exact, config.k, bound)
     found = {"trials": [trial._asdict() for trial in trials], "chosen": {}}
     indexes = {}
     for name, factory in (("flat", "Flat"), ("hnsw32", HNSW)):
@@ -266,8 +268,8 @@ def filters(
     departments = np.array(data.corpus["department"])
     rng, names = np.random.default_rng(0), sorted(set(departments))
     ads = store.gather(np.arange(len(store)))
-    sample = vectors[:100]
-    nearest = [{departments[row] for row in rows} for rows in np.argsort(-(sample @ ads.T), axis=1)[:, :10]]
+    sample = vectors[: config.filtered]
+    nearest = [{departments[row] for row in rows} for rows in np.argpartition(-(sample @ ads.T), 10, axis=1)[:, :10]]
     found: dict[str, Any] = {}
     for share in (0.01, 0.1, 0.3):
         for kind in ("random", "far"):
@@ -284,7 +286,7 @@ def filters(
                     mask[rng.choice(rows, int(share * len(ads)), replace=False)] = True
                 masks.append(mask)
             right = [
-                set(np.argsort(-np.where(mask, query @ ads.T, -np.inf))[: config.k].tolist())
+                set(np.argpartition(-np.where(mask, query @ ads.T, -np.inf), config.k)[: config.k].tolist())
                 for mask, query in zip(masks, sample, strict=True)
             ]
             for name, index in indexes.items():

@@ -56,12 +56,19 @@ def email(rng: random.Random) -> str:
     name = rng.choice(NAMES) + rng.choice(("", ".", "_", "-")) + rng.choice(NAMES) + str(rng.randrange(1000))
     domain = rng.choice(DOMAINS)
     spelled = (
-        f"{name}@{domain}", f"{name} @ {domain}", f"{name}@{domain}".upper(), f"mailto:{name}@{domain}",
+        f"{name}@{domain}",
+        f"{name} @ {domain}",
+        f"{name}@{domain}".upper(),
+        f"mailto:{name}@{domain}",
         f"{name}＠{domain}",
-        f"{name}%40{domain}", f"{name} at {domain.replace('.', ' dot ')}", f"{name}(at){domain}",
+        f"{name}%40{domain}",
+        f"{name} at {domain.replace('.', ' dot ')}",
+        f"{name}(at){domain}",
         f"{name} [at] {domain}",
-        f"<{name}@{domain}>", f"{name}@\u200b{domain}", f"{name}&#64;{domain}",
-    )  # fmt: skip
+        f"<{name}@{domain}>",
+        f"{name}@\u200b{domain}",
+        f"{name}&#64;{domain}",
+    )
     return rng.choice(spelled)
 
 
@@ -98,14 +105,27 @@ def product_number(rng: random.Random, number: int) -> str:
     """What looks like a number and is a product's: of the catalogue, or a size, price, tyre, model, year or ISBN."""
     a, b, c = rng.randrange(10, 99), rng.randrange(100, 999), rng.randrange(1000, 9999)
     forms = (
-        ean_of(number), article_of(number), f"wh-{c}xm{a % 9}", f"rtx {c}", f"{a}x{b}x{a} cm", f"{b} x {b} x {a} mm",
-        f"205/55 R{15 + a % 6} tyre", f"225 45 {15 + a % 6}", f"{a}.{b},99 €", f"${a},{b}.50",
+        ean_of(number),
+        article_of(number),
+        f"wh-{c}xm{a % 9}",
+        f"rtx {c}",
+        f"{a}x{b}x{a} cm",
+        f"{b} x {b} x {a} mm",
+        f"205/55 R{15 + a % 6} tyre",
+        f"225 45 {15 + a % 6}",
+        f"{a}.{b},99 €",
+        f"${a},{b}.50",
         f"iphone {a % 16} {b % 5 * 128 or 64} gb",
-        f"calendar {2000 + a % 30} {2001 + a % 30}", f"sm-g{b}b", f"lego {c}{a % 9}",
+        f"calendar {2000 + a % 30} {2001 + a % 30}",
+        f"sm-g{b}b",
+        f"lego {c}{a % 9}",
         f"{ean('978' + f'{number:05d}{c}')} book",
-        f"{c} mah powerbank", f"M{a % 20} x {b} screw", f"SN{c}{b}", f"{b}-{a}-{a % 9} filter",
+        f"{c} mah powerbank",
+        f"M{a % 20} x {b} screw",
+        f"SN{c}{b}",
+        f"{b}-{a}-{a % 9} filter",
         f"usb 3.{a % 3} {c} mbit",
-    )  # fmt: skip
+    )
     return rng.choice(forms)
 
 

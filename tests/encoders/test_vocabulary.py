@@ -34,9 +34,17 @@ def tiny_unigram(tmp_path_factory) -> str:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, sep_token="</s>", model_max_length=48, **names)
     torch.manual_seed(0)
     config = XLMRobertaConfig(
-        vocab_size=len(fast), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-        max_position_embeddings=64, initializer_range=0.2, pad_token_id=1, bos_token_id=0, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=len(fast),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=2,
+    )
     return sentence_transformer(XLMRobertaModel(config), fast, tmp_path_factory.mktemp("unigram"), "mean", {})
 
 

@@ -24,6 +24,7 @@ def small_runs(n=40, seed=0):
         "aligned": 1,
         "student": 0.9,
         "contrastive_only": 1.8,
+        "student_on_index": 0.95,
     }
     runs = {
         name: {

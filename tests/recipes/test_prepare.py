@@ -257,8 +257,12 @@ def test_dev_judgements_and_queries_of_ones_own_stay(shop, tmp_path, monkeypatch
     assert not derived["q1"] and not derived["q2"] and derived["train-0"]
     assert [row["text"] for row in data.unlabelled if not row["derived"]] == ["Notebook Sleeve"]
     assert read_manifest(tmp_path / "out", "dataset")["queries"] == {
-        "train": 150, "dev": 0, "unlabelled": len(data.unlabelled) - 1, "log": 1, "general": 0
-    }  # fmt: skip
+        "train": 150,
+        "dev": 0,
+        "unlabelled": len(data.unlabelled) - 1,
+        "log": 1,
+        "general": 0,
+    }
 
 
 SHOPS = {
