@@ -2,12 +2,16 @@
 
 import gzip
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hub_server import HubServer
 from raw_shop import ADS, MANY, THINGS, all_grades, clicks_of, prepared, write
 
 import hlm
@@ -229,3 +233,38 @@ def test_a_stray_quote_costs_its_own_line_alone(tmp_path):
     assert read_manifest(folder, "dataset")["dropped"]["clicks"] == {"lines that cannot be read": 1}
     clean = prepared(tmp_path / "clean", "\n".join(line for n, line in enumerate(lines) if n != 30))
     assert all_grades(folder) == all_grades(clean)
+
+
+ON_THE_HUB = """
+import sys
+from pathlib import Path
+from huggingface_hub import HfApi
+import hlm
+
+api, home = HfApi(), Path(sys.argv[1])
+api.create_repo("acme/logs", repo_type="dataset", private=True)
+api.upload_folder(repo_id="acme/logs", repo_type="dataset", folder_path=home, allow_patterns=["*.csv"])
+address = "hf://datasets/acme/logs"
+shares = {"by_time": False, "dev_share": 0.2, "test_share": 0.2}
+for _ in range(2):  # the second time it is up to date
+    hlm.prepare(home / "out", [f"{address}/ads.csv"], clicks=[f"{address}/part-*.csv"], **shares)
+try:
+    hlm.prepare(home / "other", [f"{address}/nothing.csv"], clicks=[f"{address}/part-*.csv"])
+except hlm.HlmError as error:
+    print(error)
+"""
+
+
+def test_files_on_the_hub_are_read_with_the_token_of_the_environment(tmp_path):
+    lines = clicks_of(MANY).splitlines()
+    parts = {f"part-{part}": "\n".join([lines[0], *lines[1 + part :: 2]]) for part in range(2)}
+    write(tmp_path, ads=ADS, **parts)
+    with HubServer(tmp_path / "hub") as hub:
+        variables = os.environ | hub.environment("acme", home=tmp_path / "home", xet=False)
+        command = [sys.executable, "-c", ON_THE_HUB, str(tmp_path)]
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        written = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+        assert hub.tokens["acme"].encode() not in written
+    assert "expected a file that can be read at hf://datasets/acme/logs/nothing.csv" in done.stdout
+    assert {query for query, _ in all_grades(tmp_path / "out")} == set(MANY)
