@@ -258,10 +258,10 @@ def _write(connection: duckdb.DuckDBPyConnection, config: PrepareLogsConfig, fol
         "CREATE TABLE bands AS SELECT key, text, count, past, users, CASE WHEN before < 1 / 3 THEN 'head' "
         "WHEN before < 2 / 3 THEN 'torso' ELSE 'tail' END AS band FROM ranked JOIN spellings USING (key)"
     )
-    ad = [row[0] for row in connection.execute("DESCRIBE ads").fetchall() if row[0] != "place"]
+    ad = [row[0] for row in connection.execute("DESCRIBE ads").fetchall() if row[0] != "_place"]
     query_id = "'q' || md5(key)[:16]"
     selects = {
-        "corpus": f"SELECT {', '.join(map(named, ad))} FROM ads ORDER BY place",
+        "corpus": f"SELECT {', '.join(map(named, ad))} FROM ads ORDER BY _place",
         "queries": f"SELECT {query_id} AS _id, spellings.text, CAST(round(coalesce(count, 0)) AS BIGINT) AS count, "
         "coalesce(band, 'tail') AS kind, split FROM (SELECT DISTINCT key, split FROM qrels) JOIN spellings USING (key) "
         "LEFT JOIN bands USING (key) ORDER BY split, key",

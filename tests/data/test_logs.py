@@ -233,6 +233,13 @@ def test_a_stray_quote_costs_its_own_line_alone(tmp_path):
     assert read_manifest(folder, "dataset")["dropped"]["clicks"] == {"lines that cannot be read": 1}
     clean = prepared(tmp_path / "clean", "\n".join(line for n, line in enumerate(lines) if n != 30))
     assert all_grades(folder) == all_grades(clean)
+    ads = ADS.splitlines()
+    ads = "\n".join(
+        [ads[0] + ",place", *(f"{ad},x" for ad in ads[1:4]), '"A99,stray,quote,x', *(f"{ad},x" for ad in ads[4:])]
+    )
+    folder = prepared(tmp_path / "ads", clicks_of(MANY), ads=ads + '\n"A98",a,b,x\n', keep=["place", "name"])
+    corpus = pq.read_table(folder / "corpus.parquet").to_pylist()
+    assert {row["_id"] for row in corpus} == {f"A{n}" for n in (*range(12), 98)} and corpus[0]["place"] == "x"
 
 
 ON_THE_HUB = """
