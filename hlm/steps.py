@@ -53,13 +53,6 @@ class TeacherConfig:
     merge_weight: float | list[float] | str = field(
         default=1.0, metadata={"help": "share of what was learnt that is kept; a list or auto: chosen on dev, 0 too"}
     )
-    train_pairs: int | None = field(
-        default=None, metadata={"help": "pairs drawn from those of the train split; null: all of them"}
-    )
-    agreed_pairs: int = field(
-        default=0, metadata={"help": "pairs of each typed unlabelled query, where BM25 and the backbone agree"}
-    )
-    anchor_weight: float = field(default=0.0, metadata={"help": "of the L2 to the backbone's vectors, kept beside"})
     dev_documents: int = field(default=2000, metadata={"help": "documents beside the positives in the dev corpus"})
     max_seq_length: int | None = field(
         default=None, metadata={"help": "tokens a text is cut to; null: the backbone's own limit"}
@@ -154,6 +147,10 @@ class PruneConfig:
     vocabulary: dict[str, int] = field(
         default_factory=dict,
         metadata={"help": "{keep: N} or {min_count: N}: tokens that the log and the titles use; empty: all stay"},
+    )
+    static: int | None = field(
+        default=None,
+        metadata={"help": "whole words of a static student: no layer stays, tokens are looked up; null: layers stay"},
     )
     calibration: int = field(default=512, metadata={"help": "queries that layers and FFN units are scored on"})
 

@@ -1,11 +1,8 @@
-"""What BM25 and the backbone find for queries that nobody judged: pairs to train on where both agree, and judgements
-to choose by."""
+"""What BM25 and the backbone agree on: judgements to choose a teacher by, for queries that nobody judged."""
 
 from __future__ import annotations
 
 import hashlib
-import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sentence_transformers import SentenceTransformer
@@ -15,18 +12,14 @@ from hlm.data.contract import RetrievalData, iterate, query_text
 from hlm.data.spelling import canonical
 from hlm.encoders.loading import encode
 from hlm.evaluation.bm25 import bm25_run
-from hlm.evaluation.fusion import reciprocal_rank_fusion
 from hlm.evaluation.metrics import Qrels, Run, ranking
 from hlm.training.mining import search_device, top_k_documents
 from hlm.vectors.store import VectorStore
 
-logger = logging.getLogger(__name__)
-
 DEPTH = 20  # documents of each ranking that are looked at
 BOTH = 10  # a document is agreed on where both rankings have it among so many
-CONSTANT = 10  # of reciprocal rank fusion: small, as only the first ranks are looked at
-HELD_OUT = 0.15  # share of the queries that are never trained on: judgements are made for them
-MOST_HELD_OUT = 500  # they are searched once for each candidate
+LEAST_JUDGED = 20  # dev queries; fewer tell nothing
+MOST = 500  # unlabelled queries: they are searched once for each candidate
 
 
 @dataclass(frozen=True)
@@ -34,24 +27,25 @@ class TypedQueries:
     """The queries of a dataset that people typed: those that do not call themselves derived.
 
     Attributes:
-        judged: ids of the dev queries.
-        trained, held_out: distinct unlabelled queries; "usb hub" and "usb hubs" are on the same side.
+        judged: ids of the dev queries, `LEAST_JUDGED` or more; else none.
+        unlabelled: where none are judged, at most `MOST` distinct texts, whatever their order in the table; none is a
+            train query, not in another word order or number either.
     """
 
     judged: list[str]
-    trained: list[str]
-    held_out: list[str]
+    unlabelled: list[str]
 
     @classmethod
     def of(cls, data: RetrievalData) -> TypedQueries:
-        dev = data.qrels.get("dev", {})
+        dev, train = (data.qrels.get(split, {}) for split in ("dev", "train"))
         judged = [row["_id"] for row in iterate(data.queries) if row["_id"] in dev and not row.get("derived")]
-        sides: tuple[list[str], list[str]] = ([], [])
+        if len(judged) >= LEAST_JUDGED:
+            return cls(judged, [])
+        trained = {canonical(row["text"]) or row["text"] for row in iterate(data.queries) if row["_id"] in train}
         rows = iterate(data.unlabelled) if data.unlabelled is not None else ()
-        for text in dict.fromkeys(query_text(row) for row in rows if not row.get("derived")):
-            share = int.from_bytes(hashlib.sha256(canonical(text).encode()).digest()[:8], "big") / 2**64
-            sides[share < HELD_OUT].append(text)
-        return cls(judged, sides[0], sides[1][:MOST_HELD_OUT])
+        texts = {canonical(row["text"]) or row["text"]: query_text(row) for row in rows if not row.get("derived")}
+        kept = sorted(texts.keys() - trained, key=lambda text: hashlib.sha256(text.encode()).digest())
+        return cls([], [texts[text] for text in kept[:MOST]])
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -85,24 +79,18 @@ class Agreement:
         }
         return cls(lexical, dense)
 
-    def agreed(self) -> dict[str, list[str]]:
-        """Text -> the documents among the first `BOTH` of both, best first, of every text that has any."""
-        fused = reciprocal_rank_fusion([self.lexical, self.dense], constant=CONSTANT)
+    def judgements(self) -> Qrels:
+        """Text -> document -> 1 where both rankings have it among the first `BOTH`, 0 for others of either; of every
+        text with a document agreed on.
+
+        They favour the backbone, which made half of them: a tuned teacher must come nearer to what both agree on than
+        the backbone itself. Judgements that favour nobody, as by BM25 alone, took teachers that people found worse
+        (results/teacher_choice.json).
+        """
         found = {}
-        for text, documents in fused.items():
+        for text in self.lexical:
             both = {*ranking(self.lexical[text], BOTH)} & {*ranking(self.dense[text], BOTH)}
             if both:
-                found[text] = [name for name in ranking(documents) if name in both]
+                documents = sorted({*self.lexical[text], *self.dense[text]})
+                found[text] = {name: int(name in both) for name in documents}
         return found
-
-    def pairs(self, most: int) -> Iterator[tuple[str, list[str], list[str]]]:
-        """(text, the best `most` documents agreed on, all documents of both) of every text with a document agreed on.
-        The last are no negatives: many of them are relevant."""
-        for text, documents in self.agreed().items():
-            yield text, documents[:most], sorted({*self.lexical[text], *self.dense[text]})
-
-    def judgements(self) -> Qrels:
-        """Text -> document -> 1 where agreed on, 0 for others of either, of every text with a document agreed on."""
-        agreed = self.agreed()
-        found = {text: {*self.lexical[text], *self.dense[text]} for text in agreed}
-        return {text: {name: int(name in agreed[text]) for name in sorted(found[text])} for text in found}

@@ -20,7 +20,7 @@ from hlm.data.contract import RetrievalData, document_text, iterate
 from hlm.encoders.lora import adapter_of, set_adapter
 from hlm.evaluation.metrics import Qrels, Scores, mean
 from hlm.steps import TeacherConfig
-from hlm.training.agreement import Agreement, TypedQueries
+from hlm.training.agreement import LEAST_JUDGED, Agreement, TypedQueries
 from hlm.training.checkpoints import STATE, checkpoint_folder, fault
 from hlm.training.dev_retrieval import DevRetrieval, scores_on_dev
 from hlm.training.trainer import RecipeTrainer, TrainingArguments
@@ -31,7 +31,6 @@ AUTO = "auto"
 JUDGED = "judged dev queries"  # what a choice is made by
 AGREED = "unlabelled queries, judged by BM25 and the backbone"
 WEIGHTS = (0.25, 0.5, 0.75, 1.0)
-LEAST_JUDGED = 20  # dev queries; fewer tell nothing
 SAMPLES = 10_000
 RISK = 0.05  # of keeping what only noise made better than the backbone
 DECIMALS = 4
@@ -82,20 +81,18 @@ def typed_retrieval(
 ) -> tuple[DevRetrieval | None, str | None]:
     """`dev_retrieval` of queries that people typed, and what they are judged by.
 
-    Dev queries that people judged, where there are enough. Else held-out queries with the judgements of
+    Dev queries that people judged, where there are enough. Else unlabelled queries with the judgements of
     `Agreement.judgements`. Queries derived from the catalogue are like the pairs trained on, not like what people type:
     where there are no others, there is nothing to choose by.
     """
-    if len(typed.judged) >= LEAST_JUDGED:
+    if typed.judged:
         texts = dict(data.split_queries("dev", oracle=config.oracle))
         qrels = {query: data.qrels["dev"][query] for query in typed.judged}
         return dev_retrieval(data, config, {query: texts[query] for query in qrels}, qrels), JUDGED
-    qrels = searched(typed.held_out).judgements() if typed.held_out else {}
+    qrels = searched(typed.unlabelled).judgements() if typed.unlabelled else {}
     if len(qrels) < LEAST_JUDGED:
         return dev_retrieval(data, config), None
-    return dev_retrieval(
-        data, config, {text: text for text in qrels}, qrels
-    ), "unlabelled queries, judged by BM25 and the backbone"
+    return dev_retrieval(data, config, {text: text for text in qrels}, qrels), AGREED
 
 
 def keep_checkpoints(args: TrainingArguments) -> None:

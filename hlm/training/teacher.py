@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,24 +16,22 @@ from accelerate.utils import set_seed
 from sentence_transformers import SentenceTransformer
 from torch.distributed.tensor import DTensor
 
-from hlm.artefacts import HlmError, fingerprint_json
+from hlm.artefacts import fingerprint_json
 from hlm.data.contract import RetrievalData, document_text, iterate, load
-from hlm.encoders.loading import encode, fingerprint, load_encoder, prompt_of, save_encoder, sent
+from hlm.encoders.loading import encode, fingerprint, load_encoder, prompt_of, save_encoder
 from hlm.encoders.lora import add_lora, enable_gradient_checkpointing, merge_lora, weaken_lora
 from hlm.identity import PATHS, as_config, up_to_date
 from hlm.progress import progress
 from hlm.settings import keywords
 from hlm.steps import TeacherConfig
-from hlm.training.agreement import Agreement, TypedQueries
+from hlm.training.agreement import LEAST_JUDGED, Agreement, TypedQueries
 from hlm.training.batches import TokenTable
 from hlm.training.dev_retrieval import DevRetrieval
-from hlm.training.frozen import FrozenVectors
 from hlm.training.gradcache import gather_with_gradient, loss_of_chunks
 from hlm.training.inputs import kept_pairs
-from hlm.training.losses import l2_alignment, qwen3_contrastive
+from hlm.training.losses import qwen3_contrastive
 from hlm.training.mining import gather_rows, mine_hard_negatives, padded_rows, search_device, shared_rows
 from hlm.training.selection import (
-    LEAST_JUDGED,
     choose,
     dev_retrieval,
     keep_checkpoints,
@@ -85,7 +82,7 @@ def _tune(config: TeacherConfig, args: TrainingArguments) -> None:
         "inputs": {"backbone": fingerprint(model)} | {part: data.fingerprint(part) for part in parts},
         "config": as_config(config, recorded(args)),
     }
-    typed = TypedQueries.of(data) if weights_of(config.merge_weight) or config.agreed_pairs else None
+    typed = TypedQueries.of(data) if weights_of(config.merge_weight) else None
     if typed:
         identity["inputs"] |= typed.fingerprints
     if up_to_date(config.output, "teacher", identity, paths=PATHS):
@@ -93,14 +90,14 @@ def _tune(config: TeacherConfig, args: TrainingArguments) -> None:
     source = fingerprint_json([identity["inputs"]["corpus"], config.oracle])
     # A folder for each backbone: what another one mined, before a run that never came to a checkpoint, is in no way.
     mined = f"{args.output_dir}/backbone-{fingerprint_json([identity['inputs']['backbone'], source])[:8]}"
-    pairs, negatives, anchors, (evaluator, signal) = searched(model, data, typed, config, mined, source, args.device)
+    pairs, negatives, (evaluator, signal) = searched(model, data, typed, config, mined, source)
     set_seed(args.seed)  # the adapter starts at random: alike in every process and after a kill
     add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout)
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(model)
         # Done, and in the only order that works under LoRA: the trainer must not do it again, under either name.
         args.gradient_checkpointing = args.activation_checkpointing = False
-    batches = Batches.of(model, pairs, negatives, config, anchors)
+    batches = Batches.of(model, pairs, negatives, config)
     trainer = RecipeTrainer(
         model,
         args,
@@ -136,30 +133,17 @@ def searched(
     config: TeacherConfig,
     folder: str,
     source: str,
-    device: torch.device,
-) -> tuple[Pairs, np.ndarray, Anchors | None, tuple[DevRetrieval | None, str | None]]:
-    """What the untuned backbone is asked for: pairs, hard negatives, anchors, and dev retrieval with its signal."""
+) -> tuple[Pairs, np.ndarray, tuple[DevRetrieval | None, str | None]]:
+    """What the untuned backbone is asked for: hard negatives, and dev retrieval with what it is judged by."""
     pairs = Pairs(data, config)
 
     def agreement(texts: list[str]) -> Agreement:
         return Agreement.of(model, texts, data, backbone_vectors(model, pairs.documents, folder, source))
 
-    if typed and typed.trained and config.agreed_pairs:
-        pairs.add(agreement(typed.trained).pairs(config.agreed_pairs))
-    if not len(pairs.rows):
-        raise HlmError(
-            f"expected pairs to train on, found none with train_pairs {config.train_pairs} and agreed_pairs "
-            f"{config.agreed_pairs}, of {len(typed.trained) if typed else 0} typed queries; raise train_pairs"
-        )
     dev: tuple[DevRetrieval | None, str | None] = (dev_retrieval(data, config), None)
-    if typed and weights_of(config.merge_weight):
+    if typed:
         dev = typed_retrieval(data, config, typed, agreement)
-    negatives = mine(model, pairs, config, folder, source)
-    anchors = None
-    if config.anchor_weight:
-        store = backbone_vectors(model, pairs.documents, folder, source)
-        anchors = Anchors.of(model, pairs.queries, store, device)
-    return pairs, negatives, anchors, dev
+    return pairs, mine(model, pairs, config, folder, source), dev
 
 
 def trained_and_chosen(
@@ -182,8 +166,10 @@ def trained_and_chosen(
         )
         return {"chosen": {"step": 0, "merge_weight": 0.0, "signal": None}}  # an adapter begins without effect
     chosen: dict[str, Any] = {"signal": signal}
-    measured = train(trainer, identity, then=lambda: chosen.update(choose(trainer, weights)))
-    return measured | {"chosen": chosen}
+    train(trainer, identity, then=lambda: chosen.update(choose(trainer, weights)), measure=False)
+    kept = [row["ndcg@10"] for row in chosen["table"] if all(row[at] == chosen[at] for at in ("step", "merge_weight"))]
+    dev = {"metric": "ndcg@10", "start": chosen["backbone"], "end": kept[0] if kept else chosen["backbone"]}
+    return {"dev": dev, "chosen": chosen}
 
 
 def whole(model: SentenceTransformer, trained: dict[str, torch.Tensor], config: TeacherConfig) -> SentenceTransformer:
@@ -202,10 +188,10 @@ class Pairs:
     def __init__(self, data: RetrievalData, config: TeacherConfig) -> None:
         triples = kept_pairs(data, config.min_score)
         self.documents = [document_text(row, oracle=config.oracle) for row in iterate(data.corpus)]
-        self.row_of = {name: row for row, name in enumerate(data.corpus["_id"])}
+        row_of = {name: row for row, name in enumerate(data.corpus["_id"])}
         best: dict[str, list[tuple[int, int]]] = {}
         for query, document, grade in triples:
-            best.setdefault(query, []).append((-grade, self.row_of[document]))
+            best.setdefault(query, []).append((-grade, row_of[document]))
         texts = dict(data.split_queries("train", oracle=config.oracle))
         self.queries = [texts[name] for name in best]
         self.known = [[row for _, row in found] for found in best.values()]
@@ -215,20 +201,7 @@ class Pairs:
             # Best grades first; among equals by chance, or the catalogue's order would choose.
             order = sorted(range(len(found)), key=lambda i: (found[i][0], generator.random()))
             rows += [(number, found[i][1]) for i in order[: config.pairs_per_query]]
-        if config.train_pairs is not None and config.train_pairs < len(rows):
-            rows = [rows[i] for i in sorted(generator.permutation(len(rows))[: config.train_pairs])]
-        self.rows = np.asarray(rows, dtype=np.int64).reshape(-1, 2)  # (pairs, 2): query number, document row
-        self.excluded = padded_rows(self.known)
-
-    def add(self, found: Iterable[tuple[str, list[str], list[str]]]) -> None:
-        """Adds pairs of further queries: (text, documents that make a pair, documents that are no negatives)."""
-        rows = []
-        for text, documents, known in found:
-            rows += [(len(self.queries), self.row_of[document]) for document in documents]
-            self.queries.append(text)
-            self.known.append([self.row_of[document] for document in known])
-        logger.info("%d pairs on which BM25 and the backbone agree, beside %d others", len(rows), len(self.rows))
-        self.rows = np.concatenate([self.rows, np.asarray(rows, dtype=np.int64).reshape(-1, 2)])
+        self.rows = np.asarray(rows, dtype=np.int64)  # (pairs, 2): query number, document row
         self.excluded = padded_rows(self.known)
 
 
@@ -269,23 +242,6 @@ def mine(model: SentenceTransformer, pairs: Pairs, config: TeacherConfig, folder
 
 
 @dataclass
-class Anchors:
-    """The untuned backbone's vectors of the texts in a batch: what the tuned ones are kept near."""
-
-    queries: torch.Tensor  # (queries, d)
-    documents: FrozenVectors
-
-    @classmethod
-    def of(cls, model: SentenceTransformer, queries: list[str], store: VectorStore, device: torch.device) -> Anchors:
-        vectors = torch.from_numpy(encode(model, queries, prompt_name="query"))
-        return cls(vectors, FrozenVectors(store, store.dim, device))
-
-    def distance(self, batch: dict, queries: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
-        theirs = sent(self.queries[batch["query_ids"].cpu()], queries.device)
-        return l2_alignment(queries, theirs) + l2_alignment(positives, self.documents.gather(batch["positive_ids"]))
-
-
-@dataclass
 class Batches:
     """Rows of training -> a batch; what a worker of the data loader needs, and no more."""
 
@@ -295,20 +251,12 @@ class Batches:
     queries: TokenTable
     documents: TokenTable
     config: TeacherConfig
-    anchors: Anchors | None = None
 
     @classmethod
-    def of(
-        cls,
-        model: SentenceTransformer,
-        pairs: Pairs,
-        negatives: np.ndarray,
-        config: TeacherConfig,
-        anchors: Anchors | None = None,
-    ) -> Batches:
+    def of(cls, model: SentenceTransformer, pairs: Pairs, negatives: np.ndarray, config: TeacherConfig) -> Batches:
         queries = TokenTable(model, pairs.queries, prompt_of(model, "query"))
         documents = TokenTable(model, pairs.documents, prompt_of(model, "document"))
-        return cls(pairs.rows, pairs.excluded, negatives, queries, documents, config, anchors)
+        return cls(pairs.rows, pairs.excluded, negatives, queries, documents, config)
 
     def collate(self, rows: list[int]) -> dict:
         pairs = self.rows[rows]
@@ -341,7 +289,7 @@ class Batches:
 
         def contrast(queries: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
             positives = documents[batch["positive_places"]]
-            loss = qwen3_contrastive(
+            return qwen3_contrastive(
                 queries,
                 positives,
                 documents[batch["negative_places"]] if hard else None,
@@ -361,9 +309,6 @@ class Batches:
                 all_positive_ids=all_positive_ids,
                 offset=rank * len(queries),
             )
-            if self.anchors:
-                loss = loss + self.config.anchor_weight * self.anchors.distance(batch, queries, positives)
-            return loss
 
         groups = [batch["query"], batch["document"]]
         return loss_of_chunks(model, groups, contrast, cached=bool(self.config.cache_chunk))

@@ -316,13 +316,14 @@ def claimed_output(output: str, kind: str, args: TrainingArguments) -> Iterator[
 
 
 def train(
-    trainer: RecipeTrainer, identity: dict[str, Any], *, then: Callable[[], None] | None = None
+    trainer: RecipeTrainer, identity: dict[str, Any], *, then: Callable[[], None] | None = None, measure: bool = True
 ) -> dict[str, Any]:
     """Trains, or goes on from the last whole checkpoint in `output_dir`, to the same weights as a run never stopped.
 
     Args:
         identity: {"inputs": fingerprints, "config": values}: what this run is. Kept beside the checkpoints.
         then: changes the trained weights once more, before they are measured; every process calls it.
+        measure: look at dev before and after.
 
     Returns:
         {"dev": {"metric", "start", "end"}}, what the weights reached on dev before and after: for the manifest.
@@ -345,14 +346,14 @@ def train(
         with contextlib.suppress(OSError, ValueError):  # then the manifest does not tell it
             start = json.loads((folder / START).read_text(encoding="utf-8"))
     else:
-        start = on_dev(trainer)
+        start = on_dev(trainer) if measure else None
         if trainer.is_world_process_zero():
             write_json(folder / START, start)
     if not checkpoint or not _at_its_end(trainer, checkpoint):
         trainer.train(resume_from_checkpoint=checkpoint)
     if then is not None:
         then()
-    end = on_dev(trainer)
+    end = on_dev(trainer) if measure else None
     return {} if end is None else {"dev": {"metric": "ndcg@10", "start": start, "end": end}}
 
 
