@@ -33,7 +33,7 @@ UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 JOINERS = "\u200c\u200d"  # Persian and Hindi are misspelt without them
 # What recipes/<name>.py does, as a command.
 SCRIPTS = {"quickstart": "run all steps of a folder of configs, skip what is up to date"}
-SCRIPTS |= {step.script: step.help for name, step in STEPS.items() if name != "contrastive_only"}  # refine's second use
+SCRIPTS |= {step.script: step.help for step in reversed(STEPS.values())}  # the first use of a script
 # The raw log's step is what most people begin with: it has the short name as a command. As a file of settings,
 # prepare.yaml has long been that of the step which derives queries.
 SHORT = {"prepare": "prepare_logs"}

@@ -102,6 +102,16 @@ STEPS = {
         trains=True,
         parallel=True,
     ),
+    "static_cut": Step("prune", PruneConfig, ("model", "data", "vectors"), "student", "a static student, untrained"),
+    "static": Step(
+        "align",
+        AlignConfig,
+        OF_A_STUDENT,
+        "student",
+        "a static student: aligned, it looks tokens up",
+        trains=True,
+        parallel=True,
+    ),
     "index": Step(
         "index",
         IndexConfig,
