@@ -7,6 +7,7 @@ type) ends in one `HlmError` that names it.
 from __future__ import annotations
 
 import argparse
+import gc
 import io
 import json
 import logging
@@ -111,6 +112,7 @@ def run_recipe(main: Callable[[], object]) -> None:
     for name in ("hlm", "recipes", "__main__"):
         logging.getLogger(name).setLevel(logging.INFO if is_main else logging.ERROR)
     quiet_others()
+    gc.freeze()  # what is imported stays: to visit it all for garbage at the end takes a second
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8

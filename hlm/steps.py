@@ -148,6 +148,10 @@ class PruneConfig:
         default_factory=dict,
         metadata={"help": "{keep: N} or {min_count: N}: tokens that the log and the titles use; empty: all stay"},
     )
+    static: int | None = field(
+        default=None,
+        metadata={"help": "whole words of a static student: no layer stays, tokens are looked up; null: layers stay"},
+    )
     calibration: int = field(default=512, metadata={"help": "queries that layers and FFN units are scored on"})
 
 

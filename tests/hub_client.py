@@ -20,6 +20,8 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import children
+
 if TYPE_CHECKING:
     from hub_server import HubServer
 
@@ -78,7 +80,7 @@ class Client:
 
     def _start(self) -> None:
         with open(self.said, "a") as said:
-            self._process = subprocess.Popen(
+            self._process = children.Popen(
                 [sys.executable, "-P", "-c", "import hub_client; hub_client.serve()"],
                 cwd=ROOT,
                 env=self._environment,

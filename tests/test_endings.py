@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import children
 import pytest
 
 from hlm.artefacts import HlmError
@@ -17,14 +18,14 @@ from hlm.endings import ending
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(body: str, **more) -> subprocess.Popen:
+def run(body: str, start=children.Popen, **more) -> subprocess.Popen:
     """A recipe whose main is `body`."""
     code = "import os, sys, time, torch\nfrom hlm.artefacts import HlmError\nfrom hlm.config import run_recipe\n"
     code += "def main():\n" + "".join(f"    {line}\n" for line in body.splitlines()) + "run_recipe(main)\n"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "TORCHEL"))}
     environment |= {"PYTHONPATH": str(ROOT)} | more.pop("env", {})
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | more
-    return subprocess.Popen([sys.executable, "-c", code], env=environment, text=True, **pipes)
+    return start([sys.executable, "-c", code], env=environment, text=True, **pipes)
 
 
 def small_files():
@@ -105,7 +106,7 @@ def test_a_terminal_that_is_not_utf8_gets_every_line():
 
 
 def test_nothing_of_other_libraries_is_shown(tiny_bert):
-    process = run(f"from hlm.encoders.loading import load_encoder\nload_encoder({tiny_bert!r})")
+    process = run(f"from hlm.encoders.loading import load_encoder\nload_encoder({tiny_bert!r})", subprocess.Popen)
     told = "".join(process.communicate(timeout=120))
     assert process.returncode == 0 and told == ""
 
@@ -122,13 +123,14 @@ def test_accelerate_launch_shows_the_error(tmp_path, quiet):
         "--student",
         "x",
     ]
-    done = subprocess.run(
+    done = children.run(
         [sys.executable, *words],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=120,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
+        forks=True,
     )
     lines = done.stderr.splitlines()
     assert done.returncode != 0 and lines[0].startswith("error: missing required settings: data"), done.stderr
@@ -137,13 +139,14 @@ def test_accelerate_launch_shows_the_error(tmp_path, quiet):
 
 def test_torchrun_shows_the_error_last():
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", "recipes/align.py"]
-    done = subprocess.run(
+    done = children.run(
         [sys.executable, *words],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=120,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
+        forks=True,
     )
     lines = [line for line in done.stderr.splitlines() if line.strip("= -")]
     assert "error: missing required settings: " in lines[-1], done.stderr[-1500:]

@@ -133,6 +133,7 @@ def test_what_is_missing_is_named_with_its_extra(house, code, package, extra):
         (["card", "online"], "train"),
         (["align", "--help"], "train"),
         (["evaluate", "--help"], "eval"),
+        (["prepare", "--help"], "logs"),
         (["plan", "--config", str(ROOT / "recipes/configs/qwen3-8b-190m")], "train"),
     ],
 )

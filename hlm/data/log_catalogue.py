@@ -1,6 +1,6 @@
 """The catalogue of `hlm prepare`: its rows as documents, its long numbers, and its bid keywords.
 
-Tables in the database of work: `ads` (place, _id, title, text and what is kept beside), `bids` (doc, kind, query).
+Tables in the database of work: `ads` (_place, _id, title, text and what is kept beside), `bids` (doc, kind, query).
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ if TYPE_CHECKING:
     import duckdb
 
 KINDS = ("exact", "phrase", "broad", "negative")
-WHOLE = (
-    r"regexp_replace(trim({0}), '^(\d+)\.0+$', '\1')"  # SQL of an id: 17, where a spreadsheet or pandas made it 17.0
-)
+# SQL of an id: 17, where a spreadsheet or pandas made it 17.0.
+WHOLE = r"regexp_replace(trim({0}), '^(\d+)\.0+$', '\1')"
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>|<!--.*?-->")
 _SEPARATE = re.compile(r"[|;\n]")
 _BATCH = 10_000
@@ -44,21 +43,26 @@ def read_catalogue(
     if missing := [name for name in keep if name not in table.columns]:
         raise HlmError(f"keep: expected columns of {table.name}, found no '{missing[0]}'; correct it")
     texts = [role for role in ("title", "text") if role in columns]
-    beside = [name for name in keep if name not in ("_id", "title", "text")]
+    beside = [name for name in keep if name.lower() not in ("_id", "title", "text")]
     bids = [role for role in ("keywords", *KINDS) if role in columns]
     wanted = {role: columns[role] for role in ("_id", *texts, *bids)} | {f"kept {name}": name for name in beside}
     names = ["_id", *texts, *beside]
-    connection.execute(f"CREATE TABLE ads (place BIGINT, {', '.join(f'{named(name)} VARCHAR' for name in names)})")
+    connection.execute(f"CREATE TABLE ads (_place BIGINT, {', '.join(f'{named(name)} VARCHAR' for name in names)})")
     connection.execute("CREATE TABLE bids (doc VARCHAR, kind VARCHAR, query VARCHAR)")
     known, writer, place = ProductNumbers(), connection.cursor(), 0
     connection.execute("SET preserve_insertion_order = true")
-    rows = connection.sql(table.select(wanted)).to_arrow_reader(_BATCH)
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        yield from connection.sql(table.select(wanted)).to_arrow_reader(_BATCH)
+        if rescued := table.rescued(connection, wanted):
+            yield from connection.sql(rescued).to_arrow_reader(_BATCH)
+
     with progress(what="read the catalogue", unit="row") as bar:
-        for batch in rows:
+        for batch in batches():
             ads, keywords = [], []
             for row in batch.to_pylist():
                 place += 1
-                ad: dict[str, Any] = {"place": place, "_id": _id(row["_id"])} | {
+                ad: dict[str, Any] = {"_place": place, "_id": _id(row["_id"])} | {
                     name: row[f"kept {name}"] for name in beside
                 }
                 ad |= {name: plain_text(row[name]) for name in texts}
@@ -69,7 +73,7 @@ def read_catalogue(
                     known.add(ad[name] or "")
                 ads.append(ad)
                 keywords += [(ad["_id"], *bid) for role in bids for bid in bids_of(row[role], role)]
-            _insert(writer, "ads", ads, ["place", *names])
+            _insert(writer, "ads", ads, ["_place", *names])
             _insert(writer, "bids", [dict(zip(("doc", "kind", "query"), bid, strict=True)) for bid in keywords])
             bar.update(batch.num_rows)
     writer.close()
@@ -82,7 +86,7 @@ def read_catalogue(
 
 def _first_of_each_id(connection: duckdb.DuckDBPyConnection, table: RawTable, dropped: Counter) -> None:
     again = connection.execute(
-        "DELETE FROM ads WHERE place NOT IN (SELECT min(place) FROM ads GROUP BY _id)"
+        "DELETE FROM ads WHERE _place NOT IN (SELECT min(_place) FROM ads GROUP BY _id)"
     ).fetchone()
     dropped["further rows of an id"] += again[0] if again else 0
     left = connection.execute(
@@ -145,7 +149,7 @@ def _insert(writer: duckdb.DuckDBPyConnection, table: str, rows: list[dict], nam
     if not rows:
         return
     names = list(names or rows[0])
-    types = [pa.int64() if name == "place" else pa.string() for name in names]
+    types = [pa.int64() if name == "_place" else pa.string() for name in names]
     made = pa.table([pa.array([row.get(n) for row in rows], t) for n, t in zip(names, types, strict=True)], names=names)
     writer.register("new_rows", made)
     writer.execute(f"INSERT INTO {table} SELECT * FROM new_rows")

@@ -275,7 +275,8 @@ def commonest_spellings(connection: duckdb.DuckDBPyConnection, sources: list[str
     counted = (
         f"SELECT key, shown, sum(n) AS n FROM ({union}) JOIN texts USING (query) WHERE reason IS NULL GROUP BY ALL"
     )
+    # By a sort, which goes to the disk where it must; the state of max() over texts would have to stay in memory.
     connection.execute(
-        "CREATE TABLE spellings AS SELECT key, max({'n': n, 'shown': shown}).shown AS text "
-        f"FROM ({counted}) GROUP BY key"
+        f"CREATE TABLE spellings AS SELECT key, shown AS text FROM ({counted}) "
+        "QUALIFY row_number() OVER (PARTITION BY key ORDER BY n DESC, shown DESC) = 1"
     )

@@ -66,29 +66,25 @@ def write_reports(
 
 def _notes(about: Mapping[str, Any], config: PrepareLogsConfig) -> list[str]:
     clicks, fewest = about["clicks"], about["fewest_users"]
-    notes = [
-        "Test is the latest time, dev the time before it, and no query is in two of them."
-        if about["split"] == "by time and by query"
-        else "No query is in two of train, dev and test. Test is not the future: "
-        + ("people judged it." if config.judgements else "the clicks have no times, or too few.")
-    ]
+    if about["split"] == "by time and by query":
+        notes = ["Test is the latest time, dev the time before it, and no query is in two of them."]
+    else:
+        why = "the clicks have no times, or too few"
+        why = "people judged it" if config.judgements else why if config.by_time else "by_time is off"
+        notes = [f"No query is in two of train, dev and test. Test is not the future: {why}."]
     if fewest is None:
         notes.append(
-            f"The log has no users: a query is kept from a count of {config.min_users} on. This is no k-anonymity; "
-            "do not publish the queries on its strength."
+            f"The log has no users: a query is kept from a count of {config.min_users} on. This is no k-anonymity; do "
+            "not publish the queries on its strength."
         )
     else:
-        notes.append(f"At least {fewest['queries']} users typed each query that has judgements from clicks.")
-        if fewest["unlabelled"] < fewest["queries"]:
-            notes.append(
-                f"The unlabelled queries were typed by {fewest['unlabelled']} users or more: do not publish them."
-            )
+        if fewest["queries"] > 1:
+            notes.append(f"At least {fewest['queries']} users typed each query that has judgements from clicks.")
+        for name, what in (("queries", "queries with judgements"), ("unlabelled", "unlabelled queries")):
+            if fewest[name] < max(2, fewest["queries"]):
+                notes.append(f"Each of the {what} has {fewest[name]} or more users, too few to publish them.")
     if clicks:
-        how = (
-            "clicks over expected clicks"
-            if clicks["impressions"]
-            else "their share of the clicks of the query's best ad"
-        )
+        how = "clicks over expected clicks" if clicks["impressions"] else "the share of the clicks of a query's best ad"
         how += ", expected by position" if clicks["positions"] else ""
         notes.append(f"Pairs are graded by {how}{'; a conversion is a 3' if clicks['conversions'] else ''}.")
         if not clicks["impressions"]:
@@ -133,7 +129,7 @@ def _examples(connection: duckdb.DuckDBPyConnection) -> list[Table]:
     columns = {row[0] for row in connection.execute("DESCRIBE ads").fetchall()}
     shown = "coalesce(" + ", ".join(f"ads.{name}" for name in ("title", "text") if name in columns) + ")"
     most = connection.execute(
-        "SELECT text, count::BIGINT, band FROM bands JOIN spellings USING (key) WHERE key IN (SELECT key FROM qrels) "
+        "SELECT text, count::BIGINT, band FROM bands WHERE key IN (SELECT key FROM qrels) "
         f"ORDER BY count DESC, key LIMIT {SHOWN}"
     ).fetchall()
     drawn = connection.execute(
@@ -149,7 +145,7 @@ def _examples(connection: duckdb.DuckDBPyConnection) -> list[Table]:
 def _lengths(connection: duckdb.DuckDBPyConnection) -> list[tuple[str, float]]:
     """(words, share of the searches) of the kept queries."""
     counts = [0.0] * LONGEST
-    rows = connection.execute("SELECT text, bands.count FROM bands JOIN spellings USING (key)")
+    rows = connection.execute("SELECT text, count FROM bands")
     while batch := rows.fetchmany(50_000):
         for text, count in batch:
             counts[min(max(count_words(text), 1), LONGEST) - 1] += count

@@ -247,24 +247,27 @@ def _periods(connection: duckdb.DuckDBPyConnection, config: PrepareLogsConfig, n
 
 def _write(connection: duckdb.DuckDBPyConnection, config: PrepareLogsConfig, folder: Path) -> dict[str, int]:
     """Writes the tables of the contract; returns how many rows each has."""
-    connection.execute("SET preserve_insertion_order = true")
+    connection.execute("SET threads = 1")  # rows are written in their order, without being held for it
     fewest = _fewest(config)
+    # One join or sort a statement: each may take all of the memory.
     connection.execute(
-        "CREATE TABLE bands AS SELECT key, count, CASE WHEN before < 1 / 3 THEN 'head' WHEN before < 2 / 3 THEN "
-        "'torso' ELSE 'tail' END AS band FROM (SELECT key, count, (sum(count) OVER (ORDER BY count DESC, key) - "
-        f"count) / sum(count) OVER () AS before FROM support WHERE users >= {min(fewest, config.min_users)})"
+        "CREATE TABLE ranked AS SELECT key, count, past, users, (sum(count) OVER (ORDER BY count DESC, key) - count) "
+        f"/ sum(count) OVER () AS before FROM support WHERE users >= {min(fewest, config.min_users)}"
     )
-    ad = [row[0] for row in connection.execute("DESCRIBE ads").fetchall() if row[0] != "place"]
+    connection.execute(
+        "CREATE TABLE bands AS SELECT key, text, count, past, users, CASE WHEN before < 1 / 3 THEN 'head' "
+        "WHEN before < 2 / 3 THEN 'torso' ELSE 'tail' END AS band FROM ranked JOIN spellings USING (key)"
+    )
+    ad = [row[0] for row in connection.execute("DESCRIBE ads").fetchall() if row[0] != "_place"]
     query_id = "'q' || md5(key)[:16]"
     selects = {
-        "corpus": f"SELECT {', '.join(map(named, ad))} FROM ads ORDER BY place",
-        "queries": f"SELECT {query_id} AS _id, text, CAST(round(coalesce(count, 0)) AS BIGINT) AS count, "
-        "coalesce(band, 'tail') AS band, split FROM (SELECT DISTINCT key, split FROM qrels) JOIN spellings USING (key) "
+        "corpus": f"SELECT {', '.join(map(named, ad))} FROM ads ORDER BY _place",
+        "queries": f"SELECT {query_id} AS _id, spellings.text, CAST(round(coalesce(count, 0)) AS BIGINT) AS count, "
+        "coalesce(band, 'tail') AS kind, split FROM (SELECT DISTINCT key, split FROM qrels) JOIN spellings USING (key) "
         "LEFT JOIN bands USING (key) ORDER BY split, key",
-        "unlabelled": f"SELECT text, CAST(round(past) AS BIGINT) AS count, coalesce(band, 'tail') AS band FROM support "
-        f"JOIN spellings USING (key) LEFT JOIN (SELECT key, band FROM bands) USING (key) WHERE users >= "
-        f"{fewest} AND past >= 0.5 AND "
-        "key NOT IN (SELECT key FROM qrels WHERE split != 'train') ORDER BY past DESC, key",
+        "unlabelled": "SELECT text, CAST(round(past) AS BIGINT) AS count, band AS kind FROM bands WHERE users >= "
+        f"{fewest} AND past >= 0.5 AND key NOT IN (SELECT key FROM qrels WHERE split != 'train') "
+        "ORDER BY past DESC, key",
     }
     for split in ("train", "dev", "test"):
         selects[f"qrels/{split}"] = (

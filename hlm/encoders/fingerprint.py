@@ -35,14 +35,16 @@ def fingerprint(model: SentenceTransformer) -> str:
     backend = json.loads(model.tokenizer.backend_tokenizer.to_str())
     backend["truncation"] = backend["padding"] = None  # these two change with every call of the tokenizer
     digest.update(json.dumps(backend, sort_keys=True).encode())
-    config = model[0].model.config
-    default = {} if getattr(config, "has_no_defaults_at_init", False) else type(config)().to_dict()
+    config = getattr(getattr(model[0], "model", None), "config", None)  # a static encoder has none
+    default = {}
+    if config is not None and not getattr(config, "has_no_defaults_at_init", False):
+        default = type(config)().to_dict()
     facts = {
         "prompts": model.prompts,
         "modules": [(type(module).__name__, _settings(module)) for module in model],
         "dim": model.get_embedding_dimension(),
         "max_seq_length": model.max_seq_length,
-        "config": _deciding(config.to_dict(), default),
+        "config": {} if config is None else _deciding(config.to_dict(), default),
         "adapters": _adapters(model),
     }
     digest.update(json.dumps(facts, sort_keys=True, default=str).encode())

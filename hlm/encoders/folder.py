@@ -145,6 +145,10 @@ class EncoderFolder:
             raise HlmError(f"{self.folder / MODULES}: expected a module of class {name}, found none; {REMEDY}")
         return found[0]
 
+    def is_static(self) -> bool:
+        """Whether it looks up and averages token vectors, without any layer."""
+        return self.modules()[0].name == "StaticEmbedding"
+
     def pooling(self) -> str:
         """The way of pooling, a key of `POOLING`; several are joined by "+"."""
         file = f"{self.module('Pooling').path}/config.json"

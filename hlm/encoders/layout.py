@@ -13,7 +13,7 @@ from pathlib import Path
 from hlm.artefacts import HlmError
 from hlm.encoders.folder import LIMITS, MODULES, POOLING, EncoderFolder
 
-LEGACY_MODULES = ("Transformer", "Pooling", "Normalize", "Dense")
+LEGACY_MODULES = ("Transformer", "Pooling", "Normalize", "Dense", "StaticEmbedding")
 
 
 def write_legacy_layout(folder: Path) -> None:

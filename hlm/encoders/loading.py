@@ -21,6 +21,7 @@ from hlm.encoders.fingerprint import fingerprint
 from hlm.encoders.folder import MODULES, EncoderFolder
 from hlm.encoders.layout import write_legacy_layout
 from hlm.encoders.padding import right_padded
+from hlm.encoders.static import of_stock
 from hlm.progress import progress
 from hlm.texts import as_texts, well_formed
 
@@ -143,7 +144,10 @@ def load_encoder(
             f"could not load the model {source} ({type(error).__name__}: {error}); expected a whole folder or a "
             "reachable Hub id: copy or pull it again"
         ) from error
-    if not isinstance(model[0], Transformer) or not any(isinstance(module, Pooling) for module in model):
+    if isinstance(model[0], modules.StaticEmbedding):
+        model[0] = of_stock(model[0])
+        model.to(dtype=DTYPES[dtype])
+    elif not isinstance(model[0], Transformer) or not any(isinstance(module, Pooling) for module in model):
         found = ", ".join(type(module).__name__ for module in model)
         raise HlmError(
             f"expected a Transformer with Pooling at {source}, found {found}; use a single-route text encoder"
@@ -152,7 +156,7 @@ def load_encoder(
         model.append(Normalize())  # every vector of HLM has length 1; the flag is part of what is saved
     if max_seq_length is not None:
         model.max_seq_length = max_seq_length
-    config = model[0].model.config
+    config = getattr(getattr(model[0], "model", None), "config", {})  # a static encoder has none
     longest, limit = longest_text(config), model.max_seq_length
     if has_shifted_positions(config) and longest is not None and (limit is None or limit > longest):
         model.max_seq_length = longest  # sentence-transformers counts rows that stand for no token

@@ -19,6 +19,7 @@ from transformers import AutoModel, PretrainedConfig
 from hlm.artefacts import HlmError
 from hlm.encoders.families import check_layers, depth_of, family_of, ffn_parts, ffn_width_of, layers_of, set_cut
 from hlm.encoders.loading import pad, tokenise
+from hlm.encoders.static import is_static
 
 METHODS = ("middle_skip", "norm_ratio")
 
@@ -232,6 +233,10 @@ def cut(
         ffn: FFN units a layer keeps; None keeps all.
         texts: calibration queries.
     """
+    if is_static(model):
+        if layers is not None or ffn is not None:
+            raise HlmError("expected a student with layers to cut, found a static one; leave layers and ffn out")
+        return copy.deepcopy(model)
     config = model[0].model.config
     count = depth_of(config)
     if isinstance(layers, int):
@@ -300,9 +305,11 @@ def cut_config(config: PretrainedConfig, layers: int | None = None, ffn_width: i
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """(total, non-embedding) parameters; shared ones count once, every `nn.Embedding` is left out of the second."""
+    """(total, non-embedding) parameters; shared ones count once, embedding tables are left out of the second."""
     total = {id(parameter): parameter.numel() for parameter in model.parameters()}
     tables = {
-        id(module.weight): module.weight.numel() for module in model.modules() if isinstance(module, nn.Embedding)
+        id(module.weight): module.weight.numel()
+        for module in model.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
     }
     return sum(total.values()), sum(total.values()) - sum(tables.values())

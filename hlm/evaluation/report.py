@@ -42,7 +42,8 @@ from hlm.report_types import SCHEMA_VERSION, Environment, FusionReport, Report
 
 # Rows of every table, in this order. Students search the teacher's index with a query encoder of their own.
 # `student_on_index` is the student again, in the index that goes online instead of an exact search.
-STUDENTS = ("pruned", "aligned", "student", "student_on_index", "contrastive_only")
+# `static` looks up and averages token vectors.
+STUDENTS = ("pruned", "aligned", "student", "student_on_index", "static", "contrastive_only")
 SYSTEMS = ("bm25", "backbone", "teacher", *STUDENTS)
 
 _PACKAGES = ["torch", "transformers", "sentence-transformers", "peft", "accelerate", "datasets", "faiss-cpu"]

@@ -17,7 +17,9 @@ from transformers import PretrainedConfig
 
 from hlm.artefacts import HlmError
 from hlm.encoders.families import check_layers
+from hlm.encoders.loading import resolve
 from hlm.encoders.pruning import check_cascade, cut_config
+from hlm.encoders.static import is_static_folder
 from hlm.planning.footprint import Shape, backbone_config
 from hlm.planning.hardware import GIB, Gpu, refuse
 from hlm.planning.phases import (
@@ -197,7 +199,12 @@ def check_step(
     Raises:
         HlmError: with the numbers and the nearest setting that works.
     """
-    config = backbone_config(settings["backbone" if step == "teacher" else "student"])
+    source = settings["backbone" if step == "teacher" else "student"]
+    if is_static_folder(resolve(str(source))):
+        if settings.get("cascade"):
+            raise HlmError(f"cascade: expected none for {source}, found one; a static student has nothing to cut")
+        return
+    config = backbone_config(source)
     try:
         shape = Shape.of(config)
     except HlmError as error:

@@ -28,7 +28,8 @@ def data_name(source: str, repo: str | None) -> str:
 def encoder_facts(folder: str | Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """Width, pooling, prompts, limit of tokens, head and parameters, as the folder's files say."""
     files = EncoderFolder(folder)
-    pooling = files.pooling()
+    static = files.is_static()
+    pooling = "mean" if static else files.pooling()
     if pooling not in ("mean", "cls", "lasttoken"):
         raise HlmError(f"{folder}: expected mean, cls or last-token pooling, found {pooling}")
     architecture = files.json("config.json")
@@ -40,7 +41,10 @@ def encoder_facts(folder: str | Path, manifest: dict[str, Any]) -> dict[str, Any
         "prompts": files.prompts(),
         "limit": files.longest(),
         "heads": [(path, files.activation(path)) for path in files.heads()],
-        "architecture": (architecture.get("architectures") or [architecture.get("model_type")])[0],
+        "static": static,
+        "architecture": "StaticEmbedding"
+        if static
+        else (architecture.get("architectures") or [architecture.get("model_type")])[0],
         "layers": architecture.get(depth_field(architecture)),
     }
 

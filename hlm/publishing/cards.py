@@ -91,6 +91,8 @@ def student_card(folder: str | Path, **about: Any) -> str:
     system = system_of(given.report, manifest["encoder"], "student")
     steps = training_steps(folder)
     base = given.base_model or _hub_base(steps)
+    own = encoder_facts(folder, manifest)
+    static = own["static"]
     front = ModelCardData(
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",
@@ -98,9 +100,9 @@ def student_card(folder: str | Path, **about: Any) -> str:
         base_model_relation="finetune" if base else None,
         teacher=given.teacher_repo,
         **_common(given, system),
-        tags=[*TAGS, *(["onnx", "transformers.js"] if manifest.get("onnx") else [])],
+        tags=[*TAGS, *(["onnx", *(() if static else ["transformers.js"])] if manifest.get("onnx") else [])],
     )
-    facts = encoder_facts(folder, manifest) | {"onnx": manifest.get("onnx") or {}, "steps": steps, "base": base}
+    facts = own | {"onnx": manifest.get("onnx") or {}, "steps": steps, "base": base}
     return _render("student.md.jinja", front, given, facts | {"teacher": manifest["inputs"]["teacher"]}, system)
 
 

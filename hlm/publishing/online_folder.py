@@ -59,7 +59,7 @@ def _export(config: ExportConfig) -> None:
 
     def beside(folder: Path) -> None:
         facts.update(export_model(model, folder, lookup=config.lookup))
-        if config.data is not None and config.vectors is not None:
+        if "int8" in facts and config.data is not None and config.vectors is not None:
             found = int8_overlap(config, config.data, config.vectors, model, folder)
             facts["int8"][f"overlap@{config.k}"] = found
 

@@ -207,7 +207,7 @@ def torch_model(model: SentenceTransformer) -> tuple[Run, int]:
     from hlm.serving.fused import FusedQwen3
 
     model.eval()
-    causal = is_causal(model[0].model)
+    causal = hasattr(model[0], "model") and is_causal(model[0].model)  # a static student has no backbone
     backbone, *modules = model
     fused = FusedQwen3(model, LENGTHS[-1]) if FusedQwen3.fits(model) else None
 

@@ -32,8 +32,9 @@ from hlm.artefacts import MANIFEST, HlmError, amend_manifest, fingerprint_file
 from hlm.encoders.families import FAMILIES
 from hlm.encoders.folder import GRAPHS
 from hlm.encoders.loading import load_encoder, pad, prompt_of, tokenise
+from hlm.encoders.static import is_static
 from hlm.progress import progress
-from hlm.serving.online_graph import LookupGraph, OnlineGraph, lookup_pays
+from hlm.serving.online_graph import LookupGraph, OnlineGraph, StaticGraph, lookup_pays
 
 # Loggers of what exports, which say nothing that a user could act on.
 CHATTY = (
@@ -93,7 +94,7 @@ def export_model(
 
     Args:
         model: fp32, on the CPU, ending in Normalize. It is left in eval mode with eager attention.
-        int8: writes `onnx/model_quantized.onnx`.
+        int8: writes `onnx/model_quantized.onnx`; not of a static student, which multiplies nothing.
         lookup: writes `onnx/model_lookup.onnx` of a BERT for which it saves a tenth of the multiply-adds at least, by
             tables of 256 MiB at most.
 
@@ -115,7 +116,10 @@ def export_model(
 
 
 def _exported(model: SentenceTransformer, folder: Path, *, int8: bool, lookup: bool) -> dict[str, dict[str, Any]]:
-    model[0].model.set_attn_implementation("eager")  # sdpa becomes the same arithmetic in 24 nodes more
+    if is_static(model):
+        int8 = False  # it multiplies nothing
+    else:
+        model[0].model.set_attn_implementation("eager")  # sdpa becomes the same arithmetic in 24 nodes more
     folder.mkdir(parents=True, exist_ok=True)
     bar = progress(what="export", unit="graph", total=1 + (lookup and lookup_pays(model)) + int8)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".onnx.") as aside, bar:
@@ -126,7 +130,7 @@ def _exported(model: SentenceTransformer, folder: Path, *, int8: bool, lookup: b
             first = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
             raise HlmError(
                 f"expected a backbone that torch {torch.__version__} can trace, found "
-                f"'{model[0].model.config.model_type}' ({first}); families that are known to work: "
+                f"'{_kind(model)}' ({first}); families that are known to work: "
                 f"{', '.join(FAMILIES)}"
             ) from error
         _save(traced, paths["fp32"])
@@ -155,13 +159,18 @@ def _exported(model: SentenceTransformer, folder: Path, *, int8: bool, lookup: b
     return facts
 
 
+def _kind(model: SentenceTransformer) -> str:
+    return "static" if is_static(model) else model[0].model.config.model_type
+
+
 @torch.no_grad()
 def _traced(model: SentenceTransformer, *, lookup: bool = False) -> ir.Model:
     ids = torch.ones(2, 9, dtype=torch.int64)  # sizes that nothing in a model is equal to by accident
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
-    graph, inputs = (LookupGraph(model), (ids,)) if lookup else (OnlineGraph(model), (ids, mask))
+    whole = StaticGraph if is_static(model) else OnlineGraph
+    graph, inputs = (LookupGraph(model), (ids,)) if lookup else (whole(model), (ids, mask))
     program = torch.onnx.export(
         graph.eval(),
         inputs,

@@ -16,6 +16,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
 from hlm.encoders.families import Family, depth_of, ffn_width_of, is_causal, known, reaches
+from hlm.encoders.static import is_static
 
 # Look-ups are worth their tables where these have at most so many bytes, and stand for this share of the weights that
 # a token is multiplied by.
@@ -83,6 +84,18 @@ class OnlineGraph(torch.nn.Module):
             else:
                 features = module(features)
         return features["sentence_embedding"]
+
+
+class StaticGraph(torch.nn.Module):
+    """As `OnlineGraph`, of a static student: its last hidden states are the tokens' vectors."""
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = self.model({"input_ids": input_ids, "attention_mask": attention_mask})
+        return features["token_embeddings"], features["sentence_embedding"]
 
 
 class LookupGraph(OnlineGraph):
@@ -253,6 +266,8 @@ def lookup_share(config: Any) -> float:
 
 def lookup_pays(model: SentenceTransformer) -> bool:
     """Whether the tables are of a BERT, small enough, and save a tenth of the multiply-adds."""
+    if is_static(model):
+        return False
     config = model[0].model.config
     family = known(config)
     if family is None or not family.lookups or lookup_share(config) < LOOKUP_SHARE:

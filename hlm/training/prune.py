@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
 
-from hlm.artefacts import claimed
+from hlm.artefacts import HlmError, claimed
 from hlm.data.contract import RetrievalData, iterate, load
 from hlm.encoders.loading import fingerprint, load_encoder, save_encoder
 from hlm.encoders.pruning import cut
+from hlm.encoders.static_words import static_student
 from hlm.encoders.vocabulary import check_vocabulary, choose_tokens, count_tokens, cut_vocabulary, share_kept
 from hlm.identity import as_config, up_to_date
 from hlm.planning.footprint import backbone_config
@@ -46,6 +48,8 @@ def prune(config: PruneConfig) -> Path:
 
 
 def _prune(config: PruneConfig) -> None:
+    if config.static is not None and (config.layers or config.keep or config.ffn or config.vocabulary):
+        raise HlmError("static: expected it alone, found layers, keep, ffn or vocabulary beside it; leave them out")
     layers = config.layers or config.keep
     cascade(backbone_config(config.model), [{"layers": layers, "ffn": config.ffn}])  # before any weights load
     check_vocabulary(config.vocabulary)
@@ -54,10 +58,15 @@ def _prune(config: PruneConfig) -> None:
     teacher = VectorStore.open(Path(config.vectors) / "corpus").encoder
     model = load_encoder(config.model)
     inputs = {"student": fingerprint(model), "teacher": teacher}
-    if config.vocabulary:
+    if config.vocabulary or config.static:
         inputs |= {part: data.fingerprint(part) for part in ("corpus", *(["unlabelled"] if data.unlabelled else []))}
     identity: dict[str, Any] = {"inputs": inputs, "config": as_config(config)}
     if up_to_date(config.output, "student", identity):
+        return
+    if config.static is not None:
+        model = static_student(model, _log(data), config.static)
+        logger.info("a static student of %s tokens", f"{len(model.tokenizer):,}")
+        save_encoder(model, config.output, "student", **identity)
         return
     texts = (data.unlabelled or data.queries)[: config.calibration]["text"]
     model = cut(model, layers, config.ffn, config.method, list(texts))
@@ -71,13 +80,7 @@ def _with_fewer_tokens(
     model: SentenceTransformer, data: RetrievalData, vocabulary: dict[str, int]
 ) -> tuple[SentenceTransformer, dict[str, Any]]:
     """The model with the tokens that unlabelled queries and titles use, and what became of its vocabulary."""
-    log = [] if data.unlabelled is None else [data.unlabelled.select_columns(["text"])]
-    if not log:
-        logger.warning("%s has no unlabelled queries: tokens are chosen by the ads' titles alone", data.source)
-    rows = chain.from_iterable(map(iterate, [*log, data.corpus.select_columns(["title"])]))
-    total = sum(map(len, log)) + len(data.corpus)
-    texts = (text for row in progress(rows, what="count tokens", unit="text", total=total) for text in row.values())
-    counts = count_tokens(model, (text for text in texts if text))
+    counts = count_tokens(model, _log(data))
     kept = choose_tokens(model, counts, **vocabulary)
     shares = {
         split: share_kept(model, kept, [text for _, text in data.split_queries(split)])
@@ -88,3 +91,14 @@ def _with_fewer_tokens(
     logger.info("vocabulary: %s of %s tokens stay%s", f"{len(kept):,}", f"{len(counts):,}", told)
     facts = {"tokens": len(kept), "tokens_before": len(counts), "queries_whole": shares}
     return cut_vocabulary(model, kept), facts
+
+
+def _log(data: RetrievalData) -> Iterator[str]:
+    """The texts whose tokens count: unlabelled queries and ads' titles."""
+    log = [] if data.unlabelled is None else [data.unlabelled.select_columns(["text"])]
+    if not log:
+        logger.warning("%s has no unlabelled queries: tokens are chosen by the ads' titles alone", data.source)
+    rows = chain.from_iterable(map(iterate, [*log, data.corpus.select_columns(["title"])]))
+    total = sum(map(len, log)) + len(data.corpus)
+    for row in progress(rows, what="count tokens", unit="text", total=total):
+        yield from (text for text in row.values() if text)

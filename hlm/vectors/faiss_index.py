@@ -224,7 +224,8 @@ class AdIndex(Index):
 
     @classmethod
     def load(cls, folder: str | Path, *, expect_encoder: str | None = None, gpu: bool = False) -> AdIndex:
-        """Reads a saved index.
+        """Opens a saved index. Its files are mapped into memory, not read: a folder in use is replaced, as `save`
+        does it, and never written into.
 
         Args:
             folder: what `save` wrote.

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hlm.artefacts import MANIFEST, HlmError, read_manifest
-from hlm.encoders.folder import EncoderFolder
-from hlm.fields import field, optional, read_json
+from hlm.encoders.folder import ARCHITECTURE, EncoderFolder
+from hlm.fields import field, optional
 from hlm.integrity import read_steadily
 
 # torch and faiss are imported where they are used: a refusal by manifest alone comes at once.
@@ -131,10 +131,11 @@ def _verified(folder: Path) -> SentenceTransformer:
     from hlm.encoders.loading import fingerprint, load_encoder
 
     manifest = read_student(folder)
-    EncoderFolder(folder).check_all()  # of a student of an older version nothing is told
-    config = folder / "config.json"
-    dtype = optional(read_json(config), str, "dtype", where=config)
-    dtype = dtype or optional(read_json(config), str, "torch_dtype", where=config) or "float32"  # before transformers 5
+    files = EncoderFolder(folder)
+    files.check_all()  # of a student of an older version nothing is told
+    config, settings = folder / ARCHITECTURE, files.json(ARCHITECTURE)  # a static student has none
+    dtype = optional(settings, str, "dtype", where=config)
+    dtype = dtype or optional(settings, str, "torch_dtype", where=config) or "float32"  # before transformers 5
     model = load_encoder(str(folder), dtype=dtype)
     found = fingerprint(model)
     if found != manifest["encoder"]:

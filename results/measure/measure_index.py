@@ -1,7 +1,7 @@
-"""From text to ads on one core: the index that `hlm index` chooses beside what the documentation of others shows.
+"""From text to ads on one thread: the index that `hlm index` chooses beside what the documentation of others shows.
 
     python results/measure/measure_index.py --vectors VECTORS --student STUDENT --online ONLINE --data DATA \\
-        --work WORK --output results/index-100k.json
+        --work WORK --output results/index-70k.json
 
 DATA is a sample catalogue of recipes/make_catalogue.py. VECTORS are of its ads, by the quickstart's teacher
 (recipes/embed.py, or the teacher's exported graph, which is faster on a CPU and equal to sentence-transformers to
@@ -14,9 +14,7 @@ what AdIndex takes beyond FAISS; anonymous memory of an opened index; and filter
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -36,7 +34,7 @@ from hlm.config import parse, run_recipe
 from hlm.data.contract import load
 from hlm.encoders.loading import load_encoder
 from hlm.evaluation.report import command_line, environment
-from hlm.machine import anonymous_mib, facts
+from hlm.machine import facts
 from hlm.serving.query_encoder import QueryEncoder
 from hlm.vectors import faiss_parts, tuning
 from hlm.vectors.faiss_index import AdIndex
@@ -67,8 +65,7 @@ class MeasureIndexConfig:
 
 def main(argv: Sequence[str] | None = None) -> None:
     (config,) = parse(MeasureIndexConfig, argv=argv)
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # one core for everybody
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # one thread for everybody
     faiss.omp_set_num_threads(1)
     store = VectorStore.open(Path(config.vectors) / "corpus")
     data = load(config.data, splits=())
@@ -82,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     heard = texts[half:], vectors[half:], exact[half:]
     report["text_to_ads"] = text_to_ads(config, indexes, encoder, *heard)
     report["beyond_faiss"] = {name: beyond_faiss(index, heard[1], config) for name, index in indexes.items()}
-    report["memory"] = {name: memory(Path(config.work) / name) for name in indexes}
+    report["memory"] = memory(Path(config.work), list(indexes))
     report["filters"] = filters(config, indexes, store, data, *heard[:2])
     given = {name: value for name, value in asdict(config).items() if name not in FOLDERS}
     report |= {"settings": given, "environment": environment(command_line("results/measure/measure_index.py", argv))}
@@ -227,32 +224,38 @@ def timed(search: Callable[[np.ndarray], Any], vectors: np.ndarray) -> list[floa
     return times
 
 
-def memory(folder: Path) -> dict[str, float]:
-    """Anonymous bytes a vector of an index in a fresh process that has searched it: mapped as AdIndex opens it, and
-    read as FAISS reads it by default."""
-    found = {}
-    for way in ("mapped", "read"):
-        done = subprocess.run(
-            [sys.executable, __file__, "--memory", way, str(folder)], capture_output=True, text=True, check=True
-        )
-        found[f"{way}_bytes_a_vector"] = float(done.stdout.splitlines()[-1])
-    return found
+MEMORY = """
+import sys
+import faiss, numpy as np
+from hlm.machine import anonymous_mib
+from hlm.vectors.faiss_index import AdIndex
 
-
-def anonymous_bytes(way: str, folder: str) -> float:
-    """In the fresh process: what an index takes beyond FAISS and Arrow themselves, a vector."""
-    small = AdIndex.from_vectors(np.eye(8, dtype=np.float32), list("abcdefgh"))
-    small.search(np.eye(8, dtype=np.float32)[0], 3)
+AdIndex.from_vectors(np.eye(8), list("abcdefgh")).search(np.eye(8)[0], 3)  # what FAISS and Arrow themselves take
+for folder in sys.argv[2:]:
     before = anonymous_mib()
-    if way == "mapped":
-        index: Any = AdIndex.load(folder)
-        dim, rows = index.dim, len(index)
-        index.search(np.eye(dim, dtype=np.float32)[0], 100)
+    if sys.argv[1] == "mapped":
+        index = AdIndex.load(folder)
+        index.search(np.eye(index.dim)[0], 100)
+        rows = len(index)
     else:
-        index = faiss.read_index(str(Path(folder) / "index.faiss"))
-        dim, rows = index.d, index.ntotal
-        index.search(np.eye(dim, dtype=np.float32)[:1], 100)
-    return (anonymous_mib() - before) * 2**20 / rows
+        index = faiss.read_index(folder + "/index.faiss")
+        index.search(np.eye(index.d, dtype=np.float32)[:1], 100)
+        rows = index.ntotal
+    print((anonymous_mib() - before) * 2**20 / rows)
+    globals().setdefault("kept", []).append(index)
+"""
+
+
+def memory(work: Path, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Anonymous bytes a vector of each index in a fresh process that has searched it: mapped as AdIndex opens it, and
+    read as FAISS reads it by default."""
+    found: dict[str, dict[str, float]] = {name: {} for name in names}
+    for way in ("mapped", "read"):
+        words = [sys.executable, "-c", MEMORY, way, *(str(work / name) for name in names)]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        for name, line in zip(names, done.stdout.split(), strict=True):
+            found[name][f"{way}_bytes_a_vector"] = float(line)
+    return found
 
 
 def filters(
@@ -338,7 +341,4 @@ def figures(rows: list[list[int]], right: list[set[int]], times: list[float], k:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--memory"]:
-        print(json.dumps(anonymous_bytes(*sys.argv[2:4])))
-    else:
-        run_recipe(main)
+    run_recipe(main)

@@ -104,6 +104,7 @@ def details() -> str:
         ("compare", "Training and embedding beside the sentence-transformers scripts they replace", compared),
         ("memory", "Memory of alignment as the query log grows", remembered),
         ("prepare", "Raw logs with every kind of dirt through hlm prepare", prepared),
+        ("index-70k", "From text to ads: 70,000 ads on one thread", searched),
         ("install", "What an install takes, and how fast it starts", light),
         ("gpu", "The published shapes on one GPU", on_gpu),
         ("reliability", "Two writers on one output, and kills at random moments", reliable),
@@ -182,6 +183,39 @@ def prepared(found: dict[str, Any]) -> str:
         + f"\n\nOf the e-mail addresses and numbers that were planted, {through} of {of:,} got through. "
         f"Of {lost['of']:,} sizes, prices, models and numbers of the catalogue {lost['lost']:,} were taken for these."
     )
+
+
+def searched(found: dict[str, Any]) -> str:
+    """From text to ads by each side; filters, ours and FAISS's own; memory of an opened index."""
+    sides, rows = found["text_to_ads"], []
+    crowded = {name for name, one in sides.items() if one["latency_ms"]["over"] == "all"}
+    for name, one in sides.items():
+        times = [("-" if {name, of} & crowded else f"{by:.1f}x") for of, by in one["times_faster_than"].items()]
+        rows.append([name, f"{one['recall']:.4f}", f"{one['p50_ms']:.2f}{'!' if name in crowded else ''}", *times])
+    beside = [f"faster than {name}" for name in next(iter(sides.values()))["times_faster_than"]]
+    about = found["queries_are"]
+    chosen = ", ".join(f"{name} is {one['factory']}" for name, one in found["chosen"].items())
+    text = markdown(["side", f"recall of the {found['settings']['k']} nearest", "p50 ms", *beside], rows)
+    text += (
+        f"\n\nA query's nearest ad has a cosine of {about['query_to_nearest_ad']:.2f}, an ad's nearest other one "
+        f"{about['ad_to_nearest_other_ad']:.2f}. {chosen}."
+    )
+    if crowded:
+        text += (
+            " Times marked ! were taken while others took the CPUs, and have no ratios: long calls lose more to others "
+            "than short ones. Recall and bytes do not depend on it."
+        )
+    rows = [
+        [name, *(f"{one[side][what]:.3f}" for side in ("ours", "faiss") for what in ("recall", "short_lists"))]
+        for name, one in found["filters"].items()
+    ]
+    header = ["filter, index", "recall", "short lists", "FAISS's own recall", "FAISS's own short lists"]
+    memory = [
+        [name, f"{one['mapped_bytes_a_vector']:,.0f}", f"{one['read_bytes_a_vector']:,.0f}"]
+        for name, one in found["memory"].items()
+    ]
+    own = markdown(["anonymous bytes a vector", "as HLM opens it", "as FAISS reads it"], memory)
+    return f"{text}\n\n{markdown(header, rows)}\n\n{own}"
 
 
 def light(found: dict[str, Any]) -> str:

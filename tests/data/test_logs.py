@@ -2,19 +2,23 @@
 
 import gzip
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hub_server import HubServer
 from raw_shop import ADS, MANY, THINGS, all_grades, clicks_of, prepared, write
 
 import hlm
 from hlm.artefacts import HlmError, read_manifest
 from hlm.data.contract import load
 from hlm.data.words import fold
-from hlm.evaluation.metrics import length_slice
+from hlm.evaluation.evaluate import query_kinds
 from results.measure import raw_logs
 
 
@@ -40,8 +44,8 @@ def test_the_contract_is_written_and_loads(shop, tmp_path):
         and "<p>" not in data.corpus[0]["text"]
         and "& more" in data.corpus[0]["text"]
     )
-    assert {"count", "band", "split"} < set(data.queries.column_names)
-    assert {"count", "band"} < set(data.unlabelled.column_names)
+    assert {"count", "kind", "split"} < set(data.queries.column_names)
+    assert {"count", "kind"} < set(data.unlabelled.column_names)
     splits = {name: set(data.qrels[name]) for name in ("train", "dev", "test")}
     assert all(splits.values()) and sum(map(len, splits.values())) == len(set.union(*splits.values())) == len(
         data.queries
@@ -52,6 +56,7 @@ def test_the_contract_is_written_and_loads(shop, tmp_path):
     assert held_out and not held_out & {fold(text) for text in data.unlabelled["text"]}
     grades = [grade for qrels in data.qrels.values() for documents in qrels.values() for grade in documents.values()]
     assert set(grades) <= {0, 1, 2, 3} and {1, 2} <= set(grades)
+    assert set(query_kinds(data).values()) == {"head", "torso", "tail"}  # the slices of a report
     manifest = read_manifest(folder, "dataset")
     assert manifest["split"] == "by time and by query" and manifest["robots"] > 0
     dropped = manifest["dropped"]["log"]
@@ -126,7 +131,7 @@ def test_a_query_of_few_users_is_kept_nowhere(tmp_path):
     assert "secret" not in text and "spam" not in text
     at_home = prepared(tmp_path / "home", clicks_of(MANY, more=more), min_users=3, unlabelled_min_users=1)
     assert "secret lamp" in pq.read_table(at_home / "unlabelled.parquet")["text"].to_pylist()
-    assert "do not publish" in (at_home / "report.txt").read_text()
+    assert "too few to publish" in (at_home / "report.txt").read_text()
     assert read_manifest(at_home, "dataset")["fewest_users"] == {"queries": 3, "unlabelled": 1}
 
 
@@ -144,9 +149,9 @@ def test_frequencies_are_kept_and_the_commonest_spelling(tmp_path):
     assert (
         rows["red shoe"]["text"] == "Red Shoe"
         and rows["red shoe"]["count"] == 112
-        and rows["red shoe"]["band"] == "head"
+        and rows["red shoe"]["kind"] == "head"
     )
-    assert rows["blue lamp"]["band"] == "tail"
+    assert rows["blue lamp"]["kind"] == "tail"
     assert read_manifest(folder, "dataset")["fewest_users"] is None
     assert "no k-anonymity" in (folder / "report.txt").read_text()
 
@@ -190,7 +195,7 @@ def test_every_kind_of_file_is_the_same_table(tmp_path, kind, expected):
         with fsspec.open(named, "wb") as file:
             file.write(clicks_of().encode())
     found = hlm.prepare(tmp_path / "out", files[:1], clicks=[named], by_time=False, dev_share=0.2, test_share=0.3)
-    assert all_grades(found) == expected and length_slice("red lamp") == "2"
+    assert all_grades(found) == expected
 
 
 def test_on_a_terminal_it_asks(tmp_path):
@@ -228,3 +233,45 @@ def test_a_stray_quote_costs_its_own_line_alone(tmp_path):
     assert read_manifest(folder, "dataset")["dropped"]["clicks"] == {"lines that cannot be read": 1}
     clean = prepared(tmp_path / "clean", "\n".join(line for n, line in enumerate(lines) if n != 30))
     assert all_grades(folder) == all_grades(clean)
+    ads = ADS.splitlines()
+    ads = "\n".join(
+        [ads[0] + ",place", *(f"{ad},x" for ad in ads[1:4]), '"A99,stray,quote,x', *(f"{ad},x" for ad in ads[4:])]
+    )
+    folder = prepared(tmp_path / "ads", clicks_of(MANY), ads=ads + '\n"A98",a,b,x\n', keep=["place", "name"])
+    corpus = pq.read_table(folder / "corpus.parquet").to_pylist()
+    assert {row["_id"] for row in corpus} == {f"A{n}" for n in (*range(12), 98)} and corpus[0]["place"] == "x"
+
+
+ON_THE_HUB = """
+import sys
+from pathlib import Path
+from huggingface_hub import HfApi
+import hlm
+
+api, home = HfApi(), Path(sys.argv[1])
+api.create_repo("acme/logs", repo_type="dataset", private=True)
+api.upload_folder(repo_id="acme/logs", repo_type="dataset", folder_path=home, allow_patterns=["*.csv"])
+address = "hf://datasets/acme/logs"
+shares = {"by_time": False, "dev_share": 0.2, "test_share": 0.2}
+for _ in range(2):  # the second time it is up to date
+    hlm.prepare(home / "out", [f"{address}/ads.csv"], clicks=[f"{address}/part-*.csv"], **shares)
+try:
+    hlm.prepare(home / "other", [f"{address}/nothing.csv"], clicks=[f"{address}/part-*.csv"])
+except hlm.HlmError as error:
+    print(error)
+"""
+
+
+def test_files_on_the_hub_are_read_with_the_token_of_the_environment(tmp_path):
+    lines = clicks_of(MANY).splitlines()
+    parts = {f"part-{part}": "\n".join([lines[0], *lines[1 + part :: 2]]) for part in range(2)}
+    write(tmp_path, ads=ADS, **parts)
+    with HubServer(tmp_path / "hub") as hub:
+        variables = os.environ | hub.environment("acme", home=tmp_path / "home", xet=False)
+        command = [sys.executable, "-c", ON_THE_HUB, str(tmp_path)]
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        written = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+        assert hub.tokens["acme"].encode() not in written
+    assert "expected a file that can be read at hf://datasets/acme/logs/nothing.csv" in done.stdout
+    assert {query for query, _ in all_grades(tmp_path / "out")} == set(MANY)

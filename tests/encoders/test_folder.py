@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from hlm.artefacts import HlmError, fingerprint_file
 from hlm.encoders.folder import GRAPHS, POOLING, EncoderFolder, graph_files
 from hlm.encoders.loading import fingerprint, load_encoder, save_encoder, tokenise
+from hlm.encoders.pruning import prune
 from hlm.integrity import file_state
 from hlm.serving.export import export_model
 
@@ -22,7 +23,7 @@ from hlm.serving.export import export_model
 def exported(tiny_family, tmp_path_factory):
     """EmbeddingGemma's layout: two heads, prompts, graphs."""
     folder = tmp_path_factory.mktemp("folder") / "student"
-    model = load_encoder(tiny_family("gemma3_text"), device="cpu")
+    model = prune(load_encoder(tiny_family("gemma3_text"), device="cpu"), layers=[0, 5])
     save_encoder(model, folder, "student", inputs={"teacher": "t" * 16}, config={})
     export_model(model, folder)
     return folder, model

@@ -25,6 +25,7 @@ def small_runs(n=40, seed=0):
         "student": 0.9,
         "contrastive_only": 1.8,
         "student_on_index": 0.95,
+        "static": 1.2,
     }
     runs = {
         name: {

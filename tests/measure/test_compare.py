@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import children
 import pytest
 import torch
 from accelerate import Accelerator
@@ -80,7 +81,8 @@ def test_what_cannot_be_measured_is_refused(given, tmp_path):
         compare.main(compare.flags(given | {"rows": 100_000, "output": str(tmp_path)}))
 
 
-def test_a_job_that_fails_says_why(given, tmp_path):
+def test_a_job_that_fails_says_why(given, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare.subprocess, "run", children.run)
     job = {"kind": "embed", "side": "theirs", "work": str(tmp_path / "job"), "model": "./none", "data": given["data"]}
     with pytest.raises(HlmError, match="(?s)embed, theirs: the process failed.*found none"):
         compare.run_job(job)

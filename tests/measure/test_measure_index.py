@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -18,9 +17,8 @@ spec.loader.exec_module(measure_index)
 
 
 def test_it_runs_whole(tiny_bert, online_bert, catalogue_200, tmp_path, monkeypatch):
-    for owner, name in ((os, "sched_setaffinity"), (torch, "set_num_threads"), (faiss, "omp_set_num_threads")):
+    for owner, name in ((torch, "set_num_threads"), (faiss, "omp_set_num_threads")):
         monkeypatch.setattr(owner, name, lambda *given: None)
-    monkeypatch.setattr(measure_index, "memory", lambda folder: {"mapped_bytes_a_vector": 1.0})  # a process each
     embed(model=tiny_bert, data=catalogue_200, output=str(tmp_path / "vectors"), parts=["corpus"])
     folders = {
         "vectors": tmp_path / "vectors",
@@ -40,5 +38,7 @@ def test_it_runs_whole(tiny_bert, online_bert, catalogue_200, tmp_path, monkeypa
     assert found["hlm + flat"]["times_faster_than"]["sentence-transformers + Flat"] > 0
     assert report["chosen"]["hlm_1"]["recall"] == 1 and report["ads"] == 200
     assert all(one["ours"]["short_lists"] == 0 for name, one in report["filters"].items() if "1%" not in name)
+    assert set(report["memory"]) == {"flat", "hnsw32", "hlm_0.5", "hlm_1"}
+    assert all(set(one) == {"mapped_bytes_a_vector", "read_bytes_a_vector"} for one in report["memory"].values())
     assert "/" not in json.dumps(report["settings"])
     assert {"faiss_ms", "ad_index_ms", "ratio"} == set(report["beyond_faiss"]["hlm_1"])

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import children
 import pytest
 import torch
 from hub_faults import Always
@@ -190,9 +191,9 @@ def test_the_hub_is_asked_once_and_of_shipped_shapes_never(tmp_path):
 
         config_of("bert").save_pretrained(tmp_path / "bert")
         command = [sys.executable, "-c", MADE, str(tmp_path / "bert/config.json")]
-        subprocess.run(command, check=True, env=environment, timeout=100)
+        children.run(command, check=True, env=environment, timeout=100)
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
-        with subprocess.Popen([sys.executable, "-c", ASKED], **pipes) as process:
+        with children.Popen([sys.executable, "-c", ASKED], **pipes) as process:
 
             def ran(what, name):
                 hub.log.clear()

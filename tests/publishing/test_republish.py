@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import children
 import pytest
 from hub_server import HubServer
 
@@ -54,7 +55,7 @@ def run(hub: HubServer, folder: Path, name: str, *steps: dict) -> list:
     hub.restart_log()
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment |= hub.environment("acme", xet=False) | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+    done = children.run(
         [sys.executable, "-c", STEPS, str(folder), name, json.dumps(steps)],
         env=environment,
         capture_output=True,
@@ -172,7 +173,7 @@ def test_a_card_that_the_hub_made_itself_is_replaced_and_one_that_somebody_wrote
         environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
         environment |= hub.environment("acme", xet=False) | {"PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-c", "\n".join(codes)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        return children.run(command, env=environment, capture_output=True, text=True, check=False)
 
     done = act(create.format("fresh"), write.format("fresh"))
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,10 +1,10 @@
 """recipes/configs/accelerate: what accelerate makes of each file, and launches that fall back to fewer processes."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import children
 import pytest
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands import launch
@@ -123,6 +123,6 @@ def test_single_launches(tiny_bert, catalogue_200, tmp_path):
     recipe = [embed.__file__, "--model", tiny_bert, "--data", catalogue_200, "--parts", "queries", "--output", tmp_path]
     environment = clean | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     words = list(map(str, [*command, *recipe]))
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = children.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, forks=True)
     assert done.returncode == 0, done.stderr
     assert len(VectorStore.open(tmp_path / "queries")) > 100

@@ -3,10 +3,10 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import children
 import numpy as np
 import pytest
 
@@ -227,8 +227,14 @@ def test_two_processes_write_the_same_bytes_as_one(tiny_bert, shop, tmp_path):
     recipe = [embed.__file__, "--model", tiny_bert, "--data", shop, "--output", tmp_path / "two", "--shard_rows", "2"]
     root = Path(embed.__file__).parents[1]
     settings = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        [*command, *map(str, recipe)], cwd=root, env=os.environ | settings, capture_output=True, text=True, check=False
+    done = children.run(
+        [*command, *map(str, recipe)],
+        cwd=root,
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        check=False,
+        forks=True,
     )
     assert done.returncode == 0, done.stderr
     assert "3 of 5 vectors written by the first process" in done.stderr  # shards 0 and 2; shard 1 is the other's

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import children
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -220,7 +221,7 @@ def test_runs_as_a_script(inputs, tmp_path):
     assert done.stdout.splitlines()[4].startswith("bm25") and "DEBUG" not in done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     assert "precision@5" in report["systems"]["bm25"] and report["environment"]["command"].endswith("--k 5")
-    refused = subprocess.run([*arguments, "--split", "dev"], capture_output=True, text=True, check=False)
+    refused = children.run([*arguments, "--split", "dev"], capture_output=True, text=True, check=False)
     assert refused.returncode == 2 and refused.stderr.splitlines()[-1].startswith("error: ")
 
 

@@ -3,11 +3,11 @@
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import children
 import pytest
 
 from hlm.artefacts import HlmError
@@ -28,9 +28,7 @@ def script():
 def test_every_stage_runs_tiny_on_the_cpu(tmp_path):
     output = tmp_path / "results" / "gpu.json"
     command = [sys.executable, str(SCRIPT), "--tiny", "--minutes", "9", "--output", str(output)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
-    )
+    done = children.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(output.read_text())
     assert result["environment"]["command"].startswith("recipes/gpu_check.py --tiny")
@@ -81,7 +79,7 @@ def test_stages_that_fail_or_hang_leave_the_others_alone(tmp_path):
     output = tmp_path / "gpu.json"
     (tmp_path / "stages.py").write_text(STAGES.format(recipes=str(SCRIPT.parent), output=str(output)))
     command = [sys.executable, str(tmp_path / "stages.py")]
-    done = subprocess.run([*command, "fork"], capture_output=True, text=True, check=False)
+    done = children.run([*command, "fork"], capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     found = json.loads(output.read_text())["stages"]
     status = {"machine": "done", "fails": "failed", "hangs": "stopped", "dies": "failed"}
@@ -93,7 +91,7 @@ def test_stages_that_fail_or_hang_leave_the_others_alone(tmp_path):
             os.kill(found["hangs"]["child"], 0)
             time.sleep(0.05)
     # As on a GPU, where a process cannot be forked.
-    subprocess.run([*command, "spawn", "--only", "fails"], capture_output=True, check=False)
+    children.run([*command, "spawn", "--only", "fails"], capture_output=True, check=False)
     found = json.loads(output.read_text())["stages"]
     assert {name: entry["status"] for name, entry in found.items()} == {"machine": "done", "fails": "failed"}
 

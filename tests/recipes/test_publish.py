@@ -4,10 +4,10 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import children
 import pytest
 from hub_server import HubServer
 from huggingface_hub import RepoCard
@@ -255,7 +255,7 @@ class Client:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         environment |= self.hub.environment(user, home=self.folder / "hf", xet=xet)
         environment |= {"HLM_CACHE": str(self.folder / "hlm"), "PYTHONPATH": str(cwd), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
+        done = children.run(
             [sys.executable, "-c", code, *words], cwd=cwd, env=environment, capture_output=True, text=True, check=False
         )
         self.said += done.stdout + done.stderr

@@ -10,12 +10,12 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import traceback
 from pathlib import Path
 from unittest import mock
 
+import children
 import numpy as np
 import peft  # noqa: F401 (as the line after next: loaded before the forks, which then need not load it)
 import pytest
@@ -246,8 +246,8 @@ def house(tmp_path_factory, catalogue_200, tiny_bert, tiny_qwen3):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
     environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with open(house / "log", "w") as log:
-        launched = subprocess.Popen(
-            [*command, house / "two/plan.json"], cwd=ROOT, env=environment, stdout=log, stderr=log
+        launched = children.Popen(
+            [*command, house / "two/plan.json"], cwd=ROOT, env=environment, stdout=log, stderr=log, forks=True
         )
     try:
         for name in {*EQUAL.values()} - {"align"}:

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import children
 import numpy as np
 import pytest
 from hub_server import HubServer
@@ -241,7 +242,7 @@ print(vector.tolist())
 
 
 def serve(folder, cache, **settings):
-    return subprocess.Popen(
+    return children.Popen(
         [sys.executable, "-c", SERVE, str(folder)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

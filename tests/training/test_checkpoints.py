@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import children
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -273,7 +274,8 @@ def test_an_output_is_written_where_its_path_leads(run, tmp_path, monkeypatch):
 def test_of_two_teachers_at_once_one_is_told_and_the_other_is_whole(run, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(Path.cwd()), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "recipes/teacher.py", *words("teacher", run, tmp_path / "out"), "--max_steps", "200"]
-    running = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    command += ["--save_steps", "50"]
+    running = [children.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     told = [process.communicate(timeout=300)[1] for process in running]
     assert sorted(process.returncode for process in running) == [0, 2], told
     loser = next(text for process, text in zip(running, told, strict=True) if process.returncode == 2)

@@ -65,13 +65,19 @@ def far(store, query, share):
     return scores <= np.quantile(scores, share)
 
 
+def choose(monkeypatch, scored):
+    """Whether all selected rows are scored one by one, or as few as can be."""
+    monkeypatch.setattr(faiss_filters, "ROWS_PASSED", 1 if scored else 10**6)
+    monkeypatch.setattr(faiss_filters, "ROWS_FETCHED", 10**6 if scored else 0)
+
+
 @pytest.mark.parametrize("factory", FACTORIES)
-@pytest.mark.parametrize("few", [20_000, 20], ids=["few", "many"])
+@pytest.mark.parametrize("scored", [True, False], ids=["scored", "searched"])
 @pytest.mark.parametrize("share", [0.01, 0.2, 0.6])
 def test_lists_are_full_and_right_where_the_filter_is_far_from_the_query(
-    store, built, queries, monkeypatch, factory, few, share
+    store, built, queries, monkeypatch, factory, scored, share
 ):
-    monkeypatch.setattr(faiss_filters, "FEW_ROWS", few)
+    choose(monkeypatch, scored)
     index, recalls = built[factory], []
     for query in queries[:12]:
         mask = far(store, query, share)
@@ -84,7 +90,7 @@ def test_lists_are_full_and_right_where_the_filter_is_far_from_the_query(
 
 @pytest.mark.parametrize("factory", FACTORIES)
 def test_many_queries_share_a_filter(store, built, queries, monkeypatch, factory):
-    monkeypatch.setattr(faiss_filters, "FEW_ROWS", 20)
+    choose(monkeypatch, False)
     index, mask = built[factory], np.random.default_rng(0).random(ROWS) < 0.1
     chosen = index.select(mask)
     found = index.search(queries, K, where=chosen)[1]

@@ -3,10 +3,10 @@
 import multiprocessing
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
+import children
 import numpy as np
 import pytest
 from small_store import DIM, PLAN, SHARD, content, encode, records
@@ -89,7 +89,7 @@ write_store(sys.argv[1], records, killer("encode", encode), **PLAN)
 def test_goes_on_after_sigkill_with_the_same_bytes(tmp_path, whole, moment, count, kept):
     folder = tmp_path / "s"
     script = KILLED.format(tests=str(Path(__file__).parents[1]))
-    done = subprocess.run([sys.executable, "-c", script, str(folder), moment, str(count)], check=False)
+    done = children.run([sys.executable, "-c", script, str(folder), moment, str(count)], check=False)
     assert done.returncode == -signal.SIGKILL
     assert [shard for shard in range(3) if shard not in pending_shards(folder, **PLAN)] == kept
     asked = []
