@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+import yaml
 from transformers.hf_argparser import HfArgumentParser
 
 from hlm.artefacts import HlmError
@@ -68,6 +69,8 @@ def given(*dataclass_types: type, argv: Sequence[str] | None = None) -> dict[str
             action.type = None
         elif action.dest in hints and _needs_json(hints[action.dest]):
             action.type, action.nargs, action.choices = _json_value, None, None
+        elif action.dest in hints and _number_or_list(hints[action.dest]):
+            action.type, action.nargs, action.choices = _yaml_value, None, None
     # Only what was typed may come back from argparse: defaults are filled in by the dataclasses themselves, so that
     # "given on the command line" and "left at its default" stay apart.
     for action in parser._actions:
@@ -181,6 +184,18 @@ def _json_value(text: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"expected JSON, found {text!r} ({error})") from error
+
+
+def _yaml_value(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"expected YAML, found {text!r}") from error
+
+
+def _number_or_list(hint: Any) -> bool:
+    choices = arms(hint)
+    return bool({int, float} & {*choices}) and any(get_origin(arm) is list for arm in choices)
 
 
 def _needs_json(hint: Any) -> bool:

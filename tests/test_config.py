@@ -113,6 +113,19 @@ def test_bad_command_line_is_named(argv, words):
 
 
 @dataclass
+class Share:
+    share: float | list[float] | str = 1.0
+
+
+@pytest.mark.parametrize(("word", "value"), [("auto", "auto"), ("0.5", 0.5), ("1", 1.0), ("[0, 0.5]", [0.0, 0.5])])
+def test_a_number_or_a_list_is_read_as_in_the_file(word, value):
+    (settings,) = parse(Share, argv=["--share", word])
+    assert settings.share == value and type(settings.share) is type(value)
+    with pytest.raises(HlmError, match="--share: expected YAML"):
+        parse(Share, argv=["--share", "[0.5"])
+
+
+@dataclass
 class Gate:
     limits: dict[str, float] = field(default_factory=dict, metadata={"aliases": ["--limit"], "action": Pairs})
 
