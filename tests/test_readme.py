@@ -140,7 +140,7 @@ def test_ones_own_data_in_five_steps(catalogue_200, tmp_path, monkeypatch, capsy
     assert cli.main(shlex.split(plan)[1:]) == 0, capsys.readouterr().err
     # The steps themselves run in `test_the_recipes_commands_run_in_their_order`, from the same settings.
     jobs = quickstart.read_jobs(Path(shlex.split(run)[-1]))
-    configs = recipes() / "configs/electronics"
+    configs = recipes() / "configs/esci_mini"
     steps = [name for name, step in STEPS.items() if (configs / f"{name}.yaml").is_file() and not step.by_name]
     assert [job.name for job in jobs] == [name for name in steps if name != "prepare"]
     assert {"teacher", "embed", "align", "refine", "evaluate", "export"} < {job.name for job in jobs}

@@ -10,6 +10,7 @@ import yaml
 
 from hlm import cli
 from hlm.errors import HlmError
+from hlm.planning import run_file as planned
 from hlm.planning.run_file import RUN_FILE, step_settings, write_run_file, write_steps
 from hlm.recipe_files import sets
 from hlm.settings import hints_of
@@ -29,7 +30,7 @@ def home(tmp_path, monkeypatch):
 def run_file(**values) -> Path:
     path = Path("mine", RUN_FILE)
     path.parent.mkdir(exist_ok=True)
-    path.write_text(yaml.safe_dump({"like": "electronics", "output": "runs/mine", "data": "data"} | values))
+    path.write_text(yaml.safe_dump({"like": "esci_mini", "output": "runs/mine", "data": "data"} | values))
     return path
 
 
@@ -45,8 +46,8 @@ def texts_of(value):
     "answers, like, kept",
     [
         ({}, "quickstart", {"data": None, "p99_ms": 15.0}),
-        ({"data": "data", "p99_ms": "2"}, "electronics", {"data": "data", "p99_ms": 2.0}),
-        ({"data": "ads", "hardware": "CPU", "min_score": "1"}, "electronics", {"catalogue": "ads", "min_score": 1}),
+        ({"data": "data", "p99_ms": "2"}, "esci_mini", {"data": "data", "p99_ms": 2.0}),
+        ({"data": "ads", "hardware": "CPU", "min_score": "1"}, "esci_mini", {"catalogue": "ads", "min_score": 1}),
         ({"data": "owner/name", "hardware": "8xH100"}, "qwen3-8b-190m", {"data": "owner/name", "p99_ms": None}),
         ({"data": "owner/name", "hardware": "RTX4090"}, "qwen3-0.6b-190m", {"data": "owner/name"}),
     ],
@@ -66,12 +67,22 @@ def test_three_answers(answers, like, kept):
             assert set(settings) <= set(hints_of(own))
 
 
+@pytest.mark.parametrize(
+    "found, steps", [(["avx2"], {"teacher": {"bf16": False}}), (["avx512_bf16"], {}), (None, None)]
+)
+def test_a_cpu_without_bf16_trains_in_fp32(monkeypatch, found, steps):
+    monkeypatch.setattr(planned, "instructions", lambda: found)
+    path = write_run_file("mine", data="data")
+    assert yaml.safe_load(path.read_text())["steps"] == ({"teacher": {"bf16": False}} if steps is None else steps)
+    assert step_settings(path)["teacher"]["bf16"] == (steps == {})
+
+
 def test_what_is_the_users_own_reaches_every_step():
     path = run_file(
         backbone="bert", min_score=2, p99_ms=3.5, steps={"align": {"learning_rate": 1e-3}, "contrastive_only": None}
     )
-    steps, before = step_settings(path), sets()["electronics"]
-    assert steps["teacher"]["backbone"] == steps["evaluate"]["systems"]["backbone"] == "bert"
+    steps, before = step_settings(path), sets()["esci_mini"]
+    assert steps["teacher"]["backbone"] == steps["evaluate"]["systems"]["backbone"]["model"] == "bert"
     assert {name for name, settings in steps.items() if settings.get("min_score") == 2} == {"teacher", "refine"}
     assert steps["benchmark"]["budgets"] == {"p99_ms": 3.5}
     assert steps["align"]["data"] == "data" and steps["align"]["output"] == "runs/mine/aligned"
@@ -90,7 +101,7 @@ def test_queries_are_derived_from_a_catalogue():
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"like": "electronix"}, "did you mean 'electronics'"),
+        ({"like": "esci_mimi"}, "did you mean 'esci_mini'"),
         ({"catalogue": "ads"}, "expected data or catalogue, found both"),
         ({"data": None}, "expected data or catalogue, found neither"),
         ({"like": "quickstart", "data": None, "catalogue": "ads"}, "expected a set that derives queries"),
@@ -126,7 +137,7 @@ def test_init_asks_on_a_terminal_alone(monkeypatch, capsys):
     assert cli.main(["init", "mine"]) == 0 and len(asked) == 3
     assert "hlm run mine" in capsys.readouterr().out
     written = yaml.safe_load(Path("mine", RUN_FILE).read_text())
-    assert (written["like"], written["data"], written["p99_ms"]) == ("electronics", "data", 4.0)
+    assert (written["like"], written["data"], written["p99_ms"]) == ("esci_mini", "data", 4.0)
     assert cli.main(["init", "mine", "--data", "data"]) == 2 and "found one" in capsys.readouterr().err
     assert cli.main(["init", "both", "--like", "quickstart", "--data", "data"]) == 2
     assert cli.main(["init", "fast", "--p99-ms", "fast"]) == 2 and not Path("fast").exists()

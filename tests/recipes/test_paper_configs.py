@@ -31,12 +31,9 @@ def recipe_of(path: Path) -> str:
     step = path.stem
     if path.parent.name == "latency":
         return "benchmark"
-    if step == "contrastive_only":
-        return "refine"
-    if step == "prepare":
-        settings = yaml.safe_load(path.read_text())
-        return "prepare_esci" if "locale" in settings else "prepare_catalogue_queries"
-    return step
+    if step == "prepare" and "locale" in yaml.safe_load(path.read_text()):
+        return "prepare_esci"
+    return STEPS[step].script if step in STEPS else step
 
 
 def dataclasses_of(recipe: str) -> list[type]:
