@@ -17,6 +17,7 @@ from typing import Any
 STAT = Path("/proc/stat")
 CGROUP, MOUNTS = Path("/proc/self/cgroup"), Path("/proc/self/mountinfo")
 # Instructions that decide which precisions pay off on a CPU.
+BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm")
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu", "openvino", "tokenizers", "safetensors")
 
@@ -217,6 +218,11 @@ def instructions() -> list[str] | None:
             found = set(line.split(":", 1)[1].split())
             return [name for name in INSTRUCTIONS if name in found]
     return None
+
+
+def computes_in_bf16() -> bool:
+    """Whether the processor has instructions for bf16; without them it is slower than fp32."""
+    return bool(BF16 & {*(instructions() or ())})
 
 
 def cpu_model() -> str:

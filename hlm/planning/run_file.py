@@ -18,13 +18,14 @@ from typing import Any
 import yaml
 
 from hlm.errors import HlmError
-from hlm.machine import instructions
+from hlm.machine import computes_in_bf16
 from hlm.outputs import resolved
 from hlm.recipe_files import sets
 from hlm.settings import build, closest, coerce, hints_of, read_yaml
 from hlm.step_table import STEPS
 
 RUN_FILE = "run.yaml"
+ON_CPU = "esci_mini"  # the set for data of one's own on a CPU
 MAKE_DATA = ("make_catalogue", "prepare")
 PAPER_P99_MS = 15.0  # the latency budget of HARNESS-LM
 LARGE_GIB = 78  # a GPU that Qwen3-Embedding-8B trains on: one H100, `hlm plan`
@@ -201,7 +202,7 @@ def write_run_file(
         "backbone": None,
         "min_score": _whole(min_score, "--min-score"),
         "p99_ms": budget if timed else None,
-        "steps": {} if _computes_in_bf16(hardware) or data is None else {"teacher": {"bf16": False}},
+        "steps": {"teacher": {"bf16": False}} if like == ON_CPU and not computes_in_bf16() else {},
     }
     helps = {name: item.metadata["help"] for name, item in RunFile.__dataclass_fields__.items()}
     lines = [f"# All steps: hlm run {folder}. What the set `like` says: hlm init OTHER --like {like}."]
@@ -226,19 +227,13 @@ def _has_train(data: Path) -> bool:
 def _set_for(data: str | None, hardware: str | None) -> str:
     """The set of configs for these answers: the paper's models on GPUs, MiniLM on a CPU."""
     if hardware is None or hardware.lower() == "cpu":
-        return "quickstart" if data is None else "esci_mini"
+        return "quickstart" if data is None else ON_CPU
     if data is None:
         raise HlmError("--data: expected a dataset for a run on GPUs, found none; name a folder or a Hub id")
     from hlm.planning.hardware import GIB, parse_gpus  # torch comes with it, and `hlm --help` does without
 
     _, gpu = parse_gpus(hardware)
     return "qwen3-8b-190m" if gpu.memory >= LARGE_GIB * GIB else "qwen3-0.6b-190m"
-
-
-def _computes_in_bf16(hardware: str | None) -> bool:
-    """Whether bf16 is faster than fp32 there: on every GPU of the table, and on CPUs with instructions for it."""
-    on_gpus = hardware is not None and hardware.lower() != "cpu"
-    return on_gpus or bool({"avx512_bf16", "amx_bf16", "bf16"} & {*(instructions() or ())})
 
 
 QUESTIONS = {

@@ -31,6 +31,7 @@ from hlm.artefacts import HlmError, claimed, write_json
 from hlm.config import check_processes
 from hlm.encoders.loading import check_device, devices
 from hlm.encoders.padding import leave_out_masks
+from hlm.machine import computes_in_bf16
 from hlm.outputs import resolved
 from hlm.planning.plan import check_step
 from hlm.redaction import is_secret
@@ -103,10 +104,8 @@ class TrainingArguments(SentenceTransformerTrainingArguments):
 
     def check_hardware(self, step: str, config: Any) -> None:
         """Refuses a recipe's settings before any weights load, as `hlm.planning.plan.check_step` says."""
-        if self.use_cpu and self.bf16:
-            logger.warning(
-                "%s trains on the CPU in bf16 (%s): most CPUs are slower in it than in float32", step, devices()
-            )
+        if self.use_cpu and self.bf16 and not computes_in_bf16():
+            logger.warning("%s: bf16 is slow on this CPU (%s), which has no instructions for it", step, devices())
         sharded = bool(self.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
         check_step(step, vars(config) | vars(self), gpus=self.world_size, sharded=sharded)
 

@@ -67,14 +67,11 @@ def test_three_answers(answers, like, kept):
             assert set(settings) <= set(hints_of(own))
 
 
-@pytest.mark.parametrize(
-    "found, steps", [(["avx2"], {"teacher": {"bf16": False}}), (["avx512_bf16"], {}), (None, None)]
-)
-def test_a_cpu_without_bf16_trains_in_fp32(monkeypatch, found, steps):
-    monkeypatch.setattr(planned, "instructions", lambda: found)
-    path = write_run_file("mine", data="data")
-    assert yaml.safe_load(path.read_text())["steps"] == ({"teacher": {"bf16": False}} if steps is None else steps)
-    assert step_settings(path)["teacher"]["bf16"] == (steps == {})
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_cpu_without_bf16_trains_in_fp32(monkeypatch, fast):
+    monkeypatch.setattr(planned, "computes_in_bf16", lambda: fast)
+    assert step_settings(write_run_file("mine", data="data"))["teacher"]["bf16"] == fast
+    assert "steps: {}" in write_run_file("gpus", data="a/b", hardware="8xH100").read_text()
 
 
 def test_what_is_the_users_own_reaches_every_step():

@@ -18,6 +18,7 @@ from hlm.artefacts import MANIFEST, HlmError
 from hlm.config import parse
 from hlm.data.contract import load
 from hlm.encoders.loading import check_device, load_encoder
+from hlm.training import trainer
 from hlm.training.batches import GroupedBatches, TokenTable
 from hlm.training.trainer import TrainingArguments
 from recipes import align, embed, evaluate, refine, teacher
@@ -184,12 +185,12 @@ def test_a_device_that_is_not_there_is_one_error(monkeypatch, tiny_bert, tmp_pat
         check_device(fine)
 
 
-def test_half_precision_on_the_cpu_is_said(run, tmp_path, caplog):
-    align.main(words("align", run, tmp_path / "half", "--use_cpu", "true", "--bf16", "true"))
-    assert "align trains on the CPU in bf16" in caplog.text
-    caplog.clear()
-    align.main(words("align", run, tmp_path / "full", "--use_cpu", "true"))
-    assert "trains on the CPU" not in caplog.text
+def test_half_precision_is_said_of_a_cpu_without_instructions_for_it(monkeypatch, run, tmp_path, caplog):
+    for fast, bf16 in ((False, "true"), (False, "false"), (True, "true")):
+        monkeypatch.setattr(trainer, "computes_in_bf16", lambda fast=fast: fast)
+        caplog.clear()
+        align.main(words("align", run, tmp_path / f"{fast}-{bf16}", "--use_cpu", "true", "--bf16", bf16))
+        assert ("align: bf16 is slow on this CPU" in caplog.text) == (bf16 == "true" and not fast)
 
 
 @pytest.mark.parametrize("name", ["teacher", "refine"])
