@@ -23,12 +23,17 @@ from hlm.report_types import LatencyReport, Recovery, Report
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 RECOVERED = ("precision@10", "ndcg@10", "condensed_ndcg@10")
-TITLES = {"quickstart": "Sample catalogue", "electronics": "Electronics, judged by people"}
+TITLES = {
+    "quickstart": "Sample catalogue",
+    "electronics": "Electronics, judged by people",
+    "esci_mini": "Shopping queries, judged by people",
+}
 METRICS = ["ndcg@10", "condensed_ndcg@10", "judged@10", "precision@10", "recall@100", "mrr@10", "overlap@10"]
 # What decides, for the README; results/README.md has all of it.
 SHORT = {
     "quickstart": ["ndcg@10", "recall@100", "overlap@10"],
     "electronics": ["ndcg@10", "condensed_ndcg@10", "judged@10"],
+    "esci_mini": ["ndcg@10", "precision@10", "overlap@10"],
 }
 SHORT_LATENCY = ["system", "backend", "p50 ms", "p99 ms", "queries/s", "peak MiB"]
 # results/latency-<name>.json -> what it is
@@ -48,7 +53,7 @@ def table(report: Report, columns: list[str]) -> str:
     for name, row in report["systems"].items():
         cells = [f"{row[column]:.3f}" if row.get(column) is not None else "-" for column in columns]
         size = "-"
-        if row["params_total"]:
+        if row.get("params_total"):
             size = f"{row['params_total'] / 1e6:.1f}M ({row['params_non_embedding'] / 1e6:.1f}M)"
         kept = report["recovery_by_system"].get(name, {}).get("ndcg@10")
         rows.append([name, *cells, percent(kept) if kept else "-", size])
@@ -63,6 +68,42 @@ def summary(report: Report) -> str:
     if (overlap := report["systems"].get("student", {}).get("overlap@10")) is not None:
         lines.append(f"Of the student's ten best ads, {overlap:.1%} are among the teacher's ten.")
     return "\n\n".join(lines)
+
+
+def ensembles(report: Report) -> str:
+    """What each retriever adds to each ensemble."""
+    metric = f"ndcg@{report['k']}"
+    rows = []
+    for name, fusion in report.get("fusions", {}).items():
+        weights = fusion["weights"] or [None] * len(fusion["systems"])
+        for member, weight in zip(fusion["systems"], weights, strict=True):
+            adds = fusion["members"][member]
+            clicked = adds["interleaving"]["preference"]["value"]
+            rows.append(
+                [
+                    name,
+                    member,
+                    "by ranks" if weight is None else f"{weight:.1f}",
+                    f"{adds['without'][metric]:.3f}",
+                    f"{report['systems'][name][metric]:.3f}",
+                    percent(adds["uplift"][metric]),
+                    percent(adds["only_found"]["share"]),
+                    "-" if clicked is None else f"{clicked:.1%}",
+                ]
+            )
+    if not rows:
+        return ""
+    columns = [
+        "ensemble",
+        "retriever",
+        "weight",
+        f"{metric} without it",
+        "with it",
+        "uplift",
+        "relevant ads only it found",
+    ]
+    about = "Weights are chosen on dev. Clicks are simulated from the judgements: nobody clicked."
+    return markdown([*columns, "preferred by simulated clicks"], rows) + f"\n\n{about}"
 
 
 def percent(recovery: Recovery) -> str:
@@ -93,7 +134,8 @@ def details() -> str:
     for name, title in TITLES.items():
         if (found := read(name)) is not None:
             report = checked_report(found["report"], ROOT / "results" / f"{name}.json")
-            parts += [f"## {title}", command(report), table(report, METRICS), summary(report), timing(found)]
+            parts += [f"## {title}", command(report), table(report, METRICS), summary(report), ensembles(report)]
+            parts += [timing(found)]
     for name, title in LATENCY.items():
         path = ROOT / "results" / f"latency-{name}.json"
         if path.is_file():
