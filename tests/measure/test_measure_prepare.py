@@ -4,7 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from results.measure import measure_prepare, render_readme
+from results.measure import measure_prepare, tables
 
 
 def test_a_small_measurement_has_all_figures(tmp_path):
@@ -15,7 +15,7 @@ def test_a_small_measurement_has_all_figures(tmp_path):
     (run,) = found["runs"]
     assert run["planted"] == 200 and run["planted_found"] == 0 and run["dropped"]["log"]["e-mail"] > 0
     assert found["product_numbers"] == {"of": 1000, "lost": 0} and run["peak_mib"] > 50 and run["seconds"] > 0
-    assert "| 20,000 |" in render_readme.prepared(found) and "0 of 200" in render_readme.prepared(found)
+    assert "| 20,000 |" in tables.prepared(found) and "0 of 200" in tables.prepared(found)
 
 
 def test_every_second_line_of_a_long_log_is_its_own(tmp_path):

@@ -1,0 +1,189 @@
+"""Tables in Markdown of what single scripts measured: a function for each of results/*.json that is no report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    ruler = "|---|" + "---:|" * (len(header) - 1)
+    return "\n".join(["| " + " | ".join(header) + " |", ruler, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def compared(found: dict[str, Any]) -> str:
+    rows, where = [], []
+    for name, one in found["comparisons"].items():
+        low, high = one["ratio_range"]
+        speeds = [f"{one[side]['rows_per_s']:,.0f}" for side in ("ours", "theirs")]
+        rows.append([name, *speeds, f"{one['ratio']:.2f}x", f"{low:.2f} to {high:.2f}"])
+        for side in ("ours", "theirs") if "parts_ms" in one["ours"] else ():
+            parts = ", ".join(f"{part} {ms:.0f}" for part, ms in one[side]["parts_ms"].items())
+            where.append(f"- {name}, {side}: {parts}")
+    memory = found["memory_a_row"]
+    text = markdown(["comparison", "ours rows/s", "theirs rows/s", "ratio, median", "of repeats"], rows)
+    text += f"\n\nAnonymous memory a row of alignment: {memory['ours']:,.0f} B here, {memory['theirs']:,.0f} B there. "
+    return text + "Where a step's milliseconds go:\n\n" + "\n".join(where)
+
+
+def remembered(found: dict[str, Any]) -> str:
+    columns = ("rows", "disk_mib", "anonymous_peak_mib", "file_backed_peak_mib", "seconds")
+    rows = [
+        [
+            *(f"{run[name]:,.0f}" for name in columns),
+            f"{run['limit_mib']:,} MiB, {'kept' if run['passed'] else 'broken'}",
+        ]
+        for run in found["runs"]
+    ]
+    header = [
+        "queries",
+        "on disk MiB",
+        "anonymous peak MiB",
+        "file-backed peak MiB",
+        "seconds",
+        found["runs"][0]["limit"],
+    ]
+    return markdown(header, rows) + f"\n\nA query more costs {found['bytes_a_row']:.0f} B of anonymous memory."
+
+
+def prepared(found: dict[str, Any]) -> str:
+    """Time and memory of each log; what of the planted got through, and what was lost for nothing."""
+    sizes = ("log_mib", "seconds", "peak_mib")
+    rows = [[f"{run['lines']:,}", run["kind"], *(f"{run[name]:,.0f}" for name in sizes)] for run in found["runs"]]
+    through, of = (sum(run[name] for run in found["runs"]) for name in ("planted_found", "planted"))
+    lost = found["product_numbers"]
+    return (
+        markdown(["lines", "log", "on disk MiB", "seconds", "peak MiB"], rows)
+        + f"\n\nOf the e-mail addresses and numbers that were planted, {through} of {of:,} got through. "
+        f"Of {lost['of']:,} sizes, prices, models and numbers of the catalogue {lost['lost']:,} were taken for these."
+    )
+
+
+def searched(found: dict[str, Any]) -> str:
+    """From text to ads by each side; filters, ours and FAISS's own; memory of an opened index."""
+    sides, rows = found["text_to_ads"], []
+    crowded = {name for name, one in sides.items() if one["latency_ms"]["over"] == "all"}
+    for name, one in sides.items():
+        times = [("-" if {name, of} & crowded else f"{by:.1f}x") for of, by in one["times_faster_than"].items()]
+        rows.append([name, f"{one['recall']:.4f}", f"{one['p50_ms']:.2f}{'!' if name in crowded else ''}", *times])
+    beside = [f"faster than {name}" for name in next(iter(sides.values()))["times_faster_than"]]
+    about = found["queries_are"]
+    chosen = ", ".join(f"{name} is {one['factory']}" for name, one in found["chosen"].items())
+    text = markdown(["side", f"recall of the {found['settings']['k']} nearest", "p50 ms", *beside], rows)
+    text += (
+        f"\n\nA query's nearest ad has a cosine of {about['query_to_nearest_ad']:.2f}, an ad's nearest other one "
+        f"{about['ad_to_nearest_other_ad']:.2f}. {chosen}."
+    )
+    if crowded:
+        text += (
+            " Times marked ! were taken while others took the CPUs, and have no ratios: long calls lose more to others "
+            "than short ones. Recall and bytes do not depend on it."
+        )
+    rows = [
+        [name, *(f"{one[side][what]:.3f}" for side in ("ours", "faiss") for what in ("recall", "short_lists"))]
+        for name, one in found["filters"].items()
+    ]
+    header = ["filter, index", "recall", "short lists", "FAISS's own recall", "FAISS's own short lists"]
+    memory = [
+        [name, f"{one['mapped_bytes_a_vector']:,.0f}", f"{one['read_bytes_a_vector']:,.0f}"]
+        for name, one in found["memory"].items()
+    ]
+    own = markdown(["anonymous bytes a vector", "as HLM opens it", "as FAISS reads it"], memory)
+    return f"{text}\n\n{markdown(header, rows)}\n\n{own}"
+
+
+def light(found: dict[str, Any]) -> str:
+    rows = []
+    for name, one in found["environments"].items():
+        largest = sorted(one["packages"].items(), key=lambda item: -item[1])[:3]
+        beside = ", ".join(f"{package} {size / 2**20:.0f}" for package, size in largest)
+        rows.append([f"pip install {name}", f"{one['mib']:.0f}", f"{len(one['packages'])}", beside])
+    sizes = markdown(["command", "MiB", "packages", "the largest, MiB"], rows)
+    rows = [
+        [name, f"{one['wall_s']:.2f}", f"{one['cpu_s']:.2f}", "-" if one["others"] is None else f"{one['others']:.0%}"]
+        for name, one in found["commands"].items()
+    ]
+    header = ["from cold, median", "s", "CPU s", "of the CPUs used by others"]
+    return f"{sizes}\n\n{markdown(header, rows)}"
+
+
+def on_gpu(found: dict[str, Any]) -> str:
+    """Stages of recipes/gpu_check.py: what each found, and of a failed one why."""
+    rows = []
+    for name, stage in found["stages"].items():
+        measured = stage.get("measured", {})
+        names = ("p50_ms", "p99_ms", "tokenise_p50_ms", "best_queries_per_s", "step_seconds", "rows_per_s", "agrees")
+        shown = [f"{figure} {measured[figure]:.3g}" for figure in names if figure in measured]
+        shown += [measured["pytest"]] if "pytest" in measured else []
+        predicted = stage.get("predicted", {}).get("H200", {})
+        ahead = [f"{figure} {value:.3g}" for figure, value in predicted.items()]
+        rows.append([name, stage["status"], ", ".join(shown) or "-", ", ".join(ahead) or "-"])
+    text = markdown(["stage", "status", "measured", "predicted for an H200"], rows)
+    if "note" in found:
+        text += f"\n\n{found['note']}"
+    if trial := found.get("trial"):
+        ours, theirs = trial["190M"], trial["8B"]
+        ratio = theirs["p50_ms"] / ours["p50_ms"]
+        beside = theirs["sentence_transformers_p50_ms"] / ours["p50_ms"]
+        best = max(ours["queries_per_s"].values()), max(theirs["queries_per_s"].values())
+        text += (
+            f"\n\n{trial['note']} The 190M student took {ours['p50_ms']:.2f} ms, tokenisation included. "
+            f"The 8B teacher took {theirs['p50_ms']:.2f} ms as HLM serves it ({ratio:.0f}x), and "
+            f"{theirs['sentence_transformers_p50_ms']:.1f} ms under sentence-transformers ({beside:.0f}x). "
+            f"They encoded {best[0]:,} and {best[1]:,} queries a second ({best[0] / best[1]:.0f}x)."
+        )
+    return text
+
+
+def reliable(found: dict[str, Any]) -> str:
+    counts = ["rounds", "written_in_turn", "told", "mixed", "unloadable", "other"]
+    header = ["two writers of", "rounds", "one after the other", "one told", "mixed", "do not load", "other errors"]
+    races = [[kind, *(f"{row[name]:,}" for name in counts)] for kind, row in found["writers"].items()]
+    counts = ["kills", "ended_before", "other_bits", "failed", "leftovers"]
+    steps = [[step, *(f"{row[name]:,}" for name in counts)] for step, row in found["kills"].items()]
+    header_of_kills = ["step", "kills", "had ended", "rerun ends in other bits", "rerun fails", "leaves something"]
+    return f"{markdown(header, races)}\n\n{markdown(header_of_kills, steps)}"
+
+
+def visited(found: dict[str, Any]) -> str:
+    starts = found["starts"]
+    rows = [
+        [what.replace("_s", "").replace("_", " ") + ", s", ", ".join(f"{start[what]:.1f}" for start in starts)]
+        for what in starts[0]
+    ]
+    for what, times in (("a search in the browser, ms", found["search_in_browser_ms"]), ("", found["clients"])):
+        what = what or f"a search of {times['clients']} clients at once, ms ({times['errors']} errors)"
+        rows.append([what, f"p50 {times['p50']:.0f}, p95 {times['p95']:.0f}, p99 {times['p99']:.0f}"])
+    return markdown(["what", "measured"], rows)
+
+
+def published(found: dict[str, Any]) -> str:
+    header = [
+        "upload mode, scenario",
+        "requests",
+        "faults tried",
+        "client completed",
+        "clear error",
+        "other error",
+        "half-published or wrong content",
+        "reruns completed",
+    ]
+    rows, modes = [], found["settings"]["modes"]
+    for mode in modes:
+        for scenario in found["settings"]["scenarios"]:
+            one = found[mode][scenario]
+            total = {}
+            for count in one["faults"].values():
+                total = {name: total.get(name, 0) + value for name, value in count.items()}
+            half = total.get("half_published", 0) + total.get("wrong_content", 0)
+            names = ("tried", "completed", "clear_error", "other_error")
+            cells = [one["requests"], *(total[name] for name in names), half, total["reruns_completed"]]
+            rows.append([f"{mode}, {scenario}", *(f"{cell:,}" for cell in cells)])
+    largest = max(
+        value for mode in modes for value in found[mode].get("round_trip", {}).get("max_difference", {"": 0.0}).values()
+    )
+    limits = "\n".join(f"- {line}" for line in found["not_proven"])
+    text = (
+        f"Kinds of fault: {', '.join(found['settings']['faults'])}. Vectors pulled after a round trip of the release "
+    )
+    text += f"differ from those published by {largest} at most.\n\nWhat this does not prove:\n\n{limits}"
+    return f"{markdown(header, rows)}\n\n{text}"
