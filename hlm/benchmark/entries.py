@@ -17,6 +17,7 @@ from hlm.benchmark.random_weights import RANDOM_IDS, Derivation, shape_config, s
 from hlm.benchmark.systems import HLM, SENTENCE_TRANSFORMERS, TORCH_BACKENDS, System, load_system
 from hlm.config import Pairs
 from hlm.encoders.qwen_tokenizer import find_tokenizer
+from hlm.encoders.static import is_static_folder
 from hlm.planning.footprint import backbone_config
 from hlm.settings import closest, read_section
 
@@ -186,6 +187,8 @@ def find_works(
             continue
         shape = shape_config(entry.shape, layers=entry.layers, ffn=entry.ffn) if entry.shape else None
         lookup = bool(system.facts.get("lookup"))
+        if entry.model is not None and is_static_folder(entry.model):
+            continue  # nothing is multiplied: no floor to compare with
         config = shape or backbone_config(str(entry.model))
         work = work_of(config, system.count_tokens(queries), precision, lookup=lookup)
         if work is not None:
