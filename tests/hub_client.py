@@ -138,12 +138,15 @@ def check_once() -> None:
 
 def forget() -> None:
     """As a process on another machine: nothing pulled before, nothing known of what was sent before."""
-    from huggingface_hub import _tree_cache, constants
+    from huggingface_hub import constants
     from huggingface_hub.utils import _xet
 
     _xet.abort_xet_session()
     _xet.XET_CONNECTION_INFO_CACHE.clear()
-    _tree_cache._IN_MEMORY_TREE_CACHE.clear()
+    with contextlib.suppress(ImportError):  # older clients have no such cache
+        from huggingface_hub import _tree_cache
+
+        _tree_cache._IN_MEMORY_TREE_CACHE.clear()
     for folder in (constants.HF_HUB_CACHE, Path(constants.HF_HOME) / "xet"):
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -97,10 +97,13 @@ class TrainingArguments(SentenceTransformerTrainingArguments):
                 "leave it out and run the same command again"
             )
         if self.load_best_model_at_end and self.save_strategy == "steps" and self.save_steps != self.eval_steps:
-            raise HlmError(
-                f"load_best_model_at_end: expected each evaluated step to be saved, found eval_steps {self.eval_steps} "
-                f"and save_steps {self.save_steps}: the best may not be there; set both to one number"
-            )
+            steps = f"eval_steps {self.eval_steps} and save_steps {self.save_steps}"
+            raise HlmError(f"load_best_model_at_end: expected each evaluated step to be saved, found {steps}; set one")
+
+    @property
+    def device(self) -> torch.device:
+        found = super().device  # in several processes of older accelerate "cpu:0", onto which torch loads no checkpoint
+        return torch.device("cpu") if found.type == "cpu" else found
 
     def check_hardware(self, step: str, config: Any) -> None:
         """Refuses a recipe's settings before any weights load, as `hlm.planning.plan.check_step` says."""

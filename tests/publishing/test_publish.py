@@ -2,13 +2,14 @@
 
 import errno
 import hashlib
+import importlib
 import json
 import shutil
 from pathlib import Path
 
-import httpx2
 import numpy as np
 import pytest
+from huggingface_hub import errors
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.numpy import save_file
 
@@ -23,6 +24,8 @@ from hlm.publishing.publish import link_files, local_folder, publish_folder
 from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.store import VectorStore, write_store
 
+# The Hub's client speaks HTTP by httpx, or by httpx2 in newer versions.
+httpx = importlib.import_module(errors.HTTPError.__module__.split(".")[0])
 SECRET = "hf_" + "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -312,8 +315,8 @@ def test_the_machines_names_are_refused_in_texts_but_not_in_tables_of_words(mine
 
 
 def status_error(status: int) -> HfHubHTTPError:
-    request = httpx2.Request("POST", "http://hub.test/api/models/acme/x")
-    response = httpx2.Response(status, request=request)
+    request = httpx.Request("POST", "http://hub.test/api/models/acme/x")
+    response = httpx.Response(status, request=request)
     address = f"https://cdn.test/x?Signature={SECRET}&Expires=1"
     return HfHubHTTPError(f"{status} Client Error for url: {address} token {SECRET}", response=response)
 
@@ -336,8 +339,8 @@ def wrapped(error: BaseException) -> RuntimeError:
         (status_error(429), "HTTP 429", "wait some minutes"),
         (status_error(503), "HTTP 503", "check the connection, then run it again"),
         (wrapped(status_error(500)), "HTTP 500", "run it again"),
-        (httpx2.ConnectError("refused"), "ConnectError", "check the connection"),
-        (httpx2.RemoteProtocolError("peer closed"), "RemoteProtocolError", "run it again"),
+        (httpx.ConnectError("refused"), "ConnectError", "check the connection"),
+        (httpx.RemoteProtocolError("peer closed"), "RemoteProtocolError", "run it again"),
         (OSError("Consistency check failed: file should be of size 3"), "Consistency check", "run it again"),
         (OSError(errno.ENOSPC, "No space left on device"), "No space left", "free some space"),
         (wrapped(OSError(errno.ENOSPC, "No space left on device")), "No space left", "free some space"),
