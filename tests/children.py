@@ -263,9 +263,11 @@ def program(job: dict[str, Any], fds: list[int]) -> int | dict[str, Any]:
         os.waitpid(between, 0)
         return pid
     os.close(reader)
-    if pid := os.fork():
-        os.write(writer, str(pid).encode())
+    if os.fork():
         os._exit(0)
+    if job["session"]:
+        os.setsid()  # before its id is known: who has it may signal the whole session
+    os.write(writer, str(os.getpid()).encode())
     os.close(writer)
     for _ in range(5000):
         if os.getppid() == job["parent"]:
@@ -280,7 +282,7 @@ def execute(job: dict[str, Any]) -> None:
     for number, fd in enumerate(job["fds"]):
         os.dup2(fd, number)
     os.closerange(3, 1024)
-    if job["session"]:
+    if job["session"] and os.getsid(0) != os.getpid():
         os.setsid()
     os.chdir(job["cwd"])
     os.environ.clear()

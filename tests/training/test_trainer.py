@@ -2,12 +2,13 @@
 them; settings that cannot work are refused, and what is left out is said."""
 
 import json
-import multiprocessing
 import pickle
 import shutil
+import sys
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
+import children
 import numpy as np
 import pytest
 import torch
@@ -23,6 +24,7 @@ from hlm.training.batches import GroupedBatches, TokenTable
 from hlm.training.trainer import TrainingArguments
 from recipes import align, embed, evaluate, refine, teacher
 
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = ["--max_steps", "3", "--save_strategy", "no", "--per_device_train_batch_size", "16", "--seed", "3"]
 STEPS += ["--disable_tqdm", "true", "--learning_rate", "1e-2"]
 
@@ -115,14 +117,20 @@ def same(one, other) -> bool:
     return torch.equal(torch.as_tensor(one), torch.as_tensor(other))
 
 
+LOADED = """
+import multiprocessing, sys
+from recipes import align
+multiprocessing.set_start_method(sys.argv[1])
+align.main(sys.argv[2:])
+"""
+
+
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
 def test_loader_workers_train_to_the_same_weights_however_they_start(run, tmp_path, method):
-    before = multiprocessing.get_start_method()
-    multiprocessing.set_start_method(method, force=True)
-    try:
-        align.main(words("align", run, tmp_path / "workers", "--dataloader_num_workers", "1"))
-    finally:
-        multiprocessing.set_start_method(before, force=True)
+    # In a process of its own: torch's loader takes over SIGCHLD, and children of other tests may end meanwhile.
+    given = words("align", run, tmp_path / "workers", "--dataloader_num_workers", "1")
+    done = children.run([sys.executable, "-c", LOADED, method, *given], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     one, other = (load_file(folder / "model.safetensors") for folder in (tmp_path / "workers", run / "student"))
     for tensor in one:
         np.testing.assert_array_equal(one[tensor], other[tensor], err_msg=tensor)
