@@ -11,16 +11,9 @@ import yaml
 from hlm import cli
 from hlm.recipe_files import recipes
 from hlm.step_table import STEPS
+from recipes.quickstart import named_in
 
 SETS = sorted(path.name for path in (recipes() / "configs").iterdir() if path.name != "accelerate")
-
-
-def texts_of(value):
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from texts_of(one)
 
 
 @pytest.mark.parametrize("like", SETS)
@@ -39,8 +32,8 @@ def test_init_writes_a_set_of_ones_own(tmp_path, monkeypatch, capsys, like):
         if path.parent.name != "accelerate":
             before = yaml.safe_load((theirs / path.name).read_text())
             assert set(before) - set(values) <= {"space"}
-            ours = [text for text in texts_of(values) if text.startswith("runs/my-shop")]
-            assert len(ours) == sum(text.startswith(f"runs/{like}") for text in texts_of(before)), path
+            ours = [text for text in named_in(values) if text.startswith("runs/my-shop")]
+            assert len(ours) == sum(text.startswith(f"runs/{like}") for text in named_in(before)), path
 
 
 def test_init_overwrites_nothing(tmp_path, monkeypatch, capsys):

@@ -16,6 +16,7 @@ from hlm.recipe_files import sets
 from hlm.settings import hints_of
 from hlm.step_table import STEPS
 from recipes import quickstart
+from recipes.quickstart import named_in
 
 
 @pytest.fixture(autouse=True)
@@ -32,14 +33,6 @@ def run_file(**values) -> Path:
     path.parent.mkdir(exist_ok=True)
     path.write_text(yaml.safe_dump({"like": "esci_mini", "output": "runs/mine", "data": "data"} | values))
     return path
-
-
-def texts_of(value):
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from texts_of(one)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +53,7 @@ def test_three_answers(answers, like, kept):
     assert all("  # " in line for line in path.read_text().splitlines()[1:-1])  # each line says what it is
     steps = step_settings(path)
     assert {"teacher", "embed", "align", "refine", "evaluate"} < set(steps)
-    assert not any(text.startswith(f"runs/{like}") for text in texts_of(steps))
+    assert not any(text.startswith(f"runs/{like}") for text in named_in(steps))
     assert ("prepare" in steps) == ("catalogue" in kept) and ("make_catalogue" in steps) == (not answers)
     for name, settings in steps.items():
         if (own := STEPS[name].settings) and not STEPS[name].trains:
