@@ -299,21 +299,29 @@ class _Collator:
 @contextlib.contextmanager
 def claimed_output(output: str, kind: str, args: TrainingArguments) -> Iterator[str]:
     """Claims a recipe's output, and the training folder beside it, for as long as the recipe runs: before any work,
-    another writer or somebody's files there are told. The first process claims it for all.
+    another writer or somebody's files there are told. The first process claims it for all, and no other goes on before.
 
     Yields:
         The output as every process must write it: absolute, links followed. `args.output_dir` is beside it.
 
     Raises:
-        HlmError: as `hlm.artefacts.claimed`; or the training folder holds somebody's files.
+        HlmError: as `hlm.artefacts.claimed`; or the training folder holds somebody's files. Every process raises it.
     """
     target = str(resolved(output))
     args.output_dir = f"{target}.training"
+    refusal = None
     with contextlib.ExitStack() as stack:
         if args.process_index == 0:
-            stack.enter_context(claimed(output, kind))
-            take_folder(args.output_dir)
-            stack.callback(leave_folder, args.output_dir)
+            try:
+                stack.enter_context(claimed(output, kind))
+                take_folder(args.output_dir)
+                stack.callback(leave_folder, args.output_dir)
+            except HlmError as error:
+                refusal = error
+        # One that went ahead would write into a training folder not yet taken, which then looks like somebody's.
+        [refusal] = broadcast_object_list([refusal])
+        if refusal is not None:
+            raise refusal
         yield target
 
 
