@@ -70,9 +70,22 @@ class EmbedConfig:
     A killed run goes on after the last whole shard, and a store that is up to date is left alone.
     """
 
-    model: str = field(metadata={"help": "the teacher: a folder, a Hub id or package:<package>/<folder in it>"})
+    model: str = field(
+        metadata={"help": "the teacher: a folder, a Hub id or package:...; its name where it is asked, or has answered"}
+    )
     data: str = field(metadata={"help": "the dataset: a folder or a Hub id"})
     output: str = field(metadata={"help": "folder for the stores, one a part"})
+    endpoint: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "{url, kind: openai or tei, key_variable, price, ...}: the teacher behind an API"},
+    )
+    ready: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "part -> its ready vectors: a path, or {path, ids, vectors, table}; they are not computed"},
+    )
+    same_as: str | None = field(
+        default=None, metadata={"help": "earlier stores of this endpoint or these ready vectors: their teacher is kept"}
+    )
     skip_bad_rows: bool = field(
         default=False, metadata={"help": "leave out rows without text, and judgements of what is not in the data"}
     )

@@ -24,7 +24,8 @@ from hlm.planning.plan import check_dim
 from hlm.progress import progress
 from hlm.settings import keywords
 from hlm.steps import PARTS, EmbedConfig
-from hlm.vectors import canaries
+from hlm.vectors import canaries, given
+from hlm.vectors.endpoint import Endpoint
 from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.recall import measured, sample_of
 from hlm.vectors.store import VectorStore, check_store_output, pending_shards, write_store
@@ -54,8 +55,11 @@ def embed(config: EmbedConfig) -> Path:
     """
     check(config)
     process = processes()
-    dim = check_dim(config.dim, encoder_width(config.model, revision=config.model_revision))
-    check_dim(config.index_dim, dim, "index_dim")
+    endpoint, ready = given.read_settings(config)
+    asked = Endpoint(config.model, endpoint) if endpoint else None
+    if given.needs_model(config):
+        dim = check_dim(config.dim, encoder_width(config.model, revision=config.model_revision))
+        check_dim(config.index_dim, dim, "index_dim")
     output = Path(config.output)
     if process.is_main_process:
         for part in config.parts:
@@ -68,19 +72,30 @@ def embed(config: EmbedConfig) -> Path:
     sources = {part: data.fingerprint(part) for part in config.parts}  # refuses a part that the dataset lacks
     if config.oracle and not any("oracle" in table.column_names for table in tables.values()):
         raise HlmError(f"oracle: expected an 'oracle' column in {config.data}, found none; add it or set oracle: false")
-    model = load_encoder(
-        config.model,
-        device=str(process.device),
-        dtype=config.dtype,
-        max_seq_length=config.max_seq_length,
-        revision=config.model_revision,
-    )
-    encoder = fingerprint(model)
-    for part, table in tables.items():
-        write_part(config, part, table, model, process, dim=dim, encoder=encoder, source=sources[part])
+    model = None
+    if given.needs_model(config):
+        model = load_encoder(
+            config.model,
+            device=str(process.device),
+            dtype=config.dtype,
+            max_seq_length=config.max_seq_length,
+            revision=config.model_revision,
+        )
+    if asked or ready:  # one process asks: the limits of an endpoint are for all
+        parts = {
+            part: given.Part(records_of(table, part, config.oracle), len(table), sources[part], _has_ids(table))
+            for part, table in tables.items()
+        }
+        if process.is_main_process:
+            given.write_given(config, parts, asked, ready, model)
+    elif model is not None:
+        encoder = fingerprint(model)
+        for part, table in tables.items():
+            write_part(config, part, table, model, process, dim=dim, encoder=encoder, source=sources[part])
     process.wait_for_everyone()
     if process.is_main_process:
-        write_canaries(model, config)
+        if model is not None and not ready:
+            write_canaries(model, config)
         if config.index:
             write_index(config.output, config.index, config.index_dim)
     return output
@@ -186,7 +201,7 @@ def records_of(table: datasets.Dataset, part: str, oracle: bool) -> Callable[[in
     """The store's view of a table: (start, stop) -> (row id, text) of these rows, read in batches."""
     render = document_text if part == "corpus" else query_text
     columns = [name for name in ("_id", "title", "text", "oracle") if name in table.column_names]
-    has_id = "_id" in columns  # unlabelled queries need none
+    has_id = _has_ids(table)  # unlabelled queries need none
 
     def records(start: int, stop: int) -> Iterator[tuple[str, str]]:
         number = start
@@ -197,6 +212,10 @@ def records_of(table: datasets.Dataset, part: str, oracle: bool) -> Callable[[in
                 number += 1
 
     return records
+
+
+def _has_ids(table: datasets.Dataset) -> bool:
+    return "_id" in table.column_names
 
 
 def stepwise(encode_texts: Callable[[list[str]], np.ndarray]) -> Callable[[list[str]], np.ndarray]:
