@@ -102,6 +102,12 @@ class EmbedConfig:
     )
     batch_tokens: int = field(default=4096, metadata={"help": "padded tokens a batch; lower it where memory runs out"})
     shard_rows: int = field(default=65536, metadata={"help": "rows a shard: what a kill can cost"})
+    shard: str | None = field(
+        default=None, metadata={"help": "i/n, i from 0: write only this task's share of the shards; null: all of them"}
+    )
+    ray_workers: int | None = field(
+        default=None, metadata={"help": "workers of a Ray cluster that write the shards, each on a GPU; null: none"}
+    )
     model_revision: str | None = field(default=None, metadata={"help": "revision of a model on the Hub"})
     data_revision: str | None = field(default=None, metadata={"help": "revision of a dataset on the Hub"})
 
