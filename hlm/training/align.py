@@ -23,6 +23,7 @@ from hlm.outputs import resolved
 from hlm.settings import keywords
 from hlm.steps import AlignConfig
 from hlm.training.batches import TokenTable
+from hlm.training.checkpoints import claimed_output
 from hlm.training.dev_retrieval import DevRetrieval
 from hlm.training.gradcache import gather_with_gradient
 from hlm.training.inputs import check_start
@@ -30,7 +31,6 @@ from hlm.training.losses import cosine_alignment, kernel_alignment, kl_distillat
 from hlm.training.trainer import (
     RecipeTrainer,
     TrainingArguments,
-    claimed_output,
     finish,
     recorded,
     set_dropout,

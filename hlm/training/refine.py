@@ -20,6 +20,7 @@ from hlm.identity import PATHS, as_config, up_to_date
 from hlm.settings import keywords
 from hlm.steps import RefineConfig
 from hlm.training.batches import TokenTable
+from hlm.training.checkpoints import claimed_output
 from hlm.training.dev_retrieval import DevRetrieval
 from hlm.training.frozen import FrozenVectors
 from hlm.training.gradcache import gather_with_gradient, loss_of_chunks
@@ -37,7 +38,6 @@ from hlm.training.mining import (
 from hlm.training.trainer import (
     RecipeTrainer,
     TrainingArguments,
-    claimed_output,
     finish,
     recorded,
     set_dropout,

@@ -28,6 +28,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file, save_file
 from transformers import BertModel, Qwen3Model  # noqa: F401
 
+import hlm.training.checkpoints
 import hlm.training.trainer
 from hlm.artefacts import HlmError, read_manifest
 from hlm.data.contract import load
@@ -191,7 +192,7 @@ def forked(job: dict, record: Path) -> None:
     if job["machines"] == 2:  # what each one's launcher says: the first process here, and the only one
         os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         if os.environ["RANK"] == "0":  # the other must not go ahead of what the first does for both
-            hlm.training.trainer.take_folder = late(take_folder)
+            hlm.training.checkpoints.take_folder = late(take_folder)
     if os.environ["RANK"] != "0":
         hlm.training.trainer.save_file = None  # the first process alone writes what all share
     run(job["recipe"], job["words"], record, processes=2, kill=job["kill"])
