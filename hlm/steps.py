@@ -259,7 +259,9 @@ class EvaluateConfig:
 
     data: str = field(metadata={"help": "folder or Hub id in the data contract"})
     systems: dict[str, Any] = field(
-        metadata={"help": "name -> nothing (bm25), a model, or {model, corpus (store), index, oracle, prompt_name}"}
+        metadata={
+            "help": "name -> nothing (bm25), a model, or {model or queries (store), corpus (store), index, oracle, ...}"
+        }
     )
     skip_bad_rows: bool = field(
         default=False, metadata={"help": "leave out rows without text, and judgements of what is not in the data"}
@@ -294,8 +296,9 @@ class EvaluateConfig:
 class System:
     """One entry of `systems`."""
 
-    model: str  # folder, "package:..." or Hub id; students: the folder that a recipe wrote
+    model: str | None = None  # folder, "package:..." or Hub id; students: the folder that a recipe wrote
     corpus: str | None = None  # store of document vectors; encoded here (backbone, teacher) or the teacher's (students)
+    queries: str | None = None  # store of its query vectors, in place of a model: a teacher that cannot be loaded
     index: str | None = None  # folder of an index that is searched in place of the vectors, which are searched exactly
     oracle: bool = False  # the teacher's queries are read with their oracle column
     prompt_name: str | None = "query"

@@ -37,6 +37,7 @@ from hlm.training.trainer import (
     train,
 )
 from hlm.vectors.faiss_index import AdIndex
+from hlm.vectors.lineage import named_teacher
 from hlm.vectors.store import VectorStore
 
 logger = logging.getLogger(__name__)
@@ -142,7 +143,7 @@ def _align(
     )
     measured = train(trainer, identity)
     if trainer.is_world_process_zero():
-        save_encoder(model, output, "student", **identity, **measured)
+        save_encoder(model, output, "student", **identity, **measured, **named_teacher(documents))
     finish(trainer, measured)
     return output
 

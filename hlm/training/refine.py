@@ -44,7 +44,7 @@ from hlm.training.trainer import (
     train,
 )
 from hlm.vectors.faiss_index import AdIndex
-from hlm.vectors.lineage import check_student
+from hlm.vectors.lineage import check_student, named_teacher
 from hlm.vectors.store import VectorStore
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def _refine(config: RefineConfig, args: TrainingArguments) -> None:
     )
     measured = train(trainer, identity)
     if trainer.is_world_process_zero():
-        save_encoder(model, config.output, "student", **identity, **measured)
+        save_encoder(model, config.output, "student", **identity, **measured, **named_teacher(documents))
     finish(trainer, measured)
 
 

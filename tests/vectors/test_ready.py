@@ -1,4 +1,4 @@
-"""Ready vectors in Parquet, NumPy, FAISS and LanceDB: found by id or text in any order, and refused by name."""
+"""Ready vectors in Parquet, NumPy, FAISS, LanceDB: found by id or text, in any order, and refused by name."""
 
 import faiss
 import numpy as np
