@@ -19,6 +19,7 @@ EXTRAS = {
     "gradio": "space",
     "lancedb": "lance",
     "openvino": "openvino",
+    "ray": "ray",
 }  # fmt: skip
 
 
