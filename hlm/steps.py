@@ -70,9 +70,22 @@ class EmbedConfig:
     A killed run goes on after the last whole shard, and a store that is up to date is left alone.
     """
 
-    model: str = field(metadata={"help": "the teacher: a folder, a Hub id or package:<package>/<folder in it>"})
+    model: str = field(
+        metadata={"help": "the teacher: a folder, a Hub id or package:...; its name where it is asked, or has answered"}
+    )
     data: str = field(metadata={"help": "the dataset: a folder or a Hub id"})
     output: str = field(metadata={"help": "folder for the stores, one a part"})
+    endpoint: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "{url, kind: openai or tei, key_variable, price, ...}: the teacher behind an API"},
+    )
+    ready: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "part -> its ready vectors: a path, or {path, ids, vectors, table}; they are not computed"},
+    )
+    same_as: str | None = field(
+        default=None, metadata={"help": "earlier stores of this endpoint or these ready vectors: their teacher is kept"}
+    )
     skip_bad_rows: bool = field(
         default=False, metadata={"help": "leave out rows without text, and judgements of what is not in the data"}
     )
@@ -185,12 +198,19 @@ class AlignConfig:
     objective: Literal["l2", "cosine", "kernel", "kl"] = field(
         default="l2", metadata={"help": "what is minimised between the student's and the teacher's query vectors"}
     )
+    also: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "objectives added to it and their weights, such as {kl: 0.1}"}
+    )
     temperature: float = field(default=0.05, metadata={"help": "of the kl objective"})
     kl_documents: int = field(default=4096, metadata={"help": "ads that the kl objective compares the queries with"})
     head: bool = field(default=False, metadata={"help": "a linear head to the teacher's width, inside the model"})
     parts: list[str] = field(
         default_factory=lambda: ["unlabelled", "train"], metadata={"help": "queries to align on: unlabelled, train"}
     )
+    kinds: list[str] = field(
+        default_factory=list, metadata={"help": "unlabelled queries of these kinds, by the column `kind`; empty: all"}
+    )
+    queries: int | None = field(default=None, metadata={"help": "a sample of so many queries; null: all"})
     prompt: bool = field(default=False, metadata={"help": "keep the student's query prompt; alignment teaches it"})
     dropout: float = field(default=0.0, metadata={"help": "probability, in the student while it trains"})
     calibration: int = field(default=512, metadata={"help": "queries that layers and FFN units are scored on"})
@@ -239,7 +259,9 @@ class EvaluateConfig:
 
     data: str = field(metadata={"help": "folder or Hub id in the data contract"})
     systems: dict[str, Any] = field(
-        metadata={"help": "name -> nothing (bm25), a model, or {model, corpus (store), index, oracle, prompt_name}"}
+        metadata={
+            "help": "name -> nothing (bm25), a model, or {model or queries (store), corpus (store), index, oracle, ...}"
+        }
     )
     skip_bad_rows: bool = field(
         default=False, metadata={"help": "leave out rows without text, and judgements of what is not in the data"}
@@ -274,8 +296,9 @@ class EvaluateConfig:
 class System:
     """One entry of `systems`."""
 
-    model: str  # folder, "package:..." or Hub id; students: the folder that a recipe wrote
+    model: str | None = None  # folder, "package:..." or Hub id; students: the folder that a recipe wrote
     corpus: str | None = None  # store of document vectors; encoded here (backbone, teacher) or the teacher's (students)
+    queries: str | None = None  # store of its query vectors, in place of a model: a teacher that cannot be loaded
     index: str | None = None  # folder of an index that is searched in place of the vectors, which are searched exactly
     oracle: bool = False  # the teacher's queries are read with their oracle column
     prompt_name: str | None = "query"

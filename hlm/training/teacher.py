@@ -29,6 +29,7 @@ from hlm.settings import keywords
 from hlm.steps import TeacherConfig
 from hlm.training.agreement import LEAST_JUDGED, Agreement, TypedQueries
 from hlm.training.batches import TokenTable
+from hlm.training.checkpoints import claimed_output
 from hlm.training.dev_retrieval import DevRetrieval
 from hlm.training.gradcache import gather_with_gradient, loss_of_chunks
 from hlm.training.inputs import kept_pairs
@@ -44,7 +45,6 @@ from hlm.training.selection import (
 from hlm.training.trainer import (
     RecipeTrainer,
     TrainingArguments,
-    claimed_output,
     finish,
     recorded,
     train,

@@ -26,7 +26,9 @@ from hlm.planning.plan import check_dim
 from hlm.progress import progress
 from hlm.settings import keywords
 from hlm.steps import PARTS, EmbedConfig
-from hlm.vectors import canaries
+from hlm.teacher_settings import ReadySettings
+from hlm.vectors import canaries, given
+from hlm.vectors.endpoint import Endpoint
 from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.ray_workers import write_by_ray
 from hlm.vectors.recall import measured, sample_of
@@ -59,14 +61,20 @@ def embed(config: EmbedConfig) -> Path:
     check(config)
     _, tasks = share_of(config.shard)
     process = processes()
-    dim = check_dim(config.dim, encoder_width(config.model, revision=config.model_revision))
-    check_dim(config.index_dim, dim, "index_dim")
+    endpoint, ready = given.read_settings(config)
+    asked = Endpoint(config.model, endpoint) if endpoint else None
+    if given.needs_model(config):
+        dim = check_dim(config.dim, encoder_width(config.model, revision=config.model_revision))
+        check_dim(config.index_dim, dim, "index_dim")
     output = Path(config.output)
     if process.is_main_process:
         for part in config.parts:
             check_store_output(output / part)
         if config.index and tasks == 1:  # tasks of an array would meet at its lock
             check_output(output / "index", "index")
+    if asked or ready:
+        write_given(config, process, asked, ready)
+        return output
     if config.ray_workers:
         write_by_ray(config, {part: len(table) for part, table in tables_of(config, process)[0].items()})
     work = Work.of(config, process)
@@ -76,6 +84,23 @@ def embed(config: EmbedConfig) -> Path:
     if process.is_main_process:
         finish(work.model, config)
     return output
+
+
+def write_given(
+    config: EmbedConfig, process: PartialState, asked: Endpoint | None, ready: dict[str, ReadySettings]
+) -> None:
+    """The stores and the index of a teacher behind an endpoint, or whose vectors are ready."""
+    tables, sources = tables_of(config, process)
+    if process.is_main_process:  # one process asks: the limits of an endpoint are for all
+        parts = {
+            part: given.Part(records_of(table, part, config.oracle), len(table), sources[part], _has_ids(table))
+            for part, table in tables.items()
+        }
+        given.write_given(
+            config, parts, asked, ready, load_model(config, process) if given.needs_model(config) else None
+        )
+        finish(None, config)
+    process.wait_for_everyone()
 
 
 def tables_of(config: EmbedConfig, process: PartialState) -> tuple[dict[str, datasets.Dataset], dict[str, str]]:
@@ -106,13 +131,7 @@ class Work:
     def of(cls, config: EmbedConfig, process: PartialState) -> Work:
         """Loads the data and the model."""
         tables, sources = tables_of(config, process)
-        model = load_encoder(
-            config.model,
-            device=str(process.device),
-            dtype=config.dtype,
-            max_seq_length=config.max_seq_length,
-            revision=config.model_revision,
-        )
+        model = load_model(config, process)
         shared: dict[str, Any] = {
             "dim": check_dim(config.dim, encoder_width(config.model, revision=config.model_revision))
         }
@@ -130,18 +149,30 @@ class Work:
         return records_of(self.tables[part], part, self.config.oracle), stepwise(encode_part)
 
 
+def load_model(config: EmbedConfig, process: PartialState) -> SentenceTransformer:
+    return load_encoder(
+        config.model,
+        device=str(process.device),
+        dtype=config.dtype,
+        max_seq_length=config.max_seq_length,
+        revision=config.model_revision,
+    )
+
+
 def prompt_name(part: str) -> str:
     return "document" if part == "corpus" else "query"
 
 
-def finish(model: SentenceTransformer, config: EmbedConfig) -> None:
-    """What follows when every store is whole, by whichever task of an array finds them so: canaries, and the index."""
+def finish(model: SentenceTransformer | None, config: EmbedConfig) -> None:
+    """What follows when every store is whole, by whichever task of an array finds them so: canaries of the model, if
+    one was loaded, and the index."""
     output = Path(config.output)
     if unfinished := [part for part in config.parts if not (output / part / MANIFEST).is_file()]:
         logger.info("%s: shards of %s are still with other tasks", output, ", ".join(unfinished))
         return
     with locked(output / ".finish.lock", f"canaries and index of {output}", wait=True):
-        write_canaries(model, config)
+        if model is not None:
+            write_canaries(model, config)
         if config.index:
             write_index(config.output, config.index, config.index_dim)
 
@@ -212,6 +243,8 @@ def check(config: EmbedConfig) -> None:
         raise HlmError(f"index: expected 'corpus' among the parts, found {config.parts}; the index is built over it")
     if config.ray_workers and config.shard:
         raise HlmError("expected ray_workers or shard, found both; either shares the shards out")
+    if (config.ray_workers or config.shard) and (config.endpoint or config.ready):
+        raise HlmError("expected no shard or ray_workers beside an endpoint or ready vectors: one process writes these")
     for name in ("dim", "index_dim", "max_seq_length", "batch_tokens", "shard_rows", "ray_workers"):
         value = getattr(config, name)
         if value is not None and value < 1:
@@ -231,7 +264,7 @@ def records_of(table: datasets.Dataset, part: str, oracle: bool) -> Callable[[in
     """The store's view of a table: (start, stop) -> (row id, text) of these rows, read in batches."""
     render = document_text if part == "corpus" else query_text
     columns = [name for name in ("_id", "title", "text", "oracle") if name in table.column_names]
-    has_id = "_id" in columns  # unlabelled queries need none
+    has_id = _has_ids(table)  # unlabelled queries need none
 
     def records(start: int, stop: int) -> Iterator[tuple[str, str]]:
         number = start
@@ -242,6 +275,10 @@ def records_of(table: datasets.Dataset, part: str, oracle: bool) -> Callable[[in
                 number += 1
 
     return records
+
+
+def _has_ids(table: datasets.Dataset) -> bool:
+    return "_id" in table.column_names
 
 
 def stepwise(encode_texts: Callable[[list[str]], np.ndarray]) -> Callable[[list[str]], np.ndarray]:

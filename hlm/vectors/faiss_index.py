@@ -175,6 +175,12 @@ class AdIndex(Index):
         )
 
     @classmethod
+    def create(cls, place: str | Path, store: VectorStore, factory: str, **options: Any) -> AdIndex:
+        """What `build` makes of these arguments, written by `save` and opened."""
+        cls.build(store, factory, **options).save(place)
+        return cls.load(place)
+
+    @classmethod
     def from_vectors(cls, vectors: np.ndarray, ids: Sequence[str], *, encoder: str = "", source: str = "") -> AdIndex:
         """An exact index over float32 (n, dim) vectors in memory, e.g. a dev sample that the model in training encoded.
 
