@@ -17,6 +17,7 @@ EXTRAS = {
     "evaluate": "eval", "matplotlib": "eval",
     "duckdb": "logs", "phonenumbers": "logs",
     "gradio": "space",
+    "lancedb": "lance",
     "openvino": "openvino",
     "ray": "ray",
 }  # fmt: skip

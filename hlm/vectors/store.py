@@ -106,6 +106,11 @@ class VectorStore:
         """16 hex digits over the inputs and every shard's SHA-256: what an index built from this store records."""
         return fingerprint_json([self.manifest["inputs"], self.manifest["shards"]])
 
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What an index built from this store says it is made of: {"shards": 16 hex digits of each shard's vectors}."""
+        return {"shards": [record["vectors"]["sha256"][:16] for record in self.manifest["shards"]]}
+
     @functools.cached_property
     def ids(self) -> pa.ChunkedArray:
         """The row ids as Arrow strings in row order, one chunk a shard; read on first use and kept."""
