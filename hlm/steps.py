@@ -70,9 +70,22 @@ class EmbedConfig:
     A killed run goes on after the last whole shard, and a store that is up to date is left alone.
     """
 
-    model: str = field(metadata={"help": "the teacher: a folder, a Hub id or package:<package>/<folder in it>"})
+    model: str = field(
+        metadata={"help": "the teacher: a folder, a Hub id or package:...; its name where it is asked, or has answered"}
+    )
     data: str = field(metadata={"help": "the dataset: a folder or a Hub id"})
     output: str = field(metadata={"help": "folder for the stores, one a part"})
+    endpoint: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "{url, kind: openai or tei, key_variable, price, ...}: the teacher behind an API"},
+    )
+    ready: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "part -> its ready vectors: a path, or {path, ids, vectors, table}; they are not computed"},
+    )
+    same_as: str | None = field(
+        default=None, metadata={"help": "earlier stores of this endpoint or these ready vectors: their teacher is kept"}
+    )
     skip_bad_rows: bool = field(
         default=False, metadata={"help": "leave out rows without text, and judgements of what is not in the data"}
     )
@@ -89,6 +102,12 @@ class EmbedConfig:
     )
     batch_tokens: int = field(default=4096, metadata={"help": "padded tokens a batch; lower it where memory runs out"})
     shard_rows: int = field(default=65536, metadata={"help": "rows a shard: what a kill can cost"})
+    shard: str | None = field(
+        default=None, metadata={"help": "i/n, i from 0: write only this task's share of the shards; null: all of them"}
+    )
+    ray_workers: int | None = field(
+        default=None, metadata={"help": "workers of a Ray cluster that write the shards, each on a GPU; null: none"}
+    )
     model_revision: str | None = field(default=None, metadata={"help": "revision of a model on the Hub"})
     data_revision: str | None = field(default=None, metadata={"help": "revision of a dataset on the Hub"})
 
@@ -240,7 +259,9 @@ class EvaluateConfig:
 
     data: str = field(metadata={"help": "folder or Hub id in the data contract"})
     systems: dict[str, Any] = field(
-        metadata={"help": "name -> nothing (bm25), a model, or {model, corpus (store), index, oracle, prompt_name}"}
+        metadata={
+            "help": "name -> nothing (bm25), a model, or {model or queries (store), corpus (store), index, oracle, ...}"
+        }
     )
     skip_bad_rows: bool = field(
         default=False, metadata={"help": "leave out rows without text, and judgements of what is not in the data"}
@@ -275,8 +296,9 @@ class EvaluateConfig:
 class System:
     """One entry of `systems`."""
 
-    model: str  # folder, "package:..." or Hub id; students: the folder that a recipe wrote
+    model: str | None = None  # folder, "package:..." or Hub id; students: the folder that a recipe wrote
     corpus: str | None = None  # store of document vectors; encoded here (backbone, teacher) or the teacher's (students)
+    queries: str | None = None  # store of its query vectors, in place of a model: a teacher that cannot be loaded
     index: str | None = None  # folder of an index that is searched in place of the vectors, which are searched exactly
     oracle: bool = False  # the teacher's queries are read with their oracle column
     prompt_name: str | None = "query"

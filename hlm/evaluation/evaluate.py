@@ -12,6 +12,7 @@ from typing import Any
 
 from hlm.artefacts import HlmError, fingerprint_json, fingerprint_texts, read_manifest
 from hlm.data.contract import RetrievalData, document_text, load
+from hlm.data.views import Rows
 from hlm.encoders.loading import check_device, encode, fingerprint, load_encoder
 from hlm.encoders.pruning import parameter_counts
 from hlm.evaluation.bm25 import bm25_run
@@ -155,10 +156,14 @@ def _search_all(
             for split in splits:
                 runs[split][name] = bm25(config, data, split)
             continue
-        model = load_encoder(
-            system.model, device=config.device, dtype=system.dtype, max_seq_length=system.max_seq_length
-        )
-        encoders[name], parameters[name] = fingerprint(model), parameter_counts(model)
+        if system.model is None:
+            model: Any = VectorStore.open(str(system.queries))
+            encoders[name], parameters[name] = model.encoder, (0, 0)  # nobody counts what cannot be loaded
+        else:
+            model = load_encoder(
+                system.model, device=config.device, dtype=system.dtype, max_seq_length=system.max_seq_length
+            )
+            encoders[name], parameters[name] = fingerprint(model), parameter_counts(model)
         catalogue = open_catalogue(config, data, name, system, model, encoders[name], teacher, stores.get(name))
         if name == "teacher":
             teacher = catalogue
@@ -181,7 +186,7 @@ def bm25(config: EvaluateConfig, data: RetrievalData, split: str) -> Run:
         _kept_as(config, "bm25", split),
         key,
         [query for query, _ in queries],
-        lambda: bm25_run(corpus, queries, config.depth, k1=config.bm25_k1, b=config.bm25_b),
+        lambda: bm25_run(Rows(corpus), queries, config.depth, k1=config.bm25_k1, b=config.bm25_b),
     )
 
 
@@ -213,7 +218,7 @@ def open_catalogue(
     if name in STUDENTS:
         catalogue = Catalogue(store) if store else teacher
         assert catalogue is not None, "find_inputs refuses a student without a teacher's vectors"
-        check_student(system.model, catalogue.store.encoder)
+        check_student(str(system.model), catalogue.store.encoder)
         return catalogue
     if store is None:
         # Named after what it holds: another model or corpus gets a folder of its own.
@@ -244,18 +249,28 @@ def search(
     encoder: str,
     catalogue: Catalogue,
 ) -> Run:
-    """The run of a dense system; a student narrower than the store searches the store's first components."""
+    """The run of a dense system; a student narrower than the store searches the store's first components.
+
+    Args:
+        model: or the store of its query vectors.
+    """
     queries = data.split_queries(split, oracle=system.oracle)
     ids, texts = [query for query, _ in queries], [text for _, text in queries]
     dim = None if name in STUDENTS else catalogue.store.dim
     shipped = open_shipped(system.index, catalogue.store) if system.index else None
 
     def make() -> Run:
-        vectors = encode(model, texts, prompt_name=system.prompt_name, dim=dim)
+        if isinstance(model, VectorStore):
+            vectors = model.gather(model.rows_of(ids))
+        else:
+            vectors = encode(model, texts, prompt_name=system.prompt_name, dim=dim)
         return dense_run(vectors, shipped or catalogue.index(vectors.shape[1]), ids, config.depth)
 
     key = [encoder, catalogue.store.fingerprint, queries_fingerprint(queries), system.prompt_name, config.depth]
     key += [fingerprint_json(read_manifest(system.index, "index"))] if system.index else []
+    if isinstance(model, VectorStore):
+        model.check(source=data.fingerprint("queries"))
+        key += [model.fingerprint]
     return cached_run(_kept_as(config, name, split), key, ids, make)
 
 

@@ -38,9 +38,17 @@ def read_systems(config: EvaluateConfig) -> dict[str, System | None]:
             systems[name] = None
             continue
         entry = {"model": given} if isinstance(given, str) else given
-        if not isinstance(entry, dict) or not isinstance(entry.get("model"), str):
-            raise HlmError(f"systems: expected a model for '{name}', found {given!r}; write `{name}: path/to/model`")
-        systems[name] = read_section(System, entry, f"systems: '{name}'")
+        stored = name not in STUDENTS and isinstance(entry, dict) and "queries" in entry
+        wanted = ("corpus", "queries") if stored else ("model",)
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(one), str) for one in wanted):
+            raise HlmError(
+                f"systems: expected a model for '{name}', found {given!r}; write `{name}: path/to/model`, or of a "
+                "teacher that cannot be loaded {corpus: its store, queries: its store}"
+            )
+        system: System = read_section(System, entry, f"systems: '{name}'")
+        if system.model and system.queries:
+            raise HlmError(f"systems: '{name}': expected a model or a store of queries, found both; leave one out")
+        systems[name] = system
     return {name: systems[name] for name in SYSTEMS if name in systems}
 
 
@@ -119,8 +127,10 @@ def find_inputs(systems: dict[str, System | None]) -> dict[str, VectorStore]:
         if system is None:
             continue
         try:
-            source = find_encoder(system.model)
-            if not Path(source).is_dir():
+            source = ""
+            if system.queries is not None:
+                known[name] = VectorStore.open(system.queries).encoder
+            elif not Path(source := find_encoder(str(system.model))).is_dir():
                 find_on_hub(source)
             elif encoder := recorded_encoder(Path(source), system):
                 known[name] = encoder

@@ -224,6 +224,7 @@ def dataset_facts(folder: str | Path) -> dict[str, Any]:
         "rows": rows,
         "size": [_size(rows)] if rows else None,
         "teacher": stores["corpus"]["inputs"]["encoder"] if "corpus" in stores else None,
+        "named": stores["corpus"]["config"].get("teacher") if "corpus" in stores else None,
         "synthetic": manifest.get("kind") == "catalogue",
     }
 

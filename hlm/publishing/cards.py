@@ -103,7 +103,13 @@ def student_card(folder: str | Path, **about: Any) -> str:
         tags=[*TAGS, *(["onnx", *(() if static else ["transformers.js"])] if manifest.get("onnx") else [])],
     )
     facts = own | {"onnx": manifest.get("onnx") or {}, "steps": steps, "base": base}
-    return _render("student.md.jinja", front, given, facts | {"teacher": manifest["inputs"]["teacher"]}, system)
+    return _render(
+        "student.md.jinja",
+        front,
+        given,
+        facts | {"teacher": manifest["inputs"]["teacher"], "named": manifest.get("named_teacher")},
+        system,
+    )
 
 
 def teacher_card(folder: str | Path, **about: Any) -> str:

@@ -56,6 +56,7 @@ def _export(config: ExportConfig) -> None:
     if up_to_date(config.output, "student", identity):
         return
     facts: dict[str, dict] = {}
+    named = {name: source[name] for name in ("named_teacher",) if name in source}
 
     def beside(folder: Path) -> None:
         facts.update(export_model(model, folder, lookup=config.lookup))
@@ -63,7 +64,7 @@ def _export(config: ExportConfig) -> None:
             found = int8_overlap(config, config.data, config.vectors, model, folder)
             facts["int8"][f"overlap@{config.k}"] = found
 
-    save_encoder(model, config.output, "student", beside=beside, onnx=facts, **identity)
+    save_encoder(model, config.output, "student", beside=beside, onnx=facts, **identity, **named)
     for found in facts.values():
         shared = found.get(f"overlap@{config.k}")
         logger.info(

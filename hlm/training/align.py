@@ -23,6 +23,7 @@ from hlm.outputs import resolved
 from hlm.settings import closest, keywords
 from hlm.steps import AlignConfig
 from hlm.training.batches import TokenTable
+from hlm.training.checkpoints import claimed_output
 from hlm.training.dev_retrieval import DevRetrieval
 from hlm.training.gradcache import gather_with_gradient
 from hlm.training.inputs import check_start
@@ -30,13 +31,13 @@ from hlm.training.losses import cosine_alignment, kernel_alignment, kl_distillat
 from hlm.training.trainer import (
     RecipeTrainer,
     TrainingArguments,
-    claimed_output,
     finish,
     recorded,
     set_dropout,
     train,
 )
 from hlm.vectors.faiss_index import AdIndex
+from hlm.vectors.lineage import named_teacher
 from hlm.vectors.store import VectorStore
 
 logger = logging.getLogger(__name__)
@@ -142,7 +143,7 @@ def _align(
     )
     measured = train(trainer, identity)
     if trainer.is_world_process_zero():
-        save_encoder(model, output, "student", **identity, **measured)
+        save_encoder(model, output, "student", **identity, **measured, **named_teacher(documents))
     finish(trainer, measured)
     return output
 

@@ -7,20 +7,24 @@ identity is a path outside the training folder, so a run that is moved goes on.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.training_args import TrainingArguments
 
-from hlm.artefacts import HlmError, write_json
+from hlm.artefacts import HlmError, claimed, write_json
 from hlm.identity import PATHS, without
+from hlm.outputs import resolved
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +62,35 @@ def leave_folder(folder: str | Path) -> None:
     if folder.is_dir() and [path.name for path in folder.iterdir()] == [TAKEN]:
         (folder / TAKEN).unlink()
         folder.rmdir()
+
+
+@contextlib.contextmanager
+def claimed_output(output: str, kind: str, args: TrainingArguments) -> Iterator[str]:
+    """Claims a recipe's output, and the training folder beside it, for as long as the recipe runs: before any work,
+    another writer or somebody's files there are told. The first process claims it for all, and no other goes on before.
+
+    Yields:
+        The output as every process must write it: absolute, links followed. `args.output_dir` is beside it.
+
+    Raises:
+        HlmError: as `hlm.artefacts.claimed`; or the training folder holds somebody's files. Every process raises it.
+    """
+    target = str(resolved(output))
+    args.output_dir = f"{target}.training"
+    refusal = None
+    with contextlib.ExitStack() as stack:
+        if args.process_index == 0:
+            try:
+                stack.enter_context(claimed(output, kind))
+                take_folder(args.output_dir)
+                stack.callback(leave_folder, args.output_dir)
+            except HlmError as error:
+                refusal = error
+        # One that went ahead would write into a training folder not yet taken, which then looks like somebody's.
+        [refusal] = broadcast_object_list([refusal])
+        if refusal is not None:
+            raise refusal
+        yield target
 
 
 def checkpoint_folder(folder: str | Path, step: int) -> Path:

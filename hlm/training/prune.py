@@ -22,6 +22,7 @@ from hlm.planning.plan import cascade
 from hlm.progress import progress
 from hlm.settings import keywords
 from hlm.steps import PruneConfig
+from hlm.vectors.lineage import named_teacher
 from hlm.vectors.store import VectorStore
 
 logger = logging.getLogger(__name__)
@@ -55,9 +56,9 @@ def _prune(config: PruneConfig) -> None:
     check_vocabulary(config.vocabulary)
     splits = REPORTED if config.vocabulary else ()
     data = load(config.data, splits=splits, skip_bad_rows=config.skip_bad_rows)
-    teacher = VectorStore.open(Path(config.vectors) / "corpus").encoder
+    store = VectorStore.open(Path(config.vectors) / "corpus")
     model = load_encoder(config.model)
-    inputs = {"student": fingerprint(model), "teacher": teacher}
+    inputs = {"student": fingerprint(model), "teacher": store.encoder}
     if config.vocabulary or config.static:
         inputs |= {part: data.fingerprint(part) for part in ("corpus", *(["unlabelled"] if data.unlabelled else []))}
     identity: dict[str, Any] = {"inputs": inputs, "config": as_config(config)}
@@ -66,11 +67,11 @@ def _prune(config: PruneConfig) -> None:
     if config.static is not None:
         model = static_student(model, _log(data), config.static)
         logger.info("a static student of %s tokens", f"{len(model.tokenizer):,}")
-        save_encoder(model, config.output, "student", **identity)
+        save_encoder(model, config.output, "student", **identity, **named_teacher(store))
         return
     texts = (data.unlabelled or data.queries)[: config.calibration]["text"]
     model = cut(model, layers, config.ffn, config.method, list(texts))
-    facts: dict[str, Any] = {}
+    facts = named_teacher(store)
     if config.vocabulary:
         model, facts["vocabulary"] = _with_fewer_tokens(model, data, config.vocabulary)
     save_encoder(model, config.output, "student", **identity, **facts)

@@ -20,6 +20,7 @@ from hlm.identity import PATHS, as_config, up_to_date
 from hlm.settings import keywords
 from hlm.steps import RefineConfig
 from hlm.training.batches import TokenTable
+from hlm.training.checkpoints import claimed_output
 from hlm.training.dev_retrieval import DevRetrieval
 from hlm.training.frozen import FrozenVectors
 from hlm.training.gradcache import gather_with_gradient, loss_of_chunks
@@ -37,14 +38,13 @@ from hlm.training.mining import (
 from hlm.training.trainer import (
     RecipeTrainer,
     TrainingArguments,
-    claimed_output,
     finish,
     recorded,
     set_dropout,
     train,
 )
 from hlm.vectors.faiss_index import AdIndex
-from hlm.vectors.lineage import check_student
+from hlm.vectors.lineage import check_student, named_teacher
 from hlm.vectors.store import VectorStore
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def _refine(config: RefineConfig, args: TrainingArguments) -> None:
     )
     measured = train(trainer, identity)
     if trainer.is_world_process_zero():
-        save_encoder(model, config.output, "student", **identity, **measured)
+        save_encoder(model, config.output, "student", **identity, **measured, **named_teacher(documents))
     finish(trainer, measured)
 
 

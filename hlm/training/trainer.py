@@ -10,7 +10,7 @@ import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,12 +27,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 
-from hlm.artefacts import HlmError, claimed, write_json
+from hlm.artefacts import HlmError, write_json
 from hlm.config import check_processes
 from hlm.encoders.loading import check_device, devices
 from hlm.encoders.padding import leave_out_masks
 from hlm.machine import computes_in_bf16
-from hlm.outputs import resolved
 from hlm.planning.plan import check_step
 from hlm.redaction import is_secret
 from hlm.training.bar import REPLACED, TrainingBar
@@ -45,9 +44,7 @@ from hlm.training.checkpoints import (
     checkpoint_folder,
     fault,
     last_checkpoint,
-    leave_folder,
     mark_whole,
-    take_folder,
 )
 from hlm.training.dev_retrieval import on_dev
 
@@ -294,27 +291,6 @@ class _Collator:
 
     def __call__(self, items: list[dict[str, int]]) -> dict[str, Any]:
         return self.collate([item["row"] for item in items])
-
-
-@contextlib.contextmanager
-def claimed_output(output: str, kind: str, args: TrainingArguments) -> Iterator[str]:
-    """Claims a recipe's output, and the training folder beside it, for as long as the recipe runs: before any work,
-    another writer or somebody's files there are told. The first process claims it for all.
-
-    Yields:
-        The output as every process must write it: absolute, links followed. `args.output_dir` is beside it.
-
-    Raises:
-        HlmError: as `hlm.artefacts.claimed`; or the training folder holds somebody's files.
-    """
-    target = str(resolved(output))
-    args.output_dir = f"{target}.training"
-    with contextlib.ExitStack() as stack:
-        if args.process_index == 0:
-            stack.enter_context(claimed(output, kind))
-            take_folder(args.output_dir)
-            stack.callback(leave_folder, args.output_dir)
-        yield target
 
 
 def train(

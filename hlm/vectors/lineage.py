@@ -33,6 +33,13 @@ def read_student(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
+def named_teacher(store: VectorStore) -> dict[str, Any]:
+    """What an artefact says of a teacher whose weights nobody here has seen: {"named_teacher": {"model": its name,
+    "kind": "openai", "tei" or "ready"}}; {} of one that was loaded."""
+    found = store.manifest["config"].get("teacher")
+    return {"named_teacher": found} if isinstance(found, dict) else {}
+
+
 def check_student(folder: str | Path, teacher: str) -> None:
     """Refuses a student that was pruned or aligned for another teacher's space.
 

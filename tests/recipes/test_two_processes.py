@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 import traceback
 from pathlib import Path
 from unittest import mock
@@ -27,10 +28,12 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file, save_file
 from transformers import BertModel, Qwen3Model  # noqa: F401
 
+import hlm.training.checkpoints
 import hlm.training.trainer
 from hlm.artefacts import HlmError, read_manifest
 from hlm.data.contract import load
 from hlm.encoders.loading import encode, load_encoder
+from hlm.training.checkpoints import take_folder
 from hlm.training.trainer import RecipeTrainer
 from recipes import align, embed, refine, teacher
 
@@ -55,6 +58,7 @@ EQUAL = {
 }
 # Job -> the step of the kill (or call of the encoder), just after a checkpoint and within the second epoch.
 CHAIN_KILLED = ("align", 2)  # the step of the whole recipe, and its training step, at which that is killed once
+REFUSED = "align refused"  # its output is a folder with somebody's files
 KILLED = {"teacher dropout": 3, "teacher sharded": 3, "align": 4, "refine": 8, "embed": 1}
 
 
@@ -161,14 +165,17 @@ def run(recipe: str, words: list[str], record: Path, *, processes: int = 1, kill
 def worker(plan: Path) -> None:
     """One of torchrun's processes: every job in a fork of its own, with its own process group."""
     for job in json.loads(plan.read_text()):
+        os.environ["MASTER_PORT"] = agreed_port(plan.parent / f"{job['name']}.port")
         child = os.fork()
         if child == 0:
+            record = plan.parent / f"{job['name']}.{os.environ['RANK']}.safetensors"
             try:
-                forked(job, plan.parent / f"{job['name']}.{os.environ['RANK']}.safetensors")
+                forked(job, record)
                 os._exit(0)
-            except BaseException:
+            except BaseException as error:
                 traceback.print_exc()
-                os._exit(1)
+                record.with_suffix(".refusal").write_text(str(error))
+                os._exit(0 if job["name"] == REFUSED and isinstance(error, HlmError) else 1)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         wanted = 0 if job["kill"] is None else -signal.SIGKILL
         if status != wanted:
@@ -178,21 +185,37 @@ def worker(plan: Path) -> None:
 
 
 def forked(job: dict, record: Path) -> None:
-    os.environ |= {"MASTER_PORT": str(job["port"]), "TORCHELASTIC_USE_AGENT_STORE": "False", **job["environment"]}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", **job["environment"]}
     if job["environment"]:  # accelerate shards on accelerators alone: two CPU processes pass for two of them
         torch.distributed.init_process_group("gloo")
         PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     if job["machines"] == 2:  # what each one's launcher says: the first process here, and the only one
         os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        if os.environ["RANK"] == "0":  # the other must not go ahead of what the first does for both
+            hlm.training.checkpoints.take_folder = late(take_folder)
     if os.environ["RANK"] != "0":
         hlm.training.trainer.save_file = None  # the first process alone writes what all share
     run(job["recipe"], job["words"], record, processes=2, kill=job["kill"])
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+def late(call):
+    def called(*rest):
+        time.sleep(0.3)
+        return call(*rest)
+
+    return called
+
+
+def agreed_port(path: Path) -> str:
+    """A port that the first process finds free just before it is used: other tests take ports all the time."""
+    if os.environ["RANK"] == "0":
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            path.with_suffix(".partial").write_text(str(found.getsockname()[1]))
+        path.with_suffix(".partial").rename(path)
+    while not path.exists():
+        time.sleep(0.005)
+    return path.read_text()
 
 
 def fsdp_environment() -> dict[str, str]:
@@ -224,7 +247,7 @@ def house(tmp_path_factory, catalogue_200, tiny_bert, tiny_qwen3):
 
     def planned(name, recipe, words, kill, environment, machines=1):
         run = {"name": name, "recipe": recipe, "words": words, "kill": kill, "environment": environment}
-        plan.append(run | {"machines": machines, "port": free_port()})
+        plan.append(run | {"machines": machines})
 
     whole = [(name, "") for name in settings if name != "embed"]
     for name, suffix in [*((name, suffix) for name in KILLED for suffix in (" killed", " resumed")), *whole]:
@@ -232,6 +255,9 @@ def house(tmp_path_factory, catalogue_200, tiny_bert, tiny_qwen3):
         kill = KILLED[name] if suffix == " killed" else None
         environment = fsdp_environment() if name == "teacher sharded" else {}
         planned(name + suffix, settings[name][0], words(name, output, 2), kill, environment)
+    (house / "theirs").mkdir()
+    (house / "theirs/notes.txt").touch()
+    planned(REFUSED, "align", words("align", "theirs", 2), None, {})
     killed = [("two/chain killed", CHAIN_KILLED[0]), ("two/chain killed", None)]
     for folder, upto in [("two/chain", None), *killed, ("two/machines", None)]:
         steps = chain(house, folder, catalogue_200, tiny_qwen3)
@@ -255,7 +281,9 @@ def house(tmp_path_factory, catalogue_200, tiny_bert, tiny_qwen3):
         status = launched.wait(timeout=900)
     finally:
         launched.kill()
-    assert status == 0, (house / "log").read_text()[-6000:]
+    log = (house / "log").read_text()
+    torchrun = log.find("torch/distributed/elastic/multiprocessing/api.py")  # what it says at the end tells no cause
+    assert status == 0, log[:torchrun][-6000:]
     return house
 
 
@@ -321,6 +349,11 @@ def test_the_whole_recipe_hands_over_its_own_and_ranks_agree(house):
     assert teacher_of == [read_manifest(never / "teacher", "teacher")["encoder"]] * 2
     first, second = (load_file(house / f"two/chain refine.{rank}.safetensors") for rank in (0, 1))
     assert first and all(torch.equal(first[name], second[name]) for name in first if " weight " in name)
+
+
+def test_all_ranks_tell_what_the_first_one_refuses(house):
+    first, second = ((house / f"two/{REFUSED}.{rank}.refusal").read_text() for rank in (0, 1))
+    assert first == second and "notes.txt" in first
 
 
 def test_resuming_on_another_number_of_processes_is_refused_by_name(house):

@@ -14,7 +14,7 @@ from hlm.publishing.files import release_files
 from hlm.vectors import index_parts
 from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.filters import mask_of
-from hlm.vectors.index import ENGINES, Engine, Index, open_index
+from hlm.vectors.index import ENGINES, Engine, Index, create_index, open_index
 from hlm.vectors.lineage import open_fitting
 
 
@@ -58,6 +58,11 @@ class ArrayIndex(Index):
         ads = index_parts.joined(index_parts.checked_ids(store.ids), None)
         return cls(np.concatenate(blocks), ads, encoder=store.encoder, source=store.source, canaries=store.canaries)
 
+    @classmethod
+    def create(cls, place, store, factory="float32", **options):
+        cls.build(store, factory, **options).save(place)
+        return cls.load(place)
+
     def search(self, queries, k, *, where=None):
         products = index_parts.checked_queries(queries, self.dim) @ self.vectors.T
         if where is not None:
@@ -89,8 +94,8 @@ def second_engine(monkeypatch):
 
 
 def test_another_engine_is_opened_by_its_manifest_and_answers_as_faiss_does(second_engine, store, queries, tmp_path):
-    ArrayIndex.build(store).save(tmp_path / "array")
-    AdIndex.build(store).save(tmp_path / "faiss")
+    create_index(tmp_path / "array", store, "array:float32")
+    create_index(tmp_path / "faiss", store, "Flat")
     ours, theirs = open_index(tmp_path / "array", expect_encoder="teacher-a"), open_index(tmp_path / "faiss")
     assert (type(ours).__name__, type(theirs)) == ("ArrayIndex", AdIndex)
     names = [str(row) for row in range(len(queries))]
@@ -126,11 +131,31 @@ def test_an_unknown_engine_is_refused_and_an_older_index_is_of_faiss(saved):
     assert type(open_index(saved)) is AdIndex
     for name in ("glow", "FAISS"):
         rewrite(saved, lambda manifest, name=name: manifest.update(engine=name))
-        with pytest.raises(HlmError, match=f"expected an index of the engine faiss, found one of '{name}'; use the"):
+        with pytest.raises(HlmError, match=f"expected an index of the engine faiss.*, found one of '{name}'; use the"):
             open_index(saved)
     rewrite(saved, lambda manifest: manifest.update(engine=7))
     with pytest.raises(HlmError, match="a text as 'engine', found int 7"):
         open_index(saved)
+
+
+def test_a_uri_opens_the_engine_of_its_scheme(second_engine, store, tmp_path, monkeypatch):
+    ArrayIndex.build(store).save(tmp_path / "array")
+    found = []
+    monkeypatch.setitem(ENGINES, "array", ENGINES["array"]._replace(scheme="array"))
+    monkeypatch.setattr(ArrayIndex, "load", classmethod(lambda cls, place, **kwargs: found.append((place, kwargs))))
+    open_index("array://host:1/ads", expect_encoder="teacher-a")
+    assert found == [("array://host:1/ads", {"expect_encoder": "teacher-a"})]
+    with pytest.raises(HlmError, match=r"begins with one of .*array://.*, found 'ftp://host/ads'"):
+        open_index("ftp://host/ads")
+    with pytest.raises(HlmError, match="expected an index of the engine faiss.*found 'glow:Flat'"):
+        create_index(tmp_path / "other", store, "glow:Flat")
+
+
+def test_a_frozen_index_says_how_a_catalogue_changes(saved):
+    index = open_index(saved)
+    for change in (lambda: index.put(["a"], np.eye(1, 32)), lambda: index.delete(["a"]), index.commit):
+        with pytest.raises(HlmError, match="living engine.*found one of 'faiss'"):
+            change()
 
 
 def test_an_engine_that_is_not_installed_is_named_with_its_extra(saved, monkeypatch):
