@@ -18,6 +18,7 @@ EXTRAS = {
     "duckdb": "logs", "phonenumbers": "logs",
     "gradio": "space",
     "openvino": "openvino",
+    "ray": "ray",
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from hlm.settings import closest
 
 _PACKAGE = Path(__file__).resolve().parent
 LAUNCH = "accelerate"  # the folder of launch files, which every set of configs refers to
+STUDY = "study"  # the folder of questions about sets
 
 
 def recipes() -> Path:
@@ -26,7 +27,7 @@ def recipes() -> Path:
 def sets() -> dict[str, Path]:
     """The sets of configs that HLM comes with: name -> folder."""
     configs = recipes() / "configs"
-    return {path.name: path for path in sorted(configs.iterdir()) if path.is_dir() and path.name != LAUNCH}
+    return {path.name: path for path in sorted(configs.iterdir()) if path.is_dir() and path.name not in (LAUNCH, STUDY)}
 
 
 def init(folder: str | Path, like: str) -> list[Path]:

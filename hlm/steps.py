@@ -102,6 +102,12 @@ class EmbedConfig:
     )
     batch_tokens: int = field(default=4096, metadata={"help": "padded tokens a batch; lower it where memory runs out"})
     shard_rows: int = field(default=65536, metadata={"help": "rows a shard: what a kill can cost"})
+    shard: str | None = field(
+        default=None, metadata={"help": "i/n, i from 0: write only this task's share of the shards; null: all of them"}
+    )
+    ray_workers: int | None = field(
+        default=None, metadata={"help": "workers of a Ray cluster that write the shards, each on a GPU; null: none"}
+    )
     model_revision: str | None = field(default=None, metadata={"help": "revision of a model on the Hub"})
     data_revision: str | None = field(default=None, metadata={"help": "revision of a dataset on the Hub"})
 
@@ -192,12 +198,19 @@ class AlignConfig:
     objective: Literal["l2", "cosine", "kernel", "kl"] = field(
         default="l2", metadata={"help": "what is minimised between the student's and the teacher's query vectors"}
     )
+    also: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "objectives added to it and their weights, such as {kl: 0.1}"}
+    )
     temperature: float = field(default=0.05, metadata={"help": "of the kl objective"})
     kl_documents: int = field(default=4096, metadata={"help": "ads that the kl objective compares the queries with"})
     head: bool = field(default=False, metadata={"help": "a linear head to the teacher's width, inside the model"})
     parts: list[str] = field(
         default_factory=lambda: ["unlabelled", "train"], metadata={"help": "queries to align on: unlabelled, train"}
     )
+    kinds: list[str] = field(
+        default_factory=list, metadata={"help": "unlabelled queries of these kinds, by the column `kind`; empty: all"}
+    )
+    queries: int | None = field(default=None, metadata={"help": "a sample of so many queries; null: all"})
     prompt: bool = field(default=False, metadata={"help": "keep the student's query prompt; alignment teaches it"})
     dropout: float = field(default=0.0, metadata={"help": "probability, in the student while it trains"})
     calibration: int = field(default=512, metadata={"help": "queries that layers and FFN units are scored on"})

@@ -9,11 +9,11 @@ import pytest
 import yaml
 
 from hlm import cli
-from hlm.recipe_files import recipes
+from hlm.recipe_files import recipes, sets
 from hlm.step_table import STEPS
 from recipes.quickstart import named_in
 
-SETS = sorted(path.name for path in (recipes() / "configs").iterdir() if path.name != "accelerate")
+SETS = sorted(sets())
 
 
 @pytest.mark.parametrize("like", SETS)

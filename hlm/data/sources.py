@@ -39,19 +39,23 @@ def folder_tables(source: str, splits: Sequence[str]) -> dict[str, Table]:
         if path is not None:
             reader = read_qrels if part.startswith("qrels/") else read_rows
             tables[part] = Table(str(path), partial(reader, path), partial(content_of, path))
-    if (table := _sharded(folder, "unlabelled")) is not None:
-        if "unlabelled" in tables:
-            raise HlmError(f"expected one 'unlabelled' in {source}, found {tables['unlabelled'].name} and {table.name}")
-        tables["unlabelled"] = table
+    for part in TEXTS:
+        if (table := _sharded(folder, part)) is not None:
+            if part in tables:
+                raise HlmError(f"expected one '{part}' in {source}, found {tables[part].name} and {table.name}")
+            tables[part] = table
     for part in ("corpus", "queries"):
         if part not in tables:
             tried = ", ".join(f"{part}{suffix}" for suffix in SUFFIXES)
             found = ", ".join(sorted(p.name for p in folder.iterdir())) or "an empty folder"
-            raise HlmError(f"{source}: expected one of {tried}, found {found}; add the file or correct the path")
+            raise HlmError(
+                f"{source}: expected one of {tried}, shards in {part}/ or addresses in {part}.urls, found {found}; add "
+                "it or correct the path"
+            )
     read = {Path(table.name).name for table in tables.values()}
     beside = [p.name for p in sorted(folder.iterdir()) if p.name.startswith(tuple(TEXTS)) and is_read(p.name)]
     if left := [name for name in beside if name not in read]:
-        logger.warning("%s: not read: %s (a table is one file, or shards in unlabelled/)", source, ", ".join(left))
+        logger.warning("%s: not read: %s (a table is one file, or shards in a folder)", source, ", ".join(left))
     return tables
 
 
@@ -149,7 +153,8 @@ def addressed(name: str, addresses: Sequence[str]) -> Table:
             raise HlmError(f"{name}: expected files at {address}, found none ({error}); correct it") from error
         if not found:
             raise HlmError(f"{name}: expected files at {address}, found none; correct it")
-        files += found
+        # + would forget what tells another version of a file
+        files = DataFilesList([*files, *found], [*files.origin_metadata, *found.origin_metadata])
     if not files:
         raise HlmError(f"{name}: expected addresses of files ({READ}), one a line, found none; write them")
     return streamed(name, files)

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import regex
 
 from hlm.artefacts import HlmError, fingerprint_json
 from hlm.data.readers import COMPRESSIONS, SUFFIXES, TREC, Row, is_read, read_rows, suffix_of
+from hlm.data.unique_ids import id_there_twice
 from hlm.extras import extras_named
 from hlm.outputs import make_once
 from hlm.progress import progress
@@ -228,13 +228,11 @@ def _cell(name: str, value: Any, kind: pa.DataType) -> Any:
 
 
 def _refuse_duplicates(table: Table, path: Path) -> None:
-    # Counted by Arrow over the memory-mapped column: no Python set of a million ids.
     with pa.memory_map(str(path)) as source:
-        ids = pa.chunked_array([batch.column("_id") for batch in pa.ipc.open_stream(source)])
-        if pc.count_distinct(ids).as_py() == len(ids):
-            return
-        counted = pc.value_counts(ids)
-        twice = counted.field("values").filter(pc.greater(counted.field("counts"), 1))[0].as_py()
+        blocks = [batch.column("_id") for batch in pa.ipc.open_stream(source)]  # mapped: they take no memory
+        twice = id_there_twice(lambda: iter(blocks), sum(map(len, blocks)))
+    if twice is None:
+        return
     places = [place for place, row in table.rows() if identifier(row["_id"], table.name) == twice]
     raise HlmError(
         f"{table.name}, {places[1]}: expected unique ids, found '{twice}' here and on {places[0]}; remove or rename one"

@@ -20,7 +20,7 @@ from hlm.encoders.loading import add_head, encode, fingerprint, load_encoder, pr
 from hlm.encoders.pruning import check_cascade, cut
 from hlm.identity import PATHS, as_config, up_to_date
 from hlm.outputs import resolved
-from hlm.settings import keywords
+from hlm.settings import closest, keywords
 from hlm.steps import AlignConfig
 from hlm.training.batches import TokenTable
 from hlm.training.checkpoints import claimed_output
@@ -42,6 +42,8 @@ from hlm.vectors.store import VectorStore
 
 logger = logging.getLogger(__name__)
 
+OBJECTIVES = ("l2", "cosine", "kernel", "kl")
+
 
 @keywords(AlignConfig, TrainingArguments)
 def align(config: AlignConfig, args: TrainingArguments) -> Path:
@@ -60,6 +62,12 @@ def align(config: AlignConfig, args: TrainingArguments) -> Path:
     """
     stages = config.cascade or [{}]
     check_cascade(stages)
+    if unknown := sorted({*config.also} - {*OBJECTIVES}):
+        raise HlmError(
+            f"also: expected weights of {', '.join(OBJECTIVES)}, found '{unknown[0]}'{closest(unknown[0], OBJECTIVES)}"
+        )
+    if config.queries is not None and config.queries < 1:
+        raise HlmError(f"queries: expected 1 or more, found {config.queries}; leave it out to take all")
     args.check_hardware("align", config)
     made = resolved(config.output)
     folders = [f"{made}.stages/{number}" for number in range(1, len(stages))] + [config.output]
@@ -121,11 +129,12 @@ def _align(
         model, queries, prompt_of(model, "query"), folder=f"{config.output}.training", source=queries.source
     )
     loss = objective(config, documents, width)
+    rows = min(len(tokens), config.queries or len(tokens))  # their order is a shuffled one: the first are a sample
     trainer = RecipeTrainer(
         model,
         args,
-        rows=len(tokens),
-        keys=tokens.lengths(queries.vectors.order),
+        rows=rows,
+        keys=tokens.lengths(queries.vectors.order[:rows]),
         collate=Collate(tokens, queries.vectors),
         step_loss=lambda wrapped, batch: loss(wrapped(batch["query"])["sentence_embedding"], batch["teacher"]),
         evaluator=DevRetrieval(
@@ -163,8 +172,11 @@ class Queries:
                 self.texts.append(texts)
                 stores.append((store, store.rows_of(list(ids))))
             else:
-                self.texts.append(data.unlabelled["text"])  # type: ignore[index]
-                stores.append((store, None))
+                rows = rows_of_kinds(data, config.kinds) if config.kinds else None
+                log = data.unlabelled if rows is None else data.unlabelled.select(rows)  # type: ignore[union-attr]
+                self.texts.append(log["text"])  # type: ignore[index]
+                stores.append((store, rows))
+                sources += config.kinds
         encoders = {store.encoder for store, _ in stores}
         if len(encoders) > 1:
             raise HlmError(f"expected one teacher's vectors in {config.vectors}, found {encoders}; run embed again")
@@ -192,6 +204,22 @@ class Queries:
         rows = self.vectors.order[:count]
         parts = np.searchsorted(self.starts, rows, side="right") - 1
         return [self.texts[part][int(row - self.starts[part])] for part, row in zip(parts, rows, strict=True)]
+
+
+def rows_of_kinds(data: RetrievalData, kinds: list[str]) -> np.ndarray:
+    """int64 (rows,): the unlabelled queries whose column `kind` is one of these.
+
+    Raises:
+        HlmError: no such column, or none of one of the kinds.
+    """
+    columns = [] if data.unlabelled is None else data.unlabelled.column_names
+    if data.unlabelled is None or "kind" not in columns:
+        raise HlmError(f"kinds: expected unlabelled queries with a column 'kind', found {columns}; leave kinds out")
+    found = np.array([str(kind) for kind in data.unlabelled["kind"]])
+    known = sorted({*found.tolist()})
+    if missing := sorted({*kinds} - {*known}):
+        raise HlmError(f"kinds: expected some of {', '.join(known)}, found '{missing[0]}'; correct it")
+    return np.flatnonzero(np.isin(found, kinds))
 
 
 @dataclass
@@ -229,11 +257,24 @@ class Collate:
 def objective(
     config: AlignConfig, documents: VectorStore, width: int
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """(student (B, width), teacher (B, teacher's width)) -> scalar."""
-    if config.objective == "kernel":
+    """(student (B, width), teacher (B, teacher's width)) -> scalar: the objective, and those beside it by weight."""
+    main = one_objective(config.objective, config, documents, width)
+    beside = [(weight, one_objective(name, config, documents, width)) for name, weight in config.also.items()]
+    if not beside:
+        return main
+    return lambda student, teacher: sum(
+        (weight * loss(student, teacher) for weight, loss in beside), start=main(student, teacher)
+    )
+
+
+def one_objective(
+    name: str, config: AlignConfig, documents: VectorStore, width: int
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The objective of this name, as `objective` gives it."""
+    if name == "kernel":
         # Compares similarities, so widths may differ, and the pairs are those of the whole batch on all devices.
         return lambda student, teacher: kernel_alignment(gather_with_gradient(student), gather_with_gradient(teacher))
-    if config.objective == "kl":
+    if name == "kl":
         count = min(config.kl_documents, len(documents))
         rows = np.linspace(0, len(documents) - 1, count).astype(np.int64)
         pool = matryoshka(torch.from_numpy(documents.gather(rows)), width)
@@ -242,5 +283,5 @@ def objective(
             return kl_distillation(student, matryoshka(teacher, width), pool.to(student.device), config.temperature)
 
         return kl
-    distance = l2_alignment if config.objective == "l2" else cosine_alignment
+    distance = l2_alignment if name == "l2" else cosine_alignment
     return lambda student, teacher: distance(student, matryoshka(teacher, width))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,19 @@ from hlm.artefacts import MANIFEST, HlmError, check_output, read_manifest
 from hlm.config import check_processes
 from hlm.data.contract import document_text, load, query_text
 from hlm.encoders.loading import encode, fingerprint, load_encoder
+from hlm.locks import locked
 from hlm.planning.footprint import encoder_width
 from hlm.planning.plan import check_dim
 from hlm.progress import progress
 from hlm.settings import keywords
 from hlm.steps import PARTS, EmbedConfig
+from hlm.teacher_settings import ReadySettings
 from hlm.vectors import canaries, given
 from hlm.vectors.endpoint import Endpoint
 from hlm.vectors.faiss_index import AdIndex
+from hlm.vectors.ray_workers import write_by_ray
 from hlm.vectors.recall import measured, sample_of
+from hlm.vectors.shares import share_of
 from hlm.vectors.store import VectorStore, check_store_output, pending_shards, write_store
 
 logger = logging.getLogger(__name__)
@@ -54,6 +59,7 @@ def embed(config: EmbedConfig) -> Path:
         HlmError: settings or data that do not work, no such model, or an output that is somebody's.
     """
     check(config)
+    _, tasks = share_of(config.shard)
     process = processes()
     endpoint, ready = given.read_settings(config)
     asked = Endpoint(config.model, endpoint) if endpoint else None
@@ -64,74 +70,127 @@ def embed(config: EmbedConfig) -> Path:
     if process.is_main_process:
         for part in config.parts:
             check_store_output(output / part)
-        if config.index:
+        if config.index and tasks == 1:  # tasks of an array would meet at its lock
             check_output(output / "index", "index")
+    if asked or ready:
+        write_given(config, process, asked, ready)
+        return output
+    if config.ray_workers:
+        write_by_ray(config, {part: len(table) for part, table in tables_of(config, process)[0].items()})
+    work = Work.of(config, process)
+    for part in config.parts:
+        write_part(work, part, process)
+    process.wait_for_everyone()
+    if process.is_main_process:
+        finish(work.model, config)
+    return output
+
+
+def write_given(
+    config: EmbedConfig, process: PartialState, asked: Endpoint | None, ready: dict[str, ReadySettings]
+) -> None:
+    """The stores and the index of a teacher behind an endpoint, or whose vectors are ready."""
+    tables, sources = tables_of(config, process)
+    if process.is_main_process:  # one process asks: the limits of an endpoint are for all
+        parts = {
+            part: given.Part(records_of(table, part, config.oracle), len(table), sources[part], _has_ids(table))
+            for part, table in tables.items()
+        }
+        given.write_given(
+            config, parts, asked, ready, load_model(config, process) if given.needs_model(config) else None
+        )
+        finish(None, config)
+    process.wait_for_everyone()
+
+
+def tables_of(config: EmbedConfig, process: PartialState) -> tuple[dict[str, datasets.Dataset], dict[str, str]]:
+    """The tables of the parts, and the fingerprints of their texts.
+
+    Raises:
+        HlmError: data that do not work, a part that they lack, or no `oracle` column where one is asked for.
+    """
     with process.local_main_process_first():  # the others find the checked tables in the cache
         data = load(config.data, revision=config.data_revision, splits=(), skip_bad_rows=config.skip_bad_rows)
     tables = {part: getattr(data, part) for part in config.parts}
     sources = {part: data.fingerprint(part) for part in config.parts}  # refuses a part that the dataset lacks
     if config.oracle and not any("oracle" in table.column_names for table in tables.values()):
         raise HlmError(f"oracle: expected an 'oracle' column in {config.data}, found none; add it or set oracle: false")
-    model = None
-    if given.needs_model(config):
-        model = load_encoder(
-            config.model,
-            device=str(process.device),
-            dtype=config.dtype,
-            max_seq_length=config.max_seq_length,
-            revision=config.model_revision,
-        )
-    if asked or ready:  # one process asks: the limits of an endpoint are for all
-        parts = {
-            part: given.Part(records_of(table, part, config.oracle), len(table), sources[part], _has_ids(table))
-            for part, table in tables.items()
+    return tables, sources
+
+
+@dataclass(frozen=True)
+class Work:
+    """The stores that a configuration asks for, and what writes any shard of them."""
+
+    config: EmbedConfig
+    tables: dict[str, datasets.Dataset]
+    model: SentenceTransformer
+    plans: dict[str, dict[str, Any]]  # of each part what `write_store` takes beside records and encode
+
+    @classmethod
+    def of(cls, config: EmbedConfig, process: PartialState) -> Work:
+        """Loads the data and the model."""
+        tables, sources = tables_of(config, process)
+        model = load_model(config, process)
+        shared: dict[str, Any] = {
+            "dim": check_dim(config.dim, encoder_width(config.model, revision=config.model_revision))
         }
-        if process.is_main_process:
-            given.write_given(config, parts, asked, ready, model)
-    elif model is not None:
-        encoder = fingerprint(model)
+        shared |= {"encoder": fingerprint(model), "shard_rows": config.shard_rows}
+        plans = {}
         for part, table in tables.items():
-            write_part(config, part, table, model, process, dim=dim, encoder=encoder, source=sources[part])
-    process.wait_for_everyone()
-    if process.is_main_process:
-        if model is not None and not ready:
+            facts = {"prompt": prompt_name(part), "oracle": config.oracle, "dtype": config.dtype}
+            plans[part] = shared | {"source": sources[part], "n_rows": len(table), "facts": facts}
+        return cls(config, tables, model, plans)
+
+    def writes(self, part: str, bar: Any = None) -> tuple[Any, Any]:
+        """`records` and `encode` of `write_store`."""
+        more = {"dim": self.config.dim, "batch_tokens": self.config.batch_tokens, "bar": bar}
+        encode_part = partial(encode, self.model, prompt_name=prompt_name(part), **more)
+        return records_of(self.tables[part], part, self.config.oracle), stepwise(encode_part)
+
+
+def load_model(config: EmbedConfig, process: PartialState) -> SentenceTransformer:
+    return load_encoder(
+        config.model,
+        device=str(process.device),
+        dtype=config.dtype,
+        max_seq_length=config.max_seq_length,
+        revision=config.model_revision,
+    )
+
+
+def prompt_name(part: str) -> str:
+    return "document" if part == "corpus" else "query"
+
+
+def finish(model: SentenceTransformer | None, config: EmbedConfig) -> None:
+    """What follows when every store is whole, by whichever task of an array finds them so: canaries of the model, if
+    one was loaded, and the index."""
+    output = Path(config.output)
+    if unfinished := [part for part in config.parts if not (output / part / MANIFEST).is_file()]:
+        logger.info("%s: shards of %s are still with other tasks", output, ", ".join(unfinished))
+        return
+    with locked(output / ".finish.lock", f"canaries and index of {output}", wait=True):
+        if model is not None:
             write_canaries(model, config)
         if config.index:
             write_index(config.output, config.index, config.index_dim)
-    return output
 
 
-def write_part(
-    config: EmbedConfig,
-    part: str,
-    table: datasets.Dataset,
-    model: SentenceTransformer,
-    process: PartialState,
-    **identity: Any,
-) -> None:
-    """One store, or what is left of it to write; this process writes its share of the shards.
-
-    Args:
-        identity: what the store's vectors are of, as in `hlm.vectors.store.write_store`: dim, encoder, source.
-    """
-    prompt_name = "document" if part == "corpus" else "query"
-    facts = {"prompt": prompt_name, "oracle": config.oracle, "dtype": config.dtype}
-    plan = identity | {"n_rows": len(table), "shard_rows": config.shard_rows, "facts": facts}
+def write_part(work: Work, part: str, process: PartialState) -> None:
+    """One store, or what is left of it to write; this process writes its share of the shards of this task's."""
+    config, plan = work.config, work.plans[part]
     folder = Path(config.output) / part
-    mine = [n for n in pending_shards(folder, **plan) if n % process.num_processes == process.process_index]
-    left = sum(min(config.shard_rows, len(table) - n * config.shard_rows) for n in mine)
-    encode_part = partial(encode, model, prompt_name=prompt_name, dim=config.dim, batch_tokens=config.batch_tokens)
+    share, tasks = share_of(config.shard)
+    index, count = share * process.num_processes + process.process_index, tasks * process.num_processes
+    mine = [n for n in pending_shards(folder, **plan) if n % count == index]
+    rows = plan["n_rows"]
+    left = sum(min(config.shard_rows, rows - n * config.shard_rows) for n in mine)
     with progress(what=f"embed {part}", unit="text", total=left) as bar:
-        write_store(
-            folder,
-            records_of(table, part, config.oracle),
-            stepwise(partial(encode_part, bar=bar)),
-            process_index=process.process_index,
-            num_processes=process.num_processes,
-            **plan,
-        )
+        write_store(folder, *work.writes(part, bar), process_index=index, num_processes=count, **plan)
     by = " by the first process" if process.num_processes > 1 else ""
-    logger.info("%s: %s", folder, f"{left} of {len(table)} vectors written{by}" if left else "up to date")
+    by += f" by task {share} of {tasks}" if tasks > 1 else ""
+    logger.info("%s: %s", folder, f"{left} of {rows} vectors written{by}" if left else "up to date")
 
 
 def write_canaries(model: SentenceTransformer, config: EmbedConfig) -> None:
@@ -182,7 +241,11 @@ def check(config: EmbedConfig) -> None:
         raise HlmError(f"parts: expected some of {', '.join(PARTS)}, each once, found {config.parts}")
     if config.index and "corpus" not in config.parts:
         raise HlmError(f"index: expected 'corpus' among the parts, found {config.parts}; the index is built over it")
-    for name in ("dim", "index_dim", "max_seq_length", "batch_tokens", "shard_rows"):
+    if config.ray_workers and config.shard:
+        raise HlmError("expected ray_workers or shard, found both; either shares the shards out")
+    if (config.ray_workers or config.shard) and (config.endpoint or config.ready):
+        raise HlmError("expected no shard or ray_workers beside an endpoint or ready vectors: one process writes these")
+    for name in ("dim", "index_dim", "max_seq_length", "batch_tokens", "shard_rows", "ray_workers"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise HlmError(f"{name}: expected at least 1, found {value}")

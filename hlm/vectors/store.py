@@ -29,17 +29,8 @@ import pyarrow.parquet as pq
 from hlm.artefacts import MANIFEST, HlmError, fingerprint_json, read_manifest
 from hlm.fields import field, optional
 from hlm.integrity import file_state, read_steadily
-from hlm.vectors.store_writer import (
-    KEY,
-    KIND,
-    REMEDY,
-    check_store_output,
-    files,
-    ids_name,
-    pending_shards,
-    vectors_name,
-    write_store,
-)
+from hlm.vectors.shard_files import KEY, files, ids_name, vectors_name
+from hlm.vectors.store_writer import KIND, REMEDY, check_store_output, pending_shards, write_store
 
 __all__ = ["VectorStore", "check_store_output", "pending_shards", "write_store"]
 

@@ -8,9 +8,7 @@ whoever finds all shards whole gathers the records into `hlm.json`.
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -24,18 +22,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hlm.artefacts import MANIFEST, HlmError, read_manifest, write_json, write_manifest
+from hlm.artefacts import MANIFEST, HlmError, read_manifest, write_manifest
+from hlm.data.unique_ids import id_there_twice
 from hlm.errors import FULL_DISK
 from hlm.locks import locked
 from hlm.outputs import IGNORED, os_errors, resolved
+from hlm.vectors.shard_files import check_ids, files, ids_name, put_shard, quantised, record_name
 
 logger = logging.getLogger(__name__)
 
 KIND = "vectors"
 PLAN = "plan.json"
-KEY = "vectors"
+SHARD_ROWS = 65536
 REMEDY = "run the command that writes the store again, it writes missing and truncated shards anew"
-_NORM_TOLERANCE = 1e-2  # normalising in bf16 is off by up to 0.4%; a vector nobody normalised is off by far more
 
 Records = Sequence[tuple[str, str]] | Callable[[int, int], Iterable[tuple[str, str]]]
 
@@ -49,7 +48,7 @@ def write_store(
     encoder: str,
     source: str,
     n_rows: int,
-    shard_rows: int = 65536,
+    shard_rows: int = SHARD_ROWS,
     facts: dict[str, Any] | None = None,
     process_index: int = 0,
     num_processes: int = 1,
@@ -77,8 +76,8 @@ def write_store(
     Raises:
         HlmError: `folder` holds shards of another encoder, source, dim, shard_rows, n_rows or facts, or files that are
             no store's; another run writes there as this process; `records` gives another number of rows, or an id
-            twice in a shard; `encode` gives another shape, non-finite values or vectors that are not L2-normalised.
-            Nothing of the failing shard is kept.
+            twice; `encode` gives another shape, non-finite values or vectors that are not L2-normalised. Nothing of the
+            failing shard is kept. An id that is in two shards is found when all are whole, before `hlm.json` is there.
     """
     folder = check_store_output(folder)
     plan = _plan(dim=dim, encoder=encoder, source=source, n_rows=n_rows, shard_rows=shard_rows, facts=facts)
@@ -108,6 +107,37 @@ def write_store(
             if not any(folder.glob("shard-*.json")):
                 (folder / PLAN).unlink(missing_ok=True)  # nothing is begun: any other run may have the folder
             raise
+
+
+def write_shard(
+    folder: str | Path,
+    shard: int,
+    records: Callable[[int, int], Iterable[tuple[str, str]]],
+    encode: Callable[[list[str]], np.ndarray],
+    **plan: Any,
+) -> None:
+    """Writes one shard of a store, unless it is whole: for a scheduler that hands shards out to workers. Looks at no
+    other shard. When all are written, `write_store` with the same arguments joins them.
+
+    Args:
+        folder: as in `write_store`; `check_store_output` has looked at it before.
+        shard: its number, from 0.
+        records, encode: as in `write_store`.
+        plan: dim, encoder, source, n_rows, shard_rows and facts, as in `write_store`; the last two may be left out.
+
+    Raises:
+        HlmError: as `write_store`.
+    """
+    folder = resolved(folder)
+    wanted = _plan(**{"shard_rows": SHARD_ROWS, "facts": None} | plan)
+    start = shard * wanted["shard_rows"]
+    with os_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / f".shard-{shard}.lock", f"shard {shard} of {folder}"), os_errors(folder, FULL_DISK):
+        _claim(folder, wanted)
+        if not _is_whole(folder, shard, _read_records(folder, wanted, only=shard)):
+            stop = min(start + wanted["shard_rows"], wanted["n_rows"])
+            _write_shard(folder, wanted, shard, records(start, stop), encode)
 
 
 def check_store_output(folder: str | Path) -> Path:
@@ -143,7 +173,7 @@ def pending_shards(
     encoder: str,
     source: str,
     n_rows: int,
-    shard_rows: int = 65536,
+    shard_rows: int = SHARD_ROWS,
     facts: dict[str, Any] | None = None,
 ) -> list[int]:
     """Numbers of the shards that `write_store` with these arguments would still write; [] when all are there.
@@ -164,8 +194,9 @@ def _plan(*, dim: int, encoder: str, source: str, n_rows: int, shard_rows: int, 
     return {**plan, "facts": json.loads(json.dumps(facts or {}))}
 
 
-def _read_records(folder: Path, plan: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """Shard number -> its record, from the manifest and from the files beside the shards; refuses another plan's."""
+def _read_records(folder: Path, plan: dict[str, Any], only: int | None = None) -> dict[int, dict[str, Any]]:
+    """Shard number -> its record, from the manifest and from the files beside the shards, of which only that of shard
+    `only` is read where it is given; refuses another plan's."""
     records: dict[int, dict[str, Any]] = {}
     if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder, KIND)
@@ -178,7 +209,7 @@ def _read_records(folder: Path, plan: dict[str, Any]) -> dict[int, dict[str, Any
         }
         _refuse_other(folder, plan, found)
         records.update(enumerate(manifest["shards"]))
-    for path in sorted(folder.glob("shard-*.json")):
+    for path in sorted(folder.glob("shard-*.json")) if only is None else [folder / record_name(only)]:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -223,13 +254,14 @@ def _refuse_other(folder: Path, plan: dict[str, Any], found: dict[str, Any]) -> 
 
 
 def _missing_shards(plan: dict[str, Any], records: dict[int, dict[str, Any]], folder: Path) -> list[int]:
-    def whole(shard: int) -> bool:
-        return shard in records and all(
-            (path := folder / name).is_file() and path.stat().st_size == entry["bytes"]
-            for name, entry in files(shard, records[shard]).items()
-        )
+    return [shard for shard in range(-(-plan["n_rows"] // plan["shard_rows"])) if not _is_whole(folder, shard, records)]
 
-    return [shard for shard in range(-(-plan["n_rows"] // plan["shard_rows"])) if not whole(shard)]
+
+def _is_whole(folder: Path, shard: int, records: dict[int, dict[str, Any]]) -> bool:
+    return shard in records and all(
+        (path := folder / name).is_file() and path.stat().st_size == entry["bytes"]
+        for name, entry in files(shard, records[shard]).items()
+    )
 
 
 def _finish(folder: Path, plan: dict[str, Any]) -> None:
@@ -239,6 +271,7 @@ def _finish(folder: Path, plan: dict[str, Any]) -> None:
         return
     leftovers = [*folder.glob("shard-*.json"), *folder.glob(".*.partial"), *folder.glob(PLAN)]
     if leftovers or not (folder / MANIFEST).is_file():
+        _refuse_ids_there_twice(folder, plan)
         try:
             write_manifest(
                 folder,
@@ -259,17 +292,23 @@ def _finish(folder: Path, plan: dict[str, Any]) -> None:
             path.unlink(missing_ok=True)
 
 
-def vectors_name(shard: int) -> str:
-    return f"vectors-{shard:05d}.safetensors"
+def _refuse_ids_there_twice(folder: Path, plan: dict[str, Any]) -> None:
+    """Of all shards: each knows of its own ids alone."""
 
+    def blocks() -> Iterable[pa.Array]:
+        for shard in range(-(-plan["n_rows"] // plan["shard_rows"])):
+            try:
+                yield pq.read_table(folder / ids_name(shard), columns=["_id"])["_id"].combine_chunks()
+            except (pa.ArrowException, OSError) as error:
+                path = folder / ids_name(shard)
+                raise HlmError(f"{path} is not readable ({error}); delete it, and {REMEDY}") from error
 
-def ids_name(shard: int) -> str:
-    return f"ids-{shard:05d}.parquet"
-
-
-def files(shard: int, record: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """File name -> {"bytes", "sha256"} of a shard's two files."""
-    return {vectors_name(shard): record["vectors"], ids_name(shard): record["ids"]}
+    twice = id_there_twice(blocks, plan["n_rows"])
+    if twice is not None:
+        raise HlmError(
+            f"{folder}: expected distinct ids over all shards, found {twice!r} twice; make the ids of the data unique, "
+            "delete the folder and run the command again"
+        )
 
 
 def _write_shard(
@@ -292,90 +331,16 @@ def _write_shard(
     for row_id, text in rows:
         ids.append(row_id)
         texts.append(text)
-    _check_ids(ids, expected, where)
+    check_ids(ids, expected, where)
     # A GPU is idle while a shard is checked, hashed and synced: one second in 65,536 ads of 4,096 values, which an 8B
     # teacher takes minutes for.
-    vectors = _quantised(encode(texts), (expected, plan["dim"]), where)
+    vectors = quantised(encode(texts), (expected, plan["dim"]), where)
     for stale in folder.glob(f".*-{shard:05d}.*.partial"):
         stale.unlink(missing_ok=True)
     try:
-        _put_shard(folder, plan, shard, ids, vectors)
+        put_shard(folder, plan, shard, ids, vectors)
     except FileNotFoundError as error:
         raise HlmError(
             f"{error.filename} went away while {folder} was being written: another run writes the same store; let one "
             "of them finish, and start several processes through accelerate or torchrun only"
         ) from error
-
-
-def _put_shard(folder: Path, plan: dict[str, Any], shard: int, ids: list[str], vectors: np.ndarray) -> None:
-    names = {"vectors": vectors_name(shard), "ids": ids_name(shard)}
-    asides = {kind: folder / f".{name}.{os.getpid()}.partial" for kind, name in names.items()}
-    digests = {"vectors": _write_vectors(asides["vectors"], vectors)}
-    pq.write_table(pa.table({"_id": pa.array(ids, type=pa.string())}), asides["ids"], compression="zstd")
-    digests["ids"] = sha256(asides["ids"])
-    record: dict[str, Any] = {"rows": len(ids)}
-    for kind, aside in asides.items():
-        with open(aside, "rb+") as file:
-            os.fsync(file.fileno())
-        record[kind] = {"bytes": aside.stat().st_size, "sha256": digests[kind]}
-    for kind, aside in asides.items():
-        os.replace(aside, folder / names[kind])
-    # Last, so that a shard counts as whole only when both of its files are in place.
-    write_json(folder / f"shard-{shard:05d}.json", {"shard": shard, "plan": plan, "record": record})
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_vectors(path: Path, vectors: np.ndarray) -> str:
-    """Writes a safetensors file and returns its SHA-256.
-
-    By hand, because `safetensors.numpy.save_file` writes through a temporary file with a random name, which a kill
-    leaves lying in the store (half a gigabyte and more), and makes the result readable by its owner alone.
-    """
-    entry = {"dtype": "F16", "shape": list(vectors.shape), "data_offsets": [0, vectors.nbytes]}
-    header = json.dumps({KEY: entry}, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # the format aligns the data to 8 bytes
-    digest = hashlib.sha256()
-    with open(path, "wb") as file:
-        for piece in (len(header).to_bytes(8, "little"), header, vectors.data.cast("B")):
-            file.write(piece)
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def _check_ids(ids: list[str], expected: int, where: str) -> None:
-    if len(ids) != expected:
-        raise HlmError(f"{where}: expected {expected} records, found {len(ids)}; n_rows does not fit the data")
-    if wrong := [row_id for row_id in ids if not isinstance(row_id, str) or not row_id]:
-        raise HlmError(f"{where}: expected ids that are non-empty text, found {wrong[0]!r}; correct the data's ids")
-    if len(set(ids)) != len(ids):
-        twice = collections.Counter(ids).most_common(1)[0][0]
-        raise HlmError(f"{where}: expected distinct ids, found {twice!r} twice; make the ids of the data unique")
-
-
-def _quantised(vectors: np.ndarray, shape: tuple[int, int], where: str) -> np.ndarray:
-    """The checked vectors as contiguous little-endian fp16."""
-    vectors = np.asarray(vectors)
-    if vectors.shape != shape or vectors.dtype.kind != "f":
-        raise HlmError(
-            f"{where}: expected floating-point vectors of shape {shape} from the encoder, found {vectors.dtype} of "
-            f"shape {vectors.shape}; check dim against the encoder's dimension"
-        )
-    norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors, dtype=np.float32))
-    first = f"row {int(np.argmax(~np.isfinite(norms)))} of the shard"
-    if not np.isfinite(norms).all():
-        raise HlmError(
-            f"{where}: expected finite vectors, found NaN or infinity in {first}; check the encoder's weights, or load "
-            "it in bfloat16 or float32 where it overflows in float16"
-        )
-    off = np.abs(norms - 1)
-    if (off > _NORM_TOLERANCE).any():
-        row = int(np.argmax(off))
-        raise HlmError(
-            f"{where}: expected L2-normalised vectors, found norm {norms[row]:.4g} in row {row} of the shard; "
-            "normalise what the encoder gives (a norm of 0 has no direction: look at that row's text)"
-        )
-    return np.ascontiguousarray(vectors, dtype="<f2")

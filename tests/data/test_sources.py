@@ -150,6 +150,28 @@ def test_an_address_without_a_file_that_is_read_is_named(folder, read, tmp_path,
         read(folder)
 
 
+@pytest.mark.parametrize("way", ["folder", "urls"])
+def test_a_corpus_in_parquet_shards(folder, read, tmp_path, way):
+    titles = [f"lamp {number}" for number in range(5)]
+    rows = [{"_id": f"d{number}", "title": title} for number, title in enumerate(titles)]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one = read(folder)
+    shards = folder / "corpus" if way == "folder" else tmp_path / "elsewhere"
+    shards.mkdir()
+    for number, part in enumerate((rows[:2], rows[2:4], rows[4:])):
+        pq.write_table(pa.Table.from_pylist(part), shards / f"part-{number}.parquet")
+    if way == "urls":
+        (folder / "corpus.urls").write_text(f"file://{shards}/*.parquet\n")
+    with pytest.raises(HlmError, match="expected one 'corpus' in"):
+        read(folder)
+    (folder / "corpus.jsonl").unlink()
+    many = read(folder)
+    assert many.corpus["title"][:] == titles and many.fingerprint("corpus") == one.fingerprint("corpus")
+    pq.write_table(pa.table({"_id": ["d6", "d1"], "title": ["a", "b"]}), shards / "part-2.parquet")
+    with pytest.raises(HlmError, match="part-2.parquet, row 2: expected unique ids, found 'd1' here and on part-0"):
+        read(folder)
+
+
 # ---------------------------------------------------------------- a repository
 
 

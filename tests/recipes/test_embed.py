@@ -17,6 +17,7 @@ from hlm.encoders.loading import encode, fingerprint, load_encoder
 from hlm.steps import EmbedConfig
 from hlm.vectors.embed import check, processes
 from hlm.vectors.faiss_index import AdIndex
+from hlm.vectors.ray_workers import ShardWriter
 from hlm.vectors.store import VectorStore
 from recipes import embed
 
@@ -186,7 +187,7 @@ def test_refuses_another_teacher_and_other_texts(tiny_bert, shop, tmp_path):
         (["--shard_rows", "0"], "shard_rows: expected at least 1, found 0"),
         (["--dim", "-1"], "dim: expected at least 1, found -1"),
         (["--dtype", "int8"], "dtype"),
-        (["--shards", "3"], "did you mean '--shard_rows'"),
+        (["--shards_rows", "3"], "did you mean '--shard_rows'"),
     ],
 )
 def test_bad_settings_stop_before_anything_is_loaded(tmp_path, arguments, message):
@@ -252,3 +253,54 @@ def test_ads_without_text_are_left_out_on_request(tiny_bert, catalogue_200, tmp_
         embed.main(argv)
     embed.main([*argv, "--skip_bad_rows", "true"])
     assert len(VectorStore.open(tmp_path / "out/corpus")) == 200
+
+
+def test_tasks_of_an_array_write_the_store_of_one_process(tiny_bert, shop, tmp_path, caplog):
+    """No task waits for another: whoever finds all shards whole joins them."""
+    more = ("--shard_rows", "2", "--index", "Flat")
+    run(tiny_bert, shop, tmp_path / "one", *more)
+    caplog.set_level("INFO")
+    for task in (2, 0, 0):  # the second task was killed before it wrote anything; the first is run again
+        run(tiny_bert, shop, tmp_path / "array", *more, "--shard", f"{task}/3")
+    assert (
+        not (tmp_path / "array/index").exists()
+        and "shards of corpus, unlabelled, queries are still with other" in caplog.text
+    )
+    run(tiny_bert, shop, tmp_path / "array", *more, "--shard", "1/2")  # what is left, whatever it was shared by before
+    assert content(tmp_path / "array") == content(tmp_path / "one")
+
+
+@pytest.mark.parametrize("shard", ["3/3", "1", "-1/3", "a/b", "0/0"])
+def test_a_share_that_is_none(tiny_bert, shop, tmp_path, shard):
+    with pytest.raises(HlmError, match="shard: expected i/n with i from 0 to n - 1"):
+        run(tiny_bert, shop, tmp_path / "out", f"--shard={shard}")
+
+
+def test_a_worker_writes_the_shards_that_it_is_given(tiny_bert, shop, tmp_path):
+    """As Ray gives them; here without a cluster."""
+    run(tiny_bert, shop, tmp_path / "one", "--shard_rows", "2")
+    settings = {"model": tiny_bert, "data": str(shop), "output": str(tmp_path / "given"), "shard_rows": 2}
+    worker = ShardWriter(settings)
+    for part, shard in (("corpus", 2), ("queries", 0), ("corpus", 0), ("corpus", 2)):
+        assert worker({"part": np.array([part]), "shard": np.array([shard])}) == {"refused": [""]}
+    assert not (tmp_path / "given/corpus/hlm.json").exists()
+    other = ShardWriter(settings | {"max_seq_length": 5})
+    (message,) = other({"part": np.array(["corpus"]), "shard": np.array([1])})["refused"]
+    assert "another run (encoder: this run has" in message
+    run(tiny_bert, shop, tmp_path / "given", "--shard_rows", "2")  # joins, and writes what nobody was given
+    assert content(tmp_path / "given") == content(tmp_path / "one")
+
+
+def test_ray_writes_the_store_of_one_process(tiny_bert, shop, tmp_path):
+    ray = pytest.importorskip("ray", reason="a Ray cluster, 80 MB, is not in what `make test` installs")
+    run(tiny_bert, shop, tmp_path / "one", "--shard_rows", "2")
+    with ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False):
+        run(tiny_bert, shop, tmp_path / "ray", "--shard_rows", "2", "--ray_workers", "2")
+        assert content(tmp_path / "ray") == content(tmp_path / "one")
+        with pytest.raises(HlmError, match="holds vectors of another run .shard_rows"):
+            run(tiny_bert, shop, tmp_path / "ray", "--shard_rows", "3", "--ray_workers", "1")
+
+
+def test_workers_and_a_share_are_two_ways(tiny_bert, shop, tmp_path):
+    with pytest.raises(HlmError, match="expected ray_workers or shard, found both"):
+        run(tiny_bert, shop, tmp_path / "out", "--ray_workers", "2", "--shard", "0/2")

@@ -14,12 +14,13 @@ from hlm.planning.hardware import parse_gpus
 from hlm.planning.plan import check_fit, make_plan
 from hlm.planning.report import step_line
 from hlm.planning.settings import Assumptions, read_steps
+from hlm.recipe_files import sets
 from hlm.step_table import STEPS
 from hlm.training.trainer import TrainingArguments
 
 CONFIGS = Path(__file__).resolve().parents[2] / "recipes/configs"
 PAPER = ("qwen3-8b-190m", "qwen3-4b-0.6b", "qwen3-0.6b-190m")
-FILES = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "accelerate")
+FILES = sorted(path for folder in sets().values() for path in folder.glob("*.yaml"))
 TRAINED = {"teacher", "align", "refine"}
 
 

@@ -174,6 +174,21 @@ def test_students_of_another_teacher_are_refused(house, tmp_path):
         refine.main(refine_arguments(other, house / "aligned", tmp_path / "student"))
 
 
+def test_a_sample_of_the_queries_is_aligned_on(house, tmp_path):
+    for name, more in {"all": [], "few": ["--queries", "32"]}.items():
+        arguments = align_arguments(house, tmp_path / name, "--max_steps", "2")
+        align.main([*arguments, "--cascade", '[{"layers": 2}]', *ONLY_LAST, *more])
+    few, every = (load_file(tmp_path / name / "model.safetensors") for name in ("few", "all"))
+    assert any(np.abs(few[name] - every[name]).max() > 1e-5 for name in few)
+    for more, message in {
+        ("--also", '{"l3": 1.0}'): "also: expected weights of l2, cosine, kernel, kl, found 'l3'",
+        ("--queries", "0"): "queries: expected 1 or more, found 0",
+        ("--kinds", "log"): r"kinds: expected unlabelled queries with a column 'kind', found \['text'\]",
+    }.items():
+        with pytest.raises(HlmError, match=message):
+            align.main(align_arguments(house, tmp_path / "no", *more))
+
+
 @pytest.mark.parametrize("objective", ["cosine", "kernel", "kl"])
 def test_other_objectives_train(house, tmp_path, objective):
     arguments = align_arguments(house, tmp_path / "aligned", "--objective", objective, "--max_steps", "2")

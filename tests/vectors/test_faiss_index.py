@@ -314,12 +314,6 @@ def test_from_vectors_refuses(store):
             AdIndex.from_vectors(bad, ids)
 
 
-def test_an_id_in_two_shards_is_found(tmp_path):
-    store = make_store(tmp_path / "store", np.eye(4), ids=["a", "b", "c", "a"], shard_rows=2)
-    with pytest.raises(HlmError, match="found 'a' twice"):
-        AdIndex.build(store)
-
-
 FORK = """
 import multiprocessing, sys, threading
 import numpy as np

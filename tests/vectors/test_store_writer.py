@@ -13,6 +13,7 @@ from small_store import DIM, PLAN, SHARD, content, encode, records
 
 from hlm.artefacts import HlmError
 from hlm.vectors.store import VectorStore, pending_shards, write_store
+from hlm.vectors.store_writer import write_shard
 
 
 def test_one_shard_at_a_time(tmp_path):
@@ -130,7 +131,7 @@ def test_a_second_run_of_the_same_store_is_told(tmp_path, whole):
     """Two runs that know nothing of each other: one stops with a clear word, and nothing wrong is left."""
     folder = tmp_path / "s"
 
-    import hlm.vectors.store_writer as writer
+    import hlm.vectors.shard_files as writer
 
     real = writer._write_vectors
 
@@ -311,3 +312,27 @@ def test_a_store_behind_a_link_is_written_through_it(tmp_path):
     )
     assert (tmp_path / "store").is_symlink()
     assert len(VectorStore.open(tmp_path / "big/disk")) == 1
+
+
+def test_an_id_in_two_shards_is_found_when_they_are_joined(tmp_path):
+    def twice(start, stop):
+        return [(f"ad-{row % 20:03d}", f"text {row}") for row in range(start, stop)]
+
+    folder = tmp_path / "s"
+    write_store(folder, twice, encode, **PLAN, process_index=0, num_processes=2)  # the others know nothing of it
+    with pytest.raises(HlmError, match="expected distinct ids over all shards, found 'ad-000' twice"):
+        write_store(folder, twice, encode, **PLAN, process_index=1, num_processes=2)
+    assert not (folder / "hlm.json").exists()
+
+
+def test_a_shard_that_is_handed_out(tmp_path, whole):
+    folder, asked = tmp_path / "s", []
+    for shard in (2, 0, 2, 1):
+        write_shard(folder, shard, lambda start, stop: asked.append(start) or records(start, stop), encode, **PLAN)
+    assert asked == [18, 0, 9] and not (folder / "hlm.json").exists()
+    with pytest.raises(HlmError, match="another run .encoder"):
+        write_shard(folder, 0, records, encode, **(PLAN | {"encoder": "teacher-b"}))
+    write_store(folder, records, None, **PLAN)  # joins them: nothing is encoded
+    assert content(folder) == content(whole)
+    write_shard(folder, 1, None, None, **PLAN)  # whole
+    assert content(folder) == content(whole)
