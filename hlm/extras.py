@@ -11,12 +11,13 @@ from hlm.errors import HlmError
 # Module -> the smallest extra that brings it.
 EXTRAS = {
     "faiss": "index", "pyarrow": "index", "regex": "index",
-    "accelerate": "train", "bm25s": "train", "datasets": "train", "jinja2": "train", "onnx": "train",
+    "accelerate": "train", "datasets": "train", "jinja2": "train", "onnx": "train",
     "onnx_ir": "train", "onnxscript": "train", "peft": "train", "pytrec_eval": "train", "safetensors": "train",
     "sentence_transformers": "train", "torch": "train", "transformers": "train",
     "evaluate": "eval", "matplotlib": "eval",
     "duckdb": "logs", "phonenumbers": "logs",
     "gradio": "space",
+    "lancedb": "lance",
     "openvino": "openvino",
     "ray": "ray",
 }  # fmt: skip

@@ -29,6 +29,7 @@ from hlm.errors import FULL_DISK, REMEDIES, HlmError
 from hlm.locks import locked
 
 MANIFEST = "hlm.json"
+VERSIONS = "versions"  # in an artefact's folder: what belongs to its other versions (`hlm/vectors/versions.py`)
 # What systems put into folders by themselves.
 IGNORED = frozenset({".DS_Store", "Thumbs.db", "desktop.ini", "lost+found"})
 _SWAPPING = ".hlm.swapping"  # in a folder that is written inside itself: the names that come and go
@@ -260,7 +261,10 @@ def _refuse_foreign(target: Path, kind: str | None) -> None:
         others = sorted(
             str(path)
             for path in files
-            if path.as_posix() not in records and str(path) != MANIFEST and not any(_ours(part) for part in path.parts)
+            if path.as_posix() not in records
+            and str(path) != MANIFEST
+            and path.parts[0] != VERSIONS
+            and not any(_ours(part) for part in path.parts)
         )
         if others:
             raise HlmError(

@@ -12,6 +12,7 @@ from typing import Any
 
 from hlm.artefacts import HlmError, fingerprint_json, fingerprint_texts, read_manifest
 from hlm.data.contract import RetrievalData, document_text, load
+from hlm.data.views import Rows
 from hlm.encoders.loading import check_device, encode, fingerprint, load_encoder
 from hlm.encoders.pruning import parameter_counts
 from hlm.evaluation.bm25 import bm25_run
@@ -185,7 +186,7 @@ def bm25(config: EvaluateConfig, data: RetrievalData, split: str) -> Run:
         _kept_as(config, "bm25", split),
         key,
         [query for query, _ in queries],
-        lambda: bm25_run(corpus, queries, config.depth, k1=config.bm25_k1, b=config.bm25_b),
+        lambda: bm25_run(Rows(corpus), queries, config.depth, k1=config.bm25_k1, b=config.bm25_b),
     )
 
 

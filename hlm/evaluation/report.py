@@ -47,7 +47,7 @@ STUDENTS = ("pruned", "aligned", "student", "student_on_index", "static", "contr
 SYSTEMS = ("bm25", "backbone", "teacher", *STUDENTS)
 
 _PACKAGES = ["torch", "transformers", "sentence-transformers", "peft", "accelerate", "datasets", "faiss-cpu"]
-_PACKAGES += ["faiss-gpu", "faiss-gpu-cu12", "bm25s", "pytrec-eval-terrier", "numpy"]
+_PACKAGES += ["faiss-gpu", "faiss-gpu-cu12", "pytrec-eval-terrier", "numpy"]
 
 
 def build_report(

@@ -57,6 +57,7 @@ class AdIndex(Index):
         on_gpu: bool = False,
         canaries: dict[str, Any] | None = None,
         measured: dict[str, Any] | None = None,
+        made_of: dict[str, Any] | None = None,
     ) -> None:
         self._index = index
         self._ads = ads
@@ -67,7 +68,7 @@ class AdIndex(Index):
         self.source = source
         self.factory = factory
         self.canaries = canaries
-        self.measured = measured
+        self.measured, self.made_of = measured, made_of
         # Building them takes as long as a twentieth of a fast search. They are read alone while FAISS searches.
         self._parameters: dict[tuple[float | None, ...], faiss.SearchParameters | None] = {}
         self._defaults = faiss_parts.default_options(index)
@@ -78,7 +79,7 @@ class AdIndex(Index):
 
     def __reduce__(self) -> tuple[Any, ...]:
         facts: dict[str, Any] = {"encoder": self.encoder, "source": self.source, "factory": self.factory}
-        facts |= {"canaries": self.canaries, "measured": self.measured}
+        facts |= {"canaries": self.canaries, "measured": self.measured, "made_of": self.made_of}
         return _restored, (faiss.serialize_index(self._on_cpu()), self._ads, facts | self._defaults, self._on_gpu)
 
     @property
@@ -172,6 +173,7 @@ class AdIndex(Index):
             k_factor=k_factor,
             on_gpu=gpu,
             canaries=store.canaries,
+            made_of=store.parts,
         )
 
     @classmethod
@@ -226,7 +228,7 @@ class AdIndex(Index):
                 raise HlmError(f"could not write {folder}: {faiss_parts.reason(error)}; free some space") from error
             write_ads(aside / ADS_FILE, self._ads)
             beside(aside)
-            write_facts(aside, self, **self._defaults)
+            write_facts(aside, self, self._defaults)
 
     @classmethod
     def load(cls, folder: str | Path, *, expect_encoder: str | None = None, gpu: bool = False) -> AdIndex:
@@ -250,7 +252,7 @@ class AdIndex(Index):
             name: optional(facts.config, kind, name, where=f"{folder / MANIFEST}, config", least=1)
             for name, kind in (("nprobe", int), ("ef_search", int), ("k_factor", float))
         }
-        index, ads = faiss_parts.read_index(folder / INDEX_FILE), folder / ADS_FILE
+        index, ads = faiss_parts.read_index(facts.home / INDEX_FILE), facts.home / ADS_FILE
         if (index.ntotal, index.d, index.metric_type) != (facts.count, facts.dim, faiss.METRIC_INNER_PRODUCT):
             raise HlmError(
                 f"{folder}: expected {facts.count} vectors of width {facts.dim} as hlm.json says, for inner products, "
@@ -258,13 +260,14 @@ class AdIndex(Index):
             )
         return cls(
             faiss_parts.to_gpu(index) if gpu else index,
-            read_ads(ads if ads.is_file() else folder / OLDER_IDS_FILE, facts.count),
+            read_ads(ads if ads.is_file() else facts.home / OLDER_IDS_FILE, facts.count),
             encoder=facts.encoder,
             source=facts.source,
             factory=facts.factory,
             on_gpu=gpu,
             canaries=facts.canaries,
             measured=facts.measured,
+            made_of=facts.made_of,
             **options,
         )
 

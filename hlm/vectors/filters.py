@@ -95,25 +95,30 @@ def mask_of(where: Conditions, ads: pa.Table) -> np.ndarray:
 def _expression(conditions: Mapping[str, Any], ads: pa.Table) -> pc.Expression:
     expressions = []
     for name, wanted in conditions.items():
-        if name not in ads.column_names:
-            raise HlmError(
-                f"where: expected columns among {', '.join(ads.column_names)}, found {shown(name)}; build the index "
-                "with that column"
-            )
+        check_column(name, ads)
         column = pc.field(name)
         if isinstance(wanted, Mapping):
             for sign, value in wanted.items():
                 if sign not in COMPARE:
                     raise HlmError(f"where: {name}: expected one of {' '.join(COMPARE)}, found {shown(sign)}")
-                expressions.append(COMPARE[sign](column, _value(name, value, ads)))
+                expressions.append(COMPARE[sign](column, checked_value(name, value, ads)))
         elif isinstance(wanted, list | tuple | AbstractSet):
-            expressions.append(column.isin([_value(name, value, ads) for value in wanted]))
+            expressions.append(column.isin([checked_value(name, value, ads) for value in wanted]))
         else:
-            expressions.append(column == _value(name, wanted, ads))
+            expressions.append(column == checked_value(name, wanted, ads))
     return functools.reduce(operator.and_, expressions) if expressions else pc.scalar(True)
 
 
-def _value(name: str, value: Any, ads: pa.Table) -> pa.Scalar:
+def check_column(name: str, ads: pa.Table) -> None:
+    """Refuses a column that was not kept with the index."""
+    if name not in ads.column_names:
+        raise HlmError(
+            f"where: expected columns among {', '.join(ads.column_names)}, found {shown(name)}; build the index "
+            "with that column"
+        )
+
+
+def checked_value(name: str, value: Any, ads: pa.Table) -> pa.Scalar:
     """A value as the column has it: a text is never compared with numbers, nor 7.5 with whole ones cut to 7."""
     kind = ads.schema.field(name).type
     try:

@@ -47,7 +47,8 @@ class Engine(NamedTuple):
 
 # ids.parquet is that of an index from before ads.arrow.
 ENGINES = {
-    "faiss": Engine("hlm.vectors.faiss_index", "AdIndex", ("index.faiss", "ads.arrow", "ids.parquet", "tuning.png"))
+    "faiss": Engine("hlm.vectors.faiss_index", "AdIndex", ("index.faiss", "ads.arrow", "ids.parquet", "tuning.png")),
+    "lance": Engine("hlm.vectors.lance_index", "LanceIndex", lives=True),
 }
 OLDEST = "faiss"  # the engine of indexes whose manifests name none
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import pyarrow.types as pt
 from hlm.artefacts import MANIFEST, HlmError, read_manifest, write_manifest
 from hlm.fields import REMEDY, field, optional
 from hlm.integrity import check_files
+from hlm.vectors import versions
 from hlm.vectors.index import ENGINES, KIND, Index, engine_of
 from hlm.vectors.store import read_ids
 
@@ -33,6 +35,9 @@ class Facts:
     count: int
     canaries: dict[str, Any] | None
     measured: dict[str, Any] | None
+    made_of: dict[str, Any] | None
+    home: Path  # where the files of this version are
+    version: int
     config: Mapping[str, Any]
 
 
@@ -55,6 +60,9 @@ def read_facts(folder: Path, engine: str, expect_encoder: str | None = None) -> 
         count=field(manifest, int, "count", where=where, least=1),
         canaries=optional(manifest, dict, "canaries", where=where),
         measured=optional(manifest, dict, "measured", where=where),
+        made_of=optional(manifest, dict, "made_of", where=where),
+        home=versions.own_folder(folder, manifest),
+        version=versions.number_of(manifest, where),
         config=manifest["config"],
     )
     if expect_encoder is not None and facts.encoder != expect_encoder:
@@ -63,19 +71,35 @@ def read_facts(folder: Path, engine: str, expect_encoder: str | None = None) -> 
             f"{folder}; build the index from that encoder's store, or use the student that was aligned to "
             f"{facts.encoder}"
         )
-    check_files(folder, field(manifest, dict, "files", where=where), ENGINES[engine].files)
+    if files := ENGINES[engine].files:
+        check_files(facts.home, field(manifest, dict, "files", where=where), files)
     return facts
 
 
-def write_facts(folder: Path, index: Index, **settings: Any) -> None:
-    """Writes the manifest of an index, the last of its files; `settings` are the engine's own."""
+def write_facts(
+    folder: Path,
+    index: Index,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    version: int = versions.FIRST,
+    records: bool = True,
+) -> None:
+    """Writes the manifest of an index, the last of its files.
+
+    Args:
+        settings: the engine's own.
+        version: which of its folder (`versions.py`).
+        records: whether the manifest has the hashes of the folder's files: of one whose engine has none it has not.
+    """
     facts: dict[str, Any] = {"engine": index.engine, "dim": index.dim, "count": len(index)}
-    facts |= {name: kept for name in ("canaries", "measured") if (kept := getattr(index, name))}
+    facts |= {"version": version} if version > versions.FIRST else {}
+    facts |= {name: kept for name in ("canaries", "measured", "made_of") if (kept := getattr(index, name))}
     write_manifest(
         folder,
         KIND,
         inputs={"encoder": index.encoder, "source": index.source},
         config={"factory": index.factory, **settings},
+        records=records,
         **facts,
     )
 
