@@ -11,7 +11,7 @@ from hlm.errors import HlmError
 # Module -> the smallest extra that brings it.
 EXTRAS = {
     "faiss": "index", "pyarrow": "index", "regex": "index",
-    "accelerate": "train", "bm25s": "train", "datasets": "train", "jinja2": "train", "onnx": "train",
+    "accelerate": "train", "datasets": "train", "jinja2": "train", "onnx": "train",
     "onnx_ir": "train", "onnxscript": "train", "peft": "train", "pytrec_eval": "train", "safetensors": "train",
     "sentence_transformers": "train", "torch": "train", "transformers": "train",
     "evaluate": "eval", "matplotlib": "eval",
@@ -19,6 +19,7 @@ EXTRAS = {
     "gradio": "space",
     "lancedb": "lance",
     "openvino": "openvino",
+    "pymilvus": "milvus",
     "ray": "ray",
 }  # fmt: skip
 

@@ -69,7 +69,7 @@ def test_commands_name_what_exists(command):
 SMALL = {
     "ads": 200, "unlabelled": 300, "train_queries": 100, "dev_queries": 10, "test_queries": 40, "lora_rank": 4,
     "per_device_train_batch_size": 32, "max_steps": 2, "eval_steps": 1, "save_steps": 1, "bootstrap_samples": 100,
-    "relevance_level": 1, "queries": 20, "repeats": 1, "block_s": 0.05, "batch_sizes": [8], "cold_starts": 0,
+    "relevance_level": 1, "queries": 64, "repeats": 1, "block_s": 0.05, "batch_sizes": [8], "cold_starts": 0,
 }  # fmt: skip
 
 

@@ -77,6 +77,7 @@ def lora_step(
         negatives=numbers[:, None] + count * np.arange(1, per_query),
         queries=queries,
         documents=documents,
+        read=np.arange(count * per_query),
         config=TeacherConfig("", "", "", hard_negatives=step["hard_negatives"], cache_chunk=step["cache_chunk"]),
     )
     left = seconds - (perf_counter() - began)

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from huggingface_hub import constants
 
 from hlm.artefacts import HlmError, fingerprint_texts
+from hlm.data.ids import rows_with
 from hlm.data.readers import SUFFIXES, Row, qrels_row
 from hlm.data.sources import folder_tables, hub_tables
 from hlm.data.tables import TEXTS, Table, checked_dataset, checked_file, identifier
@@ -305,8 +306,7 @@ def _grade(value: Any, where: str) -> int:
 
 
 def _not_in(ids: pa.Array, dataset: datasets.Dataset) -> set[str]:
-    known = pc.is_in(ids, value_set=dataset.data.column("_id").combine_chunks())
-    return set(ids.filter(pc.invert(known)).to_pylist())
+    return set(ids.filter(pa.array(rows_with(dataset.data.column("_id"), ids) < 0)).to_pylist())
 
 
 def iterate(dataset: datasets.Dataset) -> Iterator[Row]:

@@ -18,8 +18,8 @@ import pyarrow as pa
 import regex
 
 from hlm.artefacts import HlmError, fingerprint_json
+from hlm.data.ids import id_there_twice
 from hlm.data.readers import COMPRESSIONS, SUFFIXES, TREC, Row, is_read, read_rows, suffix_of
-from hlm.data.unique_ids import id_there_twice
 from hlm.extras import extras_named
 from hlm.outputs import make_once
 from hlm.progress import progress

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 
 from hlm import __version__
 from hlm.artefacts import HlmError, atomic_file
+from hlm.evaluation import by_count
 from hlm.evaluation.metrics import (
     Qrels,
     Run,
@@ -47,7 +48,7 @@ STUDENTS = ("pruned", "aligned", "student", "student_on_index", "static", "contr
 SYSTEMS = ("bm25", "backbone", "teacher", *STUDENTS)
 
 _PACKAGES = ["torch", "transformers", "sentence-transformers", "peft", "accelerate", "datasets", "faiss-cpu"]
-_PACKAGES += ["faiss-gpu", "faiss-gpu-cu12", "bm25s", "pytrec-eval-terrier", "numpy"]
+_PACKAGES += ["faiss-gpu", "faiss-gpu-cu12", "pytrec-eval-terrier", "numpy"]
 
 
 def build_report(
@@ -214,7 +215,7 @@ def format_table(report: Report) -> str:
     text = [title, "", *align(rows)]
     if report["recovery"]:
         text += ["", "student / teacher:  " + "  ".join(f"{m} {percent(r)}" for m, r in report["recovery"].items())]
-    text += undefined(report)
+    text += undefined(report) + by_count.lines(report)
     for name, fusion in report.get("fusions", {}).items():
         text += ["", describe(name, fusion, k), "", *align(contribution_rows(fusion, k))]
     if thresholds := report.get("thresholds"):

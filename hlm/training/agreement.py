@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+import pyarrow as pa
 from sentence_transformers import SentenceTransformer
 
 from hlm.artefacts import fingerprint_texts
 from hlm.data.contract import RetrievalData, iterate, query_text
 from hlm.data.spelling import canonical
+from hlm.data.views import Rows
 from hlm.encoders.loading import encode
 from hlm.evaluation.bm25 import bm25_run
 from hlm.evaluation.metrics import Qrels, Run, ranking
@@ -68,14 +70,15 @@ class Agreement:
             documents: its vectors, one a row of the corpus.
         """
         corpus = data.corpus.select_columns(["_id", "title", "text"])
-        lexical = bm25_run(iterate(corpus), [(text, text) for text in texts], DEPTH)
-        ids = data.corpus["_id"][:]
+        lexical = bm25_run(Rows(corpus), [(text, text) for text in texts], DEPTH)
         vectors = encode(model, texts, prompt_name="query")
         depth = min(DEPTH, len(documents))
         scores, rows = top_k_documents(vectors, documents, depth, device=search_device(model))
+        names = data.corpus.data.column("_id").take(pa.array(rows.ravel())).to_pylist()
+        found = (names[start : start + depth] for start in range(0, len(names), depth))
         dense = {
-            text: {ids[row]: float(score) for row, score in zip(found, values, strict=True)}
-            for text, found, values in zip(texts, rows, scores, strict=True)
+            text: dict(zip(ids, values.tolist(), strict=True))
+            for text, ids, values in zip(texts, found, scores, strict=True)
         }
         return cls(lexical, dense)
 

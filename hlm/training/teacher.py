@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,9 @@ from sentence_transformers import SentenceTransformer
 from torch.distributed.tensor import DTensor
 
 from hlm.artefacts import fingerprint_json
-from hlm.data.contract import RetrievalData, document_text, iterate, load
+from hlm.data.contract import RetrievalData, load
+from hlm.data.ids import rows_with
+from hlm.data.views import DocumentTexts
 from hlm.encoders.loading import encode, fingerprint, load_encoder, prompt_of, save_encoder
 from hlm.encoders.lora import add_lora, enable_gradient_checkpointing, merge_lora, weaken_lora
 from hlm.identity import PATHS, as_config, up_to_date
@@ -187,11 +190,11 @@ class Pairs:
 
     def __init__(self, data: RetrievalData, config: TeacherConfig) -> None:
         triples = kept_pairs(data, config.min_score)
-        self.documents = [document_text(row, oracle=config.oracle) for row in iterate(data.corpus)]
-        row_of = {name: row for row, name in enumerate(data.corpus["_id"])}
+        self.documents = DocumentTexts(data.corpus, oracle=config.oracle)
+        rows_of = rows_with(data.corpus.data.column("_id"), [document for _, document, _ in triples])
         best: dict[str, list[tuple[int, int]]] = {}
-        for query, document, grade in triples:
-            best.setdefault(query, []).append((-grade, row_of[document]))
+        for (query, _, grade), row in zip(triples, rows_of.tolist(), strict=True):
+            best.setdefault(query, []).append((-grade, row))
         texts = dict(data.split_queries("train", oracle=config.oracle))
         self.queries = [texts[name] for name in best]
         self.known = [[row for _, row in found] for found in best.values()]
@@ -205,14 +208,14 @@ class Pairs:
         self.excluded = padded_rows(self.known)
 
 
-def backbone_vectors(model: SentenceTransformer, texts: list[str], folder: str, source: str) -> VectorStore:
+def backbone_vectors(model: SentenceTransformer, texts: Sequence[str], folder: str, source: str) -> VectorStore:
     """The untuned backbone's vectors of the documents, in a store in `folder`: a killed run finds them there."""
     state = PartialState()
     share = -(-len(texts) // state.num_processes)
     with progress(what="encode the documents", unit="text", total=share) as bar:
         write_store(
             folder,
-            lambda start, stop: ((str(row), texts[row]) for row in range(start, stop)),
+            lambda start, stop: zip(map(str, range(start, stop)), texts[start:stop], strict=True),
             partial(encode, model, prompt_name="document", bar=bar),
             dim=model.get_embedding_dimension(),
             encoder=fingerprint(model),
@@ -249,14 +252,16 @@ class Batches:
     excluded: torch.Tensor  # (queries, longest) int64 padded with -1: known positives
     negatives: np.ndarray  # (queries, k) int64 padded with -1
     queries: TokenTable
-    documents: TokenTable
+    documents: TokenTable  # of the documents `read`
+    read: np.ndarray  # int64, ascending: the documents that training reads
     config: TeacherConfig
 
     @classmethod
     def of(cls, model: SentenceTransformer, pairs: Pairs, negatives: np.ndarray, config: TeacherConfig) -> Batches:
         queries = TokenTable(model, pairs.queries, prompt_of(model, "query"))
-        documents = TokenTable(model, pairs.documents, prompt_of(model, "document"))
-        return cls(pairs.rows, pairs.excluded, negatives, queries, documents, config)
+        read = np.unique([*pairs.rows[:, 1], *np.maximum(negatives, 0).ravel()])  # as `collate` asks for them
+        documents = TokenTable(model, pairs.documents.of(read), prompt_of(model, "document"))
+        return cls(pairs.rows, pairs.excluded, negatives, queries, documents, read, config)
 
     def collate(self, rows: list[int]) -> dict:
         pairs = self.rows[rows]
@@ -264,6 +269,7 @@ class Batches:
         negative = self.negatives[query]
         # Every document of the batch is encoded once, however many queries it belongs to.
         documents, places = np.unique([*positive, *np.maximum(negative, 0).ravel()], return_inverse=True)
+        documents = np.searchsorted(self.read, documents)
         order = np.argsort(self.documents.lengths(documents), kind="stable")
         documents, places = documents[order], np.argsort(order)[places]
         # As many chunks on every rank, however many documents are distinct there: gradient caching asks for it.

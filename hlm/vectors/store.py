@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hlm.artefacts import MANIFEST, HlmError, fingerprint_json, read_manifest
+from hlm.data.ids import rows_with
 from hlm.fields import field, optional
 from hlm.integrity import file_state, read_steadily
 from hlm.vectors import versions
@@ -191,21 +191,15 @@ class VectorStore:
         Raises:
             HlmError: an id that the store does not hold.
         """
-        wanted = pa.array(ids, type=pa.string())
-        distinct = pc.unique(wanted)
-        found = np.full(len(distinct), -1, dtype=np.int64)
-        # The wanted ids are what is hashed, so no index over the whole store is ever built.
-        hits = pc.index_in(self.ids, value_set=distinct).fill_null(-1).to_numpy()
-        rows = np.flatnonzero(hits >= 0)
-        found[hits[rows]] = rows
+        found = rows_with(self.ids, ids)
         if (found < 0).any():
-            unknown = distinct.filter(pa.array(found < 0))
-            shown = ", ".join(repr(value.as_py()) for value in unknown[:3])
+            unknown = list(dict.fromkeys(name for name, row in zip(ids, found.tolist(), strict=True) if row < 0))
+            shown = ", ".join(map(repr, unknown[:3]))
             raise HlmError(
                 f"expected ids of the {len(self)} rows at {self.folder}, found {len(unknown)} unknown ones ({shown}"
                 f"{', ...' if len(unknown) > 3 else ''}); embed the dataset that these ids come from"
             )
-        return found[pc.index_in(wanted, value_set=distinct).to_numpy()] if len(wanted) else found
+        return found
 
     def ids_of(self, rows: Sequence[int] | np.ndarray) -> list[str]:
         """The ids of `rows` (any order, may repeat)."""

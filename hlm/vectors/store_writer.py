@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hlm.artefacts import MANIFEST, HlmError, read_manifest, write_manifest
-from hlm.data.unique_ids import id_there_twice
+from hlm.data.ids import id_there_twice
 from hlm.errors import FULL_DISK
 from hlm.locks import locked
 from hlm.outputs import IGNORED, os_errors, resolved

@@ -1,15 +1,14 @@
-"""BM25: its words, its scores against the formula, and what importing it does not start."""
+"""BM25: its words, and its scores against the formula and against bm25s."""
 
 import math
-import os
-import subprocess
 import sys
-from pathlib import Path
 
+import bm25s
 import numpy as np
 import pytest
 
 from hlm.artefacts import HlmError
+from hlm.evaluation import bm25
 from hlm.evaluation.bm25 import bm25_run, tokenise
 from hlm.evaluation.metrics import ranking
 
@@ -49,20 +48,23 @@ def test_bm25_run():
         bm25_run([{"_id": "a", "title": "...", "text": None}], queries, 3)
 
 
-def test_bm25_does_not_start_jax(tmp_path):
-    """JAX would take three quarters of a GPU's memory; bm25s asks for it where it is installed."""
-    (tmp_path / "jax").mkdir()
-    (tmp_path / "jax" / "__init__.py").write_text("open(__file__ + '.started', 'w')")
-    code = (
-        "import sys, hlm.evaluation.bm25 as bm25\n"
-        "row = {'_id': 'd', 'title': '', 'text': 'red shoe'}\n"
-        "assert list(bm25.bm25_run([row], [('q', 'shoe')], 1)) == ['q']\n"
-        "assert 'bm25s' in sys.modules and 'jax' not in sys.modules\n"
-        "import jax\n"  # who wants it still has it
-    )
-    paths = [str(tmp_path), str(Path(__file__).resolve().parents[2])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    subprocess.run([sys.executable, "-c", code.rpartition("import jax")[0]], env=environment, check=True)
-    assert not (tmp_path / "jax" / "__init__.py.started").exists()
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
-    assert (tmp_path / "jax" / "__init__.py.started").exists()
+def test_scores_are_those_of_bm25s_to_the_bit(monkeypatch):
+    """Its variant and ours, over all documents at once and block by block."""
+    monkeypatch.setitem(sys.modules, "jax", None)  # it would start JAX where that is installed
+    rng = np.random.default_rng(0)
+    words = np.array([f"w{number}" for number in range(300)])
+    drawn = [words[(300 * rng.random(rng.integers(1, 40)) ** 3).astype(int)].tolist() for _ in range(500)]
+    corpus = [{"_id": f"d{row}", "title": None, "text": " ".join(text)} for row, text in enumerate(drawn)]
+    queries = [(f"q{row}", " ".join(rng.choice(words[:60], 4))) for row in range(50)]
+    engine = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
+    vocabulary: dict = {}
+    numbered = [[vocabulary.setdefault(word, len(vocabulary)) for word in text] for text in drawn]
+    engine.index((numbered, vocabulary), create_empty_token=False, show_progress=False)
+    run = bm25_run(corpus, queries, 500)
+    for query, text in queries:
+        scores = engine.get_scores([vocabulary[word] for word in text.split()])
+        assert run[query] == {f"d{row}": float(scores[row]) for row in np.flatnonzero(scores)}
+    monkeypatch.setattr(bm25, "BLOCK", 64)
+    assert bm25_run(corpus, queries, 500) == run
+    best = {query: sorted(found.values())[-20:] for query, found in run.items()}
+    assert {query: sorted(found.values()) for query, found in bm25_run(corpus, queries, 20).items()} == best

@@ -1,10 +1,11 @@
 """Ids that are there twice, found in blocks of a table that is never in memory whole."""
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
-from hlm.data import unique_ids
-from hlm.data.unique_ids import id_there_twice
+from hlm.data import ids
+from hlm.data.ids import id_there_twice
 
 
 def blocks(*ids):
@@ -13,7 +14,7 @@ def blocks(*ids):
 
 @pytest.mark.parametrize("held", [2**27, 3])
 def test_the_first_id_there_a_second_time(monkeypatch, held):
-    monkeypatch.setattr(unique_ids, "HASHES_HELD", held)  # 3: in four passes
+    monkeypatch.setattr(ids, "HASHES_HELD", held)  # 3: in four passes
     assert id_there_twice(*blocks(["a", "b", "c", "d"], ["e", "f"], ["g", "h", "i", "j"])) is None
     assert id_there_twice(*blocks(["a", "b", "c", "d"], ["e", "f"], ["g", "h", "f", "a"])) == "f"
     assert id_there_twice(*blocks(["a"] * 4, ["b", "c"], ["a"] * 4)) == "a"
@@ -21,6 +22,6 @@ def test_the_first_id_there_a_second_time(monkeypatch, held):
 
 
 def test_ids_of_one_hash_are_told_apart(monkeypatch):
-    monkeypatch.setattr(unique_ids, "_hashes", lambda ids: unique_ids.np.zeros(len(ids), unique_ids.np.int64))
+    monkeypatch.setattr(ids, "_hashes", lambda names: np.zeros(len(names), np.int64))
     assert id_there_twice(*blocks(["a", "b"], ["c"])) is None
     assert id_there_twice(*blocks(["a", "b"], ["c", "b"])) == "b"

@@ -1,11 +1,12 @@
-"""Whether ids are unique, of more rows than a set of them would fit into memory."""
+"""Ids of more rows than a set or a dict of them would fit into memory: whether they are unique, and their rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 HASHES_HELD = 2**27  # at once: 1 GiB
 
@@ -53,3 +54,21 @@ def _shared(blocks: Callable[[], Iterable[pa.Array]], rows: int, turn: int, pass
 def _hashes(ids: list[str]) -> np.ndarray:
     # Python's own: 64 bits, salted, so that nobody can make ids that share one.
     return np.fromiter(map(hash, ids), np.int64, len(ids))
+
+
+def rows_with(column: pa.ChunkedArray, ids: Sequence[str] | pa.Array) -> np.ndarray:
+    """Of each of `ids`, which may repeat, the row of `column` that has it: int64, -1 where none has.
+
+    Only the ids that are asked for are hashed. Passes over the column once, chunk by chunk.
+    """
+    wanted = ids if isinstance(ids, pa.Array) else pa.array(ids, type=pa.string())
+    if not len(wanted):
+        return np.zeros(0, np.int64)
+    distinct = pc.unique(wanted)
+    found, start = np.full(len(distinct), -1, dtype=np.int64), 0
+    for chunk in column.chunks:
+        hits = pc.index_in(chunk, value_set=distinct).fill_null(-1).to_numpy()
+        rows = np.flatnonzero(hits >= 0)
+        found[hits[rows]] = rows + start
+        start += len(chunk)
+    return found[pc.index_in(wanted, value_set=distinct).to_numpy()]
