@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from hlm import __version__
 from hlm.artefacts import MANIFEST, HlmError
@@ -140,6 +140,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("target", help=f"folder of the ads' vectors or of an index {REVISION} of a dataset")
     command.set_defaults(run=verify)
 
+    add_rollback(commands)
+
     command = commands.add_parser("card", help="prints the card of a student, teacher or dataset", allow_abbrev=False)
     command.add_argument("folder", help="what a recipe wrote: a student, a teacher, or a dataset")
     command.add_argument("--report", metavar="FILE", help="report.json of recipes/evaluate.py")
@@ -174,6 +176,16 @@ def parser() -> argparse.ArgumentParser:
     for name, text in SCRIPTS.items():
         commands.add_parser(name, help=text, add_help=False)  # `run_script` runs it
     return top
+
+
+def add_rollback(commands: Any) -> None:
+    command = commands.add_parser(
+        "rollback", help="go back to an older version of a store or an index", allow_abbrev=False
+    )
+    command.add_argument("folder", help="folder of the store or of the index")
+    command.add_argument("--to", type=int, metavar="NUMBER", help="which version (default: the one before)")
+    command.add_argument("--list", action="store_true", help="print the versions and change nothing")
+    command.set_defaults(run=rollback)
 
 
 def run_script(name: str, *words: str) -> NoReturn:
@@ -296,6 +308,14 @@ def verify(options: argparse.Namespace) -> None:
             f"canaries: {facts['canaries']} of {facts['of']} queries nearest to the teacher's own vector, mean cosine "
             f"{facts['mean_cosine']:.3f}"
         )
+
+
+def rollback(options: argparse.Namespace) -> None:
+    from hlm.vectors.rollback import roll_back, shown_versions
+
+    if not options.list:
+        roll_back(options.folder, options.to)
+    show(shown_versions(options.folder))
 
 
 def card(options: argparse.Namespace) -> None:
