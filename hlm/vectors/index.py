@@ -49,6 +49,7 @@ class Engine(NamedTuple):
 ENGINES = {
     "faiss": Engine("hlm.vectors.faiss_index", "AdIndex", ("index.faiss", "ads.arrow", "ids.parquet", "tuning.png")),
     "lance": Engine("hlm.vectors.lance_index", "LanceIndex", lives=True),
+    "milvus": Engine("hlm.vectors.milvus_index", "MilvusIndex", scheme="milvus", lives=True),
 }
 OLDEST = "faiss"  # the engine of indexes whose manifests name none
 
