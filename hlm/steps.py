@@ -203,6 +203,9 @@ class AlignConfig:
     )
     temperature: float = field(default=0.05, metadata={"help": "of the kl objective"})
     kl_documents: int = field(default=4096, metadata={"help": "ads that the kl objective compares the queries with"})
+    count_power: float = field(
+        default=0.0, metadata={"help": "a query weighs its column `count` to this power, 0 to 1; 0: all weigh the same"}
+    )
     head: bool = field(default=False, metadata={"help": "a linear head to the teacher's width, inside the model"})
     parts: list[str] = field(
         default_factory=lambda: ["unlabelled", "train"], metadata={"help": "queries to align on: unlabelled, train"}
@@ -283,6 +286,9 @@ class EvaluateConfig:
     fusions: dict[str, Any] = field(
         default_factory=dict,
         metadata={"help": "name -> {systems, method: rrf or weighted, weights (null: chosen on dev), normalisation}"},
+    )
+    by_count: bool = field(
+        default=False, metadata={"help": "add figures in which a query weighs its column `count`, as searches do"}
     )
     impressions: int = field(default=100, metadata={"help": "simulated impressions of a query, for interleaving"})
     shown_precision: float | None = field(

@@ -208,7 +208,7 @@ class Lab:
         common = [name for name in BASE if (self.configs / f"{name}.yaml").is_file()]
         made: dict[str, str] = {}
         for name in [*common, *(name for name in variant if name not in (*common, "evaluate"))]:
-            given = {**self.quick.get(name, {}), **base.get(name, {}), **variant.get(name, {})}
+            given = {**base.get(name, {}), **self.quick.get(name, {}), **variant.get(name, {})}
             if STEP[name].trains and name not in BASE:
                 given["seed"] = seed
             folder = str(self.step(name, given, made))

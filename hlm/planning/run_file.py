@@ -85,7 +85,10 @@ def step_settings(path: Path) -> dict[str, dict[str, Any]]:
     steps = {name: _texts(settings, moved) for name, settings in steps.items()}
     _set_data(run, steps, path)
     if run.backbone:
-        steps["teacher"]["backbone"] = run.backbone
+        if "teacher" in steps:
+            steps["teacher"]["backbone"] = run.backbone
+        else:  # a teacher that is not made here: the backbone is the student's
+            steps["align"]["student"] = steps["prune"]["model"] = run.backbone
         systems = steps.get("evaluate", {}).get("systems", {})
         if isinstance(systems.get("backbone"), dict):
             systems["backbone"]["model"] = run.backbone

@@ -11,7 +11,9 @@ import yaml
 from hlm import cli
 from hlm.errors import HlmError
 from hlm.planning import run_file as planned
+from hlm.planning.plan import make_plan
 from hlm.planning.run_file import RUN_FILE, step_settings, write_run_file, write_steps
+from hlm.planning.settings import Assumptions
 from hlm.recipe_files import sets
 from hlm.settings import hints_of
 from hlm.step_table import STEPS
@@ -133,3 +135,13 @@ def test_init_asks_on_a_terminal_alone(monkeypatch, capsys):
     assert cli.main(["init", "fast", "--p99-ms", "fast"]) == 2 and not Path("fast").exists()
     assert cli.main(["init", "good", "--min-score", "good"]) == 2 and "--min-score" in capsys.readouterr().err
     assert cli.main(["init", "gpu", "--hardware", "8xH100"]) == 2 and "--data" in capsys.readouterr().err
+
+
+def test_a_teacher_elsewhere_leaves_the_backbone_to_the_student():
+    path = run_file(like="any_teacher", backbone="bert", steps={"embed": {"model": "m", "ready": {"corpus": "a.npy"}}})
+    steps = step_settings(path)
+    assert steps["align"]["student"] == steps["prune"]["model"] == steps["evaluate"]["systems"]["backbone"]["model"]
+    assert steps["align"]["student"] == "bert" and "teacher" not in steps
+    assert steps["embed"]["model"] == "m" and steps["embed"]["ready"] == {"corpus": "a.npy"}
+    with pytest.raises(HlmError, match="expected teacher.yaml in .*a teacher elsewhere cannot be planned for"):
+        make_plan("mine", {"embed": steps["embed"]}, Assumptions(documents=1, queries=1))
