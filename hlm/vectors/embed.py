@@ -32,7 +32,7 @@ from hlm.vectors.endpoint import Endpoint
 from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.ray_workers import write_by_ray
 from hlm.vectors.recall import measured, sample_of
-from hlm.vectors.shares import share_of
+from hlm.vectors.shares import share_of, writer_of
 from hlm.vectors.store import VectorStore, check_store_output, pending_shards, write_store
 
 logger = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ def write_part(work: Work, part: str, process: PartialState) -> None:
     config, plan = work.config, work.plans[part]
     folder = Path(config.output) / part
     share, tasks = share_of(config.shard)
-    index, count = share * process.num_processes + process.process_index, tasks * process.num_processes
+    index, count = writer_of(config.shard, process.process_index, process.num_processes)
     mine = [n for n in pending_shards(folder, **plan) if n % count == index]
     rows = plan["n_rows"]
     left = sum(min(config.shard_rows, rows - n * config.shard_rows) for n in mine)
