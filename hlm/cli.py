@@ -22,7 +22,7 @@ from hlm.endings import INTERRUPTED, NO_READER
 from hlm.extras import check_extra, extras_named
 from hlm.fields import optional, read_json
 from hlm.hub.cache import local_folder
-from hlm.planning.run_file import QUESTIONS, ask, write_run_file
+from hlm.planning.run_file import QUESTIONS, RUN_FILE, ask, one_step, write_run_file
 from hlm.planning.settings import Assumptions, check_folder, read_steps
 from hlm.recipe_files import recipes
 from hlm.step_table import STEPS
@@ -189,11 +189,14 @@ def add_rollback(commands: Any) -> None:
 
 
 def run_script(name: str, *words: str) -> NoReturn:
-    """Becomes `python recipes/<name>.py`, of a checkout or of the installed package.
+    """Becomes `python recipes/<name>.py`, of a checkout or of the installed package. A folder with `run.yaml` as the
+    first word stands for `--config` and the step's settings there.
 
     Raises:
-        HlmError: a package that the step imports is not installed.
+        HlmError: a package that the step imports is not installed, or what is wrong with `run.yaml`.
     """
+    if words and name not in SHORT and (Path(words[0]) / RUN_FILE).is_file():
+        words = ("--config", one_step(words[0], name), *words[1:])
     script = recipes() / f"{SHORT.get(name, name)}.py"
     check_extra(EXTRA_OF.get(script.stem, "train"), f"hlm {name}")
     sys.stdout.flush()

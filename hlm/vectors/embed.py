@@ -31,7 +31,7 @@ from hlm.vectors import canaries, given
 from hlm.vectors.embed_index import write_index
 from hlm.vectors.endpoint import Endpoint
 from hlm.vectors.ray_workers import write_by_ray
-from hlm.vectors.shares import share_of
+from hlm.vectors.shares import share_of, writer_of
 from hlm.vectors.store import VectorStore, check_store_output
 from hlm.vectors.store_versions import Target, target_of
 
@@ -206,7 +206,7 @@ def write_part(work: Work, part: str, process: PartialState) -> Target:
     """One store, or what it lacks of its texts; this process writes its share of the shards of this task's."""
     config, plan = work.config, work.plans[part]
     share, tasks = share_of(config.shard)
-    index, count = share * process.num_processes + process.process_index, tasks * process.num_processes
+    index, count = writer_of(config.shard, process.process_index, process.num_processes)
     records, _ = work.writes(part)
     target = target_of(part, Path(config.output) / part, records, plan)
     rows = target.plan["n_rows"]
