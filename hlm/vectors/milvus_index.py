@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,6 @@ BUILD: dict[str, dict[str, Any]] = {
     "IVF_RABITQ": {"nlist": 1024, "refine": True, "refine_type": "SQ8"},
     "DISKANN": {},
 }
-KEPT = 2  # collections: the current one, and the one before for readers and to go back to
 QUERIES_AT_ONCE, ROWS_PER_BLOCK = 64, 65_536
 MOST_CELLS, MOST_CANDIDATES = BUILD["IVF_RABITQ"]["nlist"], 16_384
 MORE = 4  # times as many cells or candidates behind a filter: far from a query centroids tell ads apart less well
@@ -83,11 +82,21 @@ class MilvusIndex(Index):
         *,
         dim: int | None = None,
         columns: pa.Table | None = None,
+        fill: Callable[[str], None] | None = None,
     ) -> MilvusIndex:
-        """Fills and indexes a new collection, and gives it the alias; see `Index.create`. Collections older than the
-        one before are dropped. A build that fails leaves what was there."""
-        from hlm.progress import progress  # not above: a search does without
+        """Fills and indexes a new collection, and gives it the alias; see `Index.create`. The collection that had the
+        alias stays, for its readers; those before it, and what a killed build left, are dropped. A build that fails
+        leaves what was there. One build at a time.
 
+        Args:
+            place: as there.
+            store: as there.
+            factory: as there.
+            dim: as there.
+            columns: as there.
+            fill: is given the name of the new collection and fills it, in place of sending every row
+                (`milvus_import.py`).
+        """
         address = Address.of(str(place))
         if factory not in BUILD:
             raise HlmError(f"expected an index of Milvus of {', '.join(BUILD)}, found '{factory}'; choose one of these")
@@ -99,31 +108,29 @@ class MilvusIndex(Index):
                 raise HlmError(
                     f"expected '{address.name}' to be free for an alias, found a collection; choose another name"
                 )
-            older = milvus_table.versions(client, address)
+            older, former = milvus_table.versions(client, address), milvus_table.current(client, address)
             collection = address.collection(older[-1] + 1 if older else 1)
+            facts = {"encoder": store.encoder, "source": store.source, "factory": factory, "dim": width}
+            facts |= {"count": len(store), "canaries": store.canaries, "measured": None, "made_of": store.parts}
             try:
                 milvus_table.make(client, collection, pa.schema(list(ads.schema)[1:]), width)
-                total = -(-len(store) // ROWS_PER_BLOCK)
-                blocks = progress(
-                    store.iter_blocks(ROWS_PER_BLOCK), what=f"fill {collection}", unit="block", total=total
-                )
-                for start, block in blocks:
-                    part = ads.slice(start, len(block))
-                    for rows in milvus_table.rows_of(part, normalised(block, width, first_row=start)):
-                        client.insert(collection, rows)
+                if fill is not None:
+                    fill(collection)
+                else:
+                    _send(client, collection, store, ads, width)
                 client.flush(collection)
                 _index(client, collection, factory)
-                facts = {"encoder": store.encoder, "source": store.source, "factory": factory, "dim": width}
-                facts |= {"count": len(store), "canaries": store.canaries, "measured": None}
-                facts |= {"made_of": store.parts}
+                if (found := milvus_table.count(client, collection)) != len(store):
+                    raise HlmError(f"expected {len(store)} ads in {collection}, found {found}; build it again")
                 milvus_table.write_facts(client, address, collection, facts)
             except BaseException:
-                client.drop_collection(collection)
+                _drop(client, address, collection)
                 raise
-            _point(client, address, collection)
-            for version in [n for n in older if address.collection(n) != collection][: 1 - KEPT or None]:
-                client.drop_collection(address.collection(version))
-                milvus_table.drop_facts(client, address, address.collection(version))
+            move = client.create_alias if former is None else client.alter_alias
+            move(collection_name=collection, alias=address.name)
+            for name in map(address.collection, older):
+                if name != former:
+                    _drop(client, address, name)
         return cls(address, client, collection, facts)
 
     @classmethod
@@ -271,10 +278,19 @@ def _index(client: MilvusClient, collection: str, factory: str) -> None:
     client.load_collection(collection)
 
 
-def _point(client: MilvusClient, address: Address, collection: str) -> None:
-    """The alias names this collection from now on."""
-    move = client.create_alias if milvus_table.current(client, address) is None else client.alter_alias
-    move(collection_name=collection, alias=address.name)
+def _send(client: MilvusClient, collection: str, store: VectorStore, ads: pa.Table, width: int) -> None:
+    from hlm.progress import progress  # not above: a search does without
+
+    total = -(-len(store) // ROWS_PER_BLOCK)
+    blocks = progress(store.iter_blocks(ROWS_PER_BLOCK), what=f"fill {collection}", unit="block", total=total)
+    for start, block in blocks:
+        for rows in milvus_table.rows_of(ads.slice(start, len(block)), normalised(block, width, first_row=start)):
+            client.insert(collection, rows)
+
+
+def _drop(client: MilvusClient, address: Address, collection: str) -> None:
+    client.drop_collection(collection)
+    milvus_table.drop_facts(client, address, collection)
 
 
 def _opened(address: Address, collection: str, client: MilvusClient | None = None) -> MilvusIndex:

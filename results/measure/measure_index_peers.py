@@ -263,8 +263,10 @@ def chosen(task: Task, queries: np.ndarray, exact: list[list[str]], report: dict
             continue
         targets = sorted(task.config.recalls)
         for setting in built.settings:
-            found = float(recalls([built.search(query, setting) for query in queries], exact).mean())
-            logger.info("%s at %s finds %.4f", name, setting, found)
+            shares = recalls([built.search(query, setting) for query in queries], exact)
+            # As `hlm index` chooses: by what is found beyond the chance of these queries.
+            found = float(shares.mean() - tuning.STANDARD_ERRORS * shares.std() / np.sqrt(len(shares)))
+            logger.info("%s at %s finds %.4f or more", name, setting, found)
             while targets and found >= targets[0]:
                 sides.append(Side(name, targets.pop(0), built, setting))
             if not targets:

@@ -2,11 +2,16 @@
 not know IVF_RABITQ and DISKANN. These tests prove the calls and what they mean, not the settings of a cluster.
 """
 
+import json
 import pickle
+import threading
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from stores import clustered, make_store
@@ -16,11 +21,12 @@ from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.index import create_index, open_index
 
 pytest.importorskip("milvus_lite", reason="pip install 'hlm[test]' brings it")
-from hlm.vectors import milvus_index, milvus_table
+from hlm.vectors import milvus_import, milvus_index, milvus_table
 from hlm.vectors.milvus_filters import expression_of
 from hlm.vectors.milvus_table import Address
 
 ROWS, DIM = 600, 16
+WHERE = {"country": "de"}
 NAMES = ["de", "fr", "it's", '"\\', None]
 COLUMNS = pa.table(
     {
@@ -186,9 +192,10 @@ def test_a_new_build_takes_the_alias_and_readers_keep_theirs(small, tmp_path):
     create_index(uri, store, "milvus:HNSW", dim=6)
     assert index.search(np.eye(6)[0], 1)[1] == ["a"] and open_index(uri).search(np.eye(6)[0], 1)[1] == ["f"]
     assert open_index(uri).canaries == canaries
-    create_index(uri, store, "milvus:FLAT")
     client = Address.of(uri).connected()
-    assert sorted(client.list_collections()) == ["six_hlm", "six_v2", "six_v3"]  # the oldest is gone
+    milvus_table.make(client, "six_v7", pa.schema([]), 6)  # a build was killed
+    create_index(uri, store, "milvus:FLAT")
+    assert sorted(client.list_collections()) == ["six_hlm", "six_v2", "six_v8"]  # the oldest is gone
     with pytest.raises(HlmError, match="search six_v1"):
         index.search(np.eye(6)[0], 1)
 
@@ -201,6 +208,61 @@ def test_a_build_that_fails_leaves_what_was_there(small, tmp_path, monkeypatch):
         create_index(uri, store, "milvus:FLAT")
     assert open_index(uri).search(np.eye(6)[0], 1)[1] == ["a"]
     assert sorted(Address.of(uri).connected().list_collections()) == ["six_hlm", "six_v1"]
+
+
+class Importer(BaseHTTPRequestHandler):
+    """Milvus's REST calls of an import as its documentation has them: files of a bucket go into a collection."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append((self.path.rpartition("/")[2], self.headers["Authorization"]))
+        if self.path == "/v2/vectordb/jobs/import/create":
+            for (path,) in body["files"]:
+                self.server.client.insert(body["collectionName"], pq.read_table(self.server.bucket / path).to_pylist())
+            self.answer({"jobId": "7"})
+        else:
+            assert self.path == "/v2/vectordb/jobs/import/get_progress" and body == {"jobId": "7"}
+            self.answer(self.server.states.pop(0))
+
+    def answer(self, data):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"code": 0, "data": data} if data else {"code": 1100, "message": "no"}).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_collection_is_filled_from_files(store, flat, queries, tmp_path, monkeypatch):
+    monkeypatch.setattr(milvus_import, "ROWS_PER_FILE", 250)
+    monkeypatch.setattr(milvus_import, "ROWS_PER_GROUP", 100)
+    monkeypatch.setattr(milvus_import, "POLL_S", 0)
+    monkeypatch.setenv("MILVUS_TOKEN", "secret")
+    files = milvus_import.write_files(store, tmp_path / "bucket/ads", columns=COLUMNS)
+    uri = f"milvus://{tmp_path}/lite.db/ads"
+    with ThreadingHTTPServer(("127.0.0.1", 0), Importer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        server.asked, server.bucket, server.client = [], tmp_path / "bucket", Address.of(uri).connected()
+        server.states = [{"state": "Importing", "progress": 40}, {"state": "Completed", "progress": 100}]
+        fill = partial(
+            milvus_import.import_files,
+            f"http://127.0.0.1:{server.server_port}",
+            [f"ads/{path.name}" for path in files],
+        )
+        index = create_index(uri, store, "milvus:FLAT", columns=COLUMNS, fill=fill)
+        assert index.search(queries, 20)[1] == flat.search(queries, 20)[1]
+        assert index.search(queries[0], 5, where=WHERE)[1] == flat.search(queries[0], 5, where=WHERE)[1]
+        assert server.asked == [(what, "Bearer secret") for what in ("create", "get_progress", "get_progress")]
+        for state, message in (({"state": "Failed", "reason": "bad"}, "into .*, found: bad"), ({}, "found: no")):
+            server.states = [state]
+            with pytest.raises(HlmError, match=message):
+                create_index(uri, store, "milvus:FLAT", columns=COLUMNS, fill=fill)
+        server.shutdown()
+    with pytest.raises(HlmError, match="expected an answer of Milvus at"):
+        fill("ads_v1")
+    with pytest.raises(HlmError, match="expected 600 ads in ads_v2, found 0"):
+        create_index(uri, store, "milvus:FLAT", columns=COLUMNS, fill=lambda name: None)
+    assert len(open_index(uri)) == ROWS
 
 
 @pytest.mark.parametrize("factory", ["IVF_RABITQ", "DISKANN"])
