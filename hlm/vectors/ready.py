@@ -149,7 +149,9 @@ def _of_parquet(where: str, settings: ReadySettings, files: list[str], has_ids: 
 
     def blocks() -> Iterator[Block]:
         try:
-            for batch in table.to_batches(columns=[key, column], batch_size=ROWS_A_BLOCK):
+            for batch in table.to_batches(
+                columns=[key, column], batch_size=ROWS_A_BLOCK, batch_readahead=1, fragment_readahead=1
+            ):
                 yield from _of_batch(batch, key, column, by_id, where)
         except (pa.ArrowException, OSError) as error:
             raise HlmError(f"{where}: cannot read {settings.path} ({error}); write it again") from error
