@@ -91,9 +91,13 @@ class EmbedConfig:
     )
     parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": f"which of {', '.join(PARTS)}"})
     index: str | None = field(
-        default=None, metadata={"help": "FAISS factory string, e.g. Flat or HNSW32: builds output/index over the ads"}
+        default=None,
+        metadata={"help": "builds output/index over the ads: FAISS's Flat or HNSW32, LanceDB's lance:IVF_RQ, ..."},
     )
     index_dim: int | None = field(default=None, metadata={"help": "width of the index, the student's; null: all"})
+    keep_versions: int = field(
+        default=3, metadata={"help": "versions of stores and index to keep, where ads or queries have changed"}
+    )
     oracle: bool = field(default=False, metadata={"help": "let the teacher read the `oracle` columns as well"})
     dim: int | None = field(default=None, metadata={"help": "keep the first dim values (Matryoshka); null: all"})
     max_seq_length: int | None = field(default=None, metadata={"help": "tokens a text is cut to; null: the model's"})

@@ -29,7 +29,7 @@ import yaml
 from hlm.artefacts import MANIFEST, HlmError, fingerprint_json, read_manifest, write_json
 from hlm.config import run_recipe
 from hlm.evaluation.evaluate import evaluate
-from hlm.evaluation.report import command_line, environment
+from hlm.evaluation.report import environment
 from hlm.evaluation.study import METRIC, against, check_claim, describe, judge
 from hlm.evaluation.study_page import draw, write_page
 from hlm.locks import locked
@@ -77,8 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if not found:
                 continue
             path = folder / f"{name}.json"
-            command = command_line("recipes/study.py", argv)
-            write_json(path, merged(path, question | {"quick": options.quick, "sets": found}, command))
+            write_json(path, merged(path, question | {"quick": options.quick, "sets": found}))
             draw(json.loads(path.read_text(encoding="utf-8")), path.with_suffix(".png"))
             logger.info("%s: %.0f s, %s", name, time.monotonic() - started, path)
             write_page(results)
@@ -86,8 +85,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise HlmError("expected all variants to run, found some that did not:\n" + "\n".join(refused))
 
 
-def merged(path: Path, answered: dict[str, Any], command: str) -> dict[str, Any]:
-    """The answer with that of other sets, which an earlier call wrote for the same question."""
+def merged(path: Path, answered: dict[str, Any]) -> dict[str, Any]:
+    """The answer with that of other sets, which an earlier call wrote for the same question, and what makes it again
+    wherever the runs lie."""
+    config = f"recipes/configs/study/{path.stem}.yaml"
+    command = f"recipes/study.py --config {config}" + (" --quick" if answered["quick"] else "")
     before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     same = before.get("variants") == answered["variants"] and before.get("claims") == answered["claims"]
     sets = {**(before.get("sets", {}) if same else {}), **answered["sets"]}

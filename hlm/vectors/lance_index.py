@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,16 @@ from hlm.outputs import resolved
 from hlm.vectors import lance_filters, lance_table, versions
 from hlm.vectors.filters import Where
 from hlm.vectors.index import KIND, Index
-from hlm.vectors.index_parts import Facts, checked_ids, checked_queries, joined, normalised, read_facts, write_facts
+from hlm.vectors.index_parts import (
+    Facts,
+    checked_ids,
+    checked_queries,
+    facts_of,
+    joined,
+    normalised,
+    read_facts,
+    write_facts,
+)
 from hlm.vectors.lance_table import Table, errors
 from hlm.vectors.store import VectorStore
 
@@ -97,6 +106,11 @@ class LanceIndex(Index):
         return self._facts.version
 
     @property
+    def settings(self) -> Mapping[str, Any]:
+        """Those of the manifest: factory, refine_factor, and the version of the table."""
+        return self._facts.config
+
+    @property
     def columns(self) -> list[str]:
         """What a search can be filtered by: "_id", and the columns that were kept."""
         return self._schema.names
@@ -110,6 +124,8 @@ class LanceIndex(Index):
         *,
         dim: int | None = None,
         columns: pa.Table | None = None,
+        check: Callable[[LanceIndex], None] = lambda index: None,
+        keep: int = 0,
     ) -> LanceIndex:
         """Builds the table and its index block by block; see `Index.create`. A folder that has an index gets a further
         version."""
@@ -134,7 +150,8 @@ class LanceIndex(Index):
                 config=settings,
             )
             table_version = lance_table.fill(folder, store, ads, facts)
-            _write(folder, replace(facts, config={**settings, "table_version": table_version}))
+            facts = replace(facts, config={**settings, "table_version": table_version})
+            _write(LanceIndex(folder, facts), check, keep or versions.KEEP)
         return cls.load(target)
 
     @classmethod
@@ -250,12 +267,9 @@ class LanceIndex(Index):
                 config={**self._facts.config, "table_version": version},
             )
             new = LanceIndex(self.folder, changed)
-            new.measured = self.measured
-            check(new)
-            changed = replace(changed, measured=new.measured)
-            _write(self.folder, changed, keep)
+            _write(new, check, keep)
         self._release()
-        self._pin(changed)
+        self._pin(replace(changed, measured=new.measured))
 
     def discard(self) -> None:
         """Lets go of what was put and deleted since the last commit, and lets others write."""
@@ -266,6 +280,13 @@ class LanceIndex(Index):
         makes it current."""
         with self._head() as table, errors(f"compact {self.folder}", "free some space, and compact again"):
             table.optimize(cleanup_older_than=lance_table.GRACE)
+
+    @classmethod
+    def make_current(cls, folder: Path, manifest: dict[str, Any]) -> None:
+        """See `Index.make_current`; the tag `live` follows, for those who read the table without HLM."""
+        version = cls(folder, facts_of(folder, manifest, cls.engine)).settings["table_version"]
+        versions.point(folder, manifest)
+        lance_table.tag(lance_table.opened(folder), lance_table.LIVE, version)
 
     @contextlib.contextmanager
     def _head(self) -> Iterator[Table]:
@@ -300,22 +321,17 @@ class LanceIndex(Index):
             )
 
 
-def move(folder: Path, manifest: dict[str, Any]) -> None:
-    """Makes a version that is whole the current one."""
-    versions.point(folder, manifest)
-    lance_table.tag(lance_table.opened(folder), lance_table.LIVE, manifest["config"]["table_version"])
-
-
-def _write(folder: Path, facts: Facts, keep: int = versions.KEEP) -> None:
-    """Writes a version whose table is whole and makes it the current one: tag, manifest, pointer, in this order."""
+def _write(index: LanceIndex, check: Callable[[LanceIndex], None], keep: int) -> None:
+    """Makes a version whose table is whole the current one: check, tag, manifest, pointer, in this order."""
+    folder, version, at = index.folder, index.version, index.settings["table_version"]
+    check(index)
     table = lance_table.opened(folder)
-    lance_table.tag(table, f"v{facts.version}", facts.config["table_version"])
-    is_first = facts.version == versions.FIRST
-    own = folder if is_first else versions.new_folder(folder, facts.version)
-    write_facts(own, LanceIndex(folder, facts), facts.config, version=facts.version, records=False)
-    if is_first:
-        lance_table.tag(table, lance_table.LIVE, facts.config["table_version"])
+    lance_table.tag(table, f"v{version}", at)
+    own = folder if version == versions.FIRST else versions.new_folder(folder, version)
+    write_facts(own, index, index.settings, version=version, records=False)
+    if version == versions.FIRST:
+        lance_table.tag(table, lance_table.LIVE, at)
         return
-    move(folder, read_manifest(own, KIND))
+    LanceIndex.make_current(folder, read_manifest(own, KIND))
     for number in versions.forget(folder, KIND, keep):
         lance_table.untag(table, f"v{number}")

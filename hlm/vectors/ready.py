@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import importlib
 import logging
 import os
 import tempfile
@@ -23,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as arrow_dataset
 
 from hlm.artefacts import HlmError, fingerprint_json
+from hlm.extras import extras_named
 from hlm.outputs import os_errors
 from hlm.progress import progress
 from hlm.teacher_settings import ReadySettings
@@ -159,12 +159,8 @@ def _of_parquet(where: str, settings: ReadySettings, files: list[str], has_ids: 
 
 def _of_lance(where: str, settings: ReadySettings, has_ids: bool) -> ReadyVectors:
     """A table of a LanceDB database. The one place here that speaks to LanceDB."""
-    try:
-        lancedb = importlib.import_module("lancedb")  # its extra is not part of `train`
-    except ModuleNotFoundError as error:
-        raise HlmError(
-            "expected the package 'lancedb' for vectors of a LanceDB table, found none; pip install 'hlm[lance]'"
-        ) from error
+    with extras_named("vectors of a LanceDB table"):
+        import lancedb
     if not Path(settings.path).is_dir():
         raise HlmError(f"{where}: expected the folder of a LanceDB database at {settings.path}, found none")
     try:

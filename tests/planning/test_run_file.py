@@ -84,6 +84,29 @@ def test_what_is_the_users_own_reaches_every_step():
     assert "contrastive_only" not in steps
 
 
+def test_what_is_published_is_the_users_own(monkeypatch, capsys):
+    for values in ({}, {"backbone": "bert"}):
+        settings = step_settings(run_file(**values))["publish"]
+        assert settings["name"] == "mine" and settings["student"] == "runs/mine/online"
+        assert not {"licence", "language", "space"} & set(settings)  # of the set's data; and there is no such folder
+        assert ("base_model" in settings) == ("backbone" not in values)
+    Path("spaces/query_to_ad").mkdir(parents=True)
+    assert "space" in step_settings(run_file())["publish"]
+
+
+def test_one_step_is_run_by_its_name_and_the_folder(monkeypatch, capsys):
+    run_file(steps={"align": {"learning_rate": 1e-3}})
+    started = []
+    monkeypatch.setattr("os.execv", lambda program, words: started.append(words))
+    cli.run_script("align", "mine", "--seed", "4")
+    (words,) = started
+    assert Path(words[1]).name == "align.py" and words[2] == "--config" and words[4:] == ["--seed", "4"]
+    assert yaml.safe_load(Path(words[3]).read_text())["learning_rate"] == 1e-3
+    cli.run_script("prepare", "mine", "--catalogue", "ads.csv")  # of raw files: its first word is where data goes
+    assert started[1][2] == "mine"
+    assert cli.main(["index", "mine"]) == 2 and "found 'index'" in capsys.readouterr().err
+
+
 def test_queries_are_derived_from_a_catalogue():
     steps = step_settings(run_file(data=None, catalogue="ads"))
     assert steps["prepare"]["source"] == "ads" and "general_queries" not in steps["prepare"]

@@ -1,11 +1,14 @@
 """recipes/study.py on tiny models: every variant once, goes on after an interruption, and says what was run."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import yaml
 
 from hlm.artefacts import HlmError
+from hlm.evaluation.study_page import write_page
 from hlm.recipe_files import recipes
 from recipes import study
 
@@ -122,3 +125,15 @@ def test_shipped_questions_are_read(path):
     assert len(question["variants"]) > 1 and question["question"].endswith("?")
     for set_name in question["sets"]:
         assert (recipes() / f"configs/study/quick/{set_name}.yaml").is_file()
+
+
+def test_the_page_is_rendered_from_the_answers(tmp_path):
+    results = Path(__file__).resolve().parents[2] / "results/study"
+    for path in results.rglob("*.json"):
+        (tmp_path / path.relative_to(results)).parent.mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / path.relative_to(results))
+        answered = json.loads(path.read_text())
+        assert answered["quick"] == (path.parent.name == "quick"), path  # nobody takes one for the other
+        assert path.with_suffix(".png").is_file()
+    write_page(tmp_path)
+    assert (tmp_path / "README.md").read_text() == (results / "README.md").read_text()
