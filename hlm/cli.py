@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from hlm import __version__
 from hlm.artefacts import MANIFEST, HlmError
@@ -22,7 +22,7 @@ from hlm.endings import INTERRUPTED, NO_READER
 from hlm.extras import check_extra, extras_named
 from hlm.fields import optional, read_json
 from hlm.hub.cache import local_folder
-from hlm.planning.run_file import QUESTIONS, ask, write_run_file
+from hlm.planning.run_file import QUESTIONS, RUN_FILE, ask, one_step, write_run_file
 from hlm.planning.settings import Assumptions, check_folder, read_steps
 from hlm.recipe_files import recipes
 from hlm.step_table import STEPS
@@ -125,7 +125,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("query", help="what a person types")
     command.add_argument("--student", required=True, metavar="ID", help=f"folder of a student {REVISION}")
     catalogue = command.add_mutually_exclusive_group(required=True)
-    catalogue.add_argument("--index", metavar="ID", help=f"folder of an index, or a dataset with one, {REVISION}")
+    catalogue.add_argument(
+        "--index", metavar="ID", help=f"folder or URI of an index, or a dataset with one, {REVISION}"
+    )
     catalogue.add_argument(
         "--vectors", metavar="ID", help=f"the teacher's store of the ads, searched exactly: a folder {REVISION}"
     )
@@ -139,6 +141,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("student", help=f"folder of the student {REVISION}")
     command.add_argument("target", help=f"folder of the ads' vectors or of an index {REVISION} of a dataset")
     command.set_defaults(run=verify)
+
+    add_rollback(commands)
 
     command = commands.add_parser("card", help="prints the card of a student, teacher or dataset", allow_abbrev=False)
     command.add_argument("folder", help="what a recipe wrote: a student, a teacher, or a dataset")
@@ -176,12 +180,25 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def add_rollback(commands: Any) -> None:
+    command = commands.add_parser(
+        "rollback", help="go back to an older version of a store or an index", allow_abbrev=False
+    )
+    command.add_argument("folder", help="folder of the store or of the index")
+    command.add_argument("--to", type=int, metavar="NUMBER", help="which version (default: the one before)")
+    command.add_argument("--list", action="store_true", help="print the versions and change nothing")
+    command.set_defaults(run=rollback)
+
+
 def run_script(name: str, *words: str) -> NoReturn:
-    """Becomes `python recipes/<name>.py`, of a checkout or of the installed package.
+    """Becomes `python recipes/<name>.py`, of a checkout or of the installed package. A folder with `run.yaml` as the
+    first word stands for `--config` and the step's settings there.
 
     Raises:
-        HlmError: a package that the step imports is not installed.
+        HlmError: a package that the step imports is not installed, or what is wrong with `run.yaml`.
     """
+    if words and name not in SHORT and (Path(words[0]) / RUN_FILE).is_file():
+        words = ("--config", one_step(words[0], name), *words[1:])
     script = recipes() / f"{SHORT.get(name, name)}.py"
     check_extra(EXTRA_OF.get(script.stem, "train"), f"hlm {name}")
     sys.stdout.flush()
@@ -295,6 +312,14 @@ def verify(options: argparse.Namespace) -> None:
         )
 
 
+def rollback(options: argparse.Namespace) -> None:
+    from hlm.vectors.rollback import roll_back, shown_versions
+
+    if not options.list:
+        roll_back(options.folder, options.to)
+    show(shown_versions(options.folder))
+
+
 def card(options: argparse.Namespace) -> None:
     folder = Path(options.folder)
     if not folder.is_dir():
@@ -330,8 +355,10 @@ def named(name: str) -> tuple[str, str | None]:
     return where, revision or None
 
 
-def located_catalogue(name: str, kind: str = "index") -> Path:
-    """The index or store at a folder, in a dataset's folder, or in a dataset on the Hub."""
+def located_catalogue(name: str, kind: str = "index") -> Path | str:
+    """The index or store at a folder, in a dataset's folder, or in a dataset on the Hub; a service's URI as it is."""
+    if "://" in name:
+        return name
     inside = {"index": "index", "vectors": "vectors/corpus"}[kind]
     if Path(name).is_dir():
         return Path(name) / inside if (Path(name) / inside / MANIFEST).is_file() else Path(name)

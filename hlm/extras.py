@@ -19,6 +19,7 @@ EXTRAS = {
     "gradio": "space",
     "lancedb": "lance",
     "openvino": "openvino",
+    "pymilvus": "milvus",
     "ray": "ray",
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass
@@ -38,6 +39,13 @@ class PrepareLogsConfig:
     queries_a_day: int = field(default=500, metadata={"help": "who asks more on one day is a robot"})
     repeats: int = field(default=3, metadata={"help": "how often one user counts for one query"})
     min_clicks: int = field(default=2, metadata={"help": "fewer clicks make no pair, unless there is a conversion"})
+    click_model: Literal["coec", "pbm"] = field(
+        default="coec",
+        metadata={"help": "clicks to expect at a position: coec, its mean; pbm, where the best ads stand on top"},
+    )
+    bid_queries: int = field(
+        default=0, metadata={"help": "log queries that a bid keyword matches, at most so many, the commonest; 0: none"}
+    )
     smoothing: float = field(default=1.0, metadata={"help": "clicks added to those found and to those expected"})
     min_expected: float = field(
         default=2.0, metadata={"help": "an ad that was shown for so many expected clicks and got none is graded 0"}

@@ -98,6 +98,14 @@ class Thresholds(TypedDict):
     systems: dict[str, Threshold]
 
 
+class ByCount(TypedDict):
+    """Figures in which each query weighs as often as it was typed."""
+
+    searches: int  # the sum of the counts
+    systems: dict[str, dict[str, float]]  # system -> metric -> weighted mean
+    recovery_by_system: dict[str, dict[str, Recovery]]
+
+
 class Report(TypedDict):
     """report.json. Beside these keys it has "overlap@k": the student's, or None."""
 
@@ -113,6 +121,7 @@ class Report(TypedDict):
     recovery_by_system: dict[str, dict[str, Recovery]]
     fusions: NotRequired[dict[str, FusionReport]]
     thresholds: NotRequired[Thresholds]
+    by_count: NotRequired[ByCount]
     environment: Environment
 
 

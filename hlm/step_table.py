@@ -69,7 +69,7 @@ STEPS = {
     "embed": Step(
         "embed",
         EmbedConfig,
-        ("model", "data"),
+        ("model", "data", "ready", "same_as"),
         "vectors",
         "write the teacher's vectors, and an index over the ads",
         parallel=True,

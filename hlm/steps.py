@@ -91,9 +91,13 @@ class EmbedConfig:
     )
     parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": f"which of {', '.join(PARTS)}"})
     index: str | None = field(
-        default=None, metadata={"help": "FAISS factory string, e.g. Flat or HNSW32: builds output/index over the ads"}
+        default=None,
+        metadata={"help": "builds output/index over the ads: FAISS's Flat or HNSW32, LanceDB's lance:IVF_RQ, ..."},
     )
     index_dim: int | None = field(default=None, metadata={"help": "width of the index, the student's; null: all"})
+    keep_versions: int = field(
+        default=3, metadata={"help": "versions of stores and index to keep, where ads or queries have changed"}
+    )
     oracle: bool = field(default=False, metadata={"help": "let the teacher read the `oracle` columns as well"})
     dim: int | None = field(default=None, metadata={"help": "keep the first dim values (Matryoshka); null: all"})
     max_seq_length: int | None = field(default=None, metadata={"help": "tokens a text is cut to; null: the model's"})
@@ -203,6 +207,9 @@ class AlignConfig:
     )
     temperature: float = field(default=0.05, metadata={"help": "of the kl objective"})
     kl_documents: int = field(default=4096, metadata={"help": "ads that the kl objective compares the queries with"})
+    count_power: float = field(
+        default=0.0, metadata={"help": "a query weighs its column `count` to this power, 0 to 1; 0: all weigh the same"}
+    )
     head: bool = field(default=False, metadata={"help": "a linear head to the teacher's width, inside the model"})
     parts: list[str] = field(
         default_factory=lambda: ["unlabelled", "train"], metadata={"help": "queries to align on: unlabelled, train"}
@@ -283,6 +290,9 @@ class EvaluateConfig:
     fusions: dict[str, Any] = field(
         default_factory=dict,
         metadata={"help": "name -> {systems, method: rrf or weighted, weights (null: chosen on dev), normalisation}"},
+    )
+    by_count: bool = field(
+        default=False, metadata={"help": "add figures in which a query weighs its column `count`, as searches do"}
     )
     impressions: int = field(default=100, metadata={"help": "simulated impressions of a query, for interleaving"})
     shown_precision: float | None = field(

@@ -34,7 +34,7 @@ from hlm.endings import told_ending
 from hlm.imports import sources
 from hlm.locks import locked
 from hlm.machine import cores
-from hlm.planning.run_file import RUN_FILE, read_run_file, write_steps
+from hlm.planning.run_file import RUN_FILE, configs_of, write_steps
 from hlm.processes import Supervisor
 from hlm.report_files import check_report
 from hlm.settings import hints_of, read_yaml
@@ -104,7 +104,7 @@ def read_jobs(configs: Path) -> list[Job]:
     """The steps of a folder of YAML files, or of the one `run.yaml` there."""
     run_file = configs / RUN_FILE
     if run_file.is_file():
-        configs = Path(os.path.expanduser(read_run_file(run_file).output)) / ".steps/configs"
+        configs = configs_of(run_file)
         write_steps(run_file, configs)
     paths = [(name, step, configs / f"{name}.yaml") for name, step in STEPS.items() if not step.by_name]
     jobs = [

@@ -5,12 +5,18 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 from test_readme import COMMANDS as README_COMMANDS
 from test_readme import commands_of, config_types
 
 from hlm import cli
-from hlm.recipe_files import init
+from hlm.planning.run_file import RunFile
+from hlm.recipe_files import init, sets
 from hlm.step_table import STEPS
+from hlm.steps import PARTS, EmbedConfig
+from hlm.teacher_settings import EndpointSettings, ReadySettings
+from hlm.vectors.given import needs_model, read_settings
+from recipes.quickstart import named_in
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -42,7 +48,7 @@ def test_settings_and_columns_exist(page):
     """What is written as `name: value` is a setting of a step, and what is written as hlm <name> is a command."""
     known = {
         name for step in STEPS.values() for kind in config_types(step.script) for name in kind.__dataclass_fields__
-    }
+    } | {*EndpointSettings.__dataclass_fields__, *ReadySettings.__dataclass_fields__}
     text = page.read_text()
     for name in re.findall(r"`(\w+): [^`]+`", text):
         assert name in known, name
@@ -68,3 +74,29 @@ def test_commands_run_or_are_the_readmes(command, tmp_path, monkeypatch, capsys)
     else:
         assert command.split()[:2] in [one.split()[:2] for one in README_COMMANDS]
         cli.parser().parse_args([name, *words])
+
+
+def test_the_settings_of_any_teacher_are_those_that_there_are():
+    page = (ROOT / "docs/any-teacher.md").read_text()
+    (table,) = re.findall(r"^\| setting \| meaning \|\n(.*?)\n\n", page, re.M | re.S)
+    told = re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in table.splitlines()[1:]))
+    assert {*told, "kind"} == set(EndpointSettings.__dataclass_fields__)
+    one, ready = map(yaml.safe_load, re.findall(r"```yaml\n(.*?)```", page, re.S))
+    assert set(one) <= set(RunFile.__dataclass_fields__)
+    for settings in (one["steps"]["embed"], ready):
+        config = EmbedConfig(**{"data": "data", "output": "output"} | settings)
+        endpoint, files = read_settings(config)
+        assert not needs_model(config) and (endpoint or set(files) == set(PARTS))
+
+
+def test_the_set_of_any_teacher_fits_together():
+    """What a step reads under runs/ another writes before it, and the settings are fields."""
+    written = {"runs/any_teacher/data"}
+    steps = {name: yaml.safe_load(path.read_text()) for path in sets()["any_teacher"].iterdir() if (name := path.stem)}
+    for name in [name for name in STEPS if name in steps]:
+        for read in named_in([steps[name].get(setting) for setting in STEPS[name].reads]):
+            home = Path(read)
+            assert not read.startswith("runs/") or written & {read, str(home.parent)}, (name, read)
+        output = steps[name]["output"]
+        written |= {f"{output}/{STEPS[name].writes}" if STEPS[name].is_report else output}
+    read_settings(EmbedConfig(**steps["embed"]))

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 COMES_ALONG = {"fsspec": "huggingface_hub", "starlette": "gradio", "gradio_client": "gradio", "aiohttp": "fsspec"}
 COMES_ALONG |= {"tqdm": "huggingface_hub", "httpx": "huggingface_hub"}
-OF_A_CLUSTER = {"ray"}  # extras that `all` leaves out
+OF_A_CLUSTER = {"milvus", "ray"}  # extras that `all` leaves out
 HIDDEN = f"import sys; sys.modules.update(dict.fromkeys({sorted(EXTRAS)})); "
 
 

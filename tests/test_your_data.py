@@ -1,5 +1,7 @@
 """docs/your-data.md: every command in it runs, on raw files as a shop has them."""
 
+import importlib
+import json
 import re
 import shlex
 import shutil
@@ -14,10 +16,13 @@ import hlm
 from hlm import cli
 from hlm.data.log_columns import NEEDED
 from hlm.log_settings import PrepareLogsConfig
+from hlm.planning.run_file import one_step
 from recipes import prepare_logs, quickstart
 from results.measure import raw_logs
 
-PAGE = (Path(__file__).resolve().parent.parent / "docs/your-data.md").read_text()
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = (ROOT / "docs/your-data.md").read_text()
+NOTEBOOK = ROOT / "recipes/your_data.ipynb"
 COMMANDS = commands_of(PAGE)
 OBJECT = '{"object": {"object_id": "ad%07d"}, "position": {"ordinal": 1}}'
 UBI = [
@@ -52,7 +57,7 @@ def test_the_way_from_three_files_to_a_student(home, tiny_bert, monkeypatch, cap
         elif words[0] == "sed":
             subprocess.run(words, check=True)
         else:
-            assert words[0] == "pip" or words[:2] in (["hlm", "run"], ["hlm", "search"])
+            assert words[0] == "pip" or words[:2] in (["hlm", "run"], ["hlm", "search"], ["hlm", "publish"])
             continue
         ran.append(words[1])
     assert ran.count("prepare") == 4 and {"init", "plan"} < set(ran)
@@ -84,6 +89,54 @@ def test_the_python_runs(home, monkeypatch):
     shutil.rmtree("runs/mine/data", ignore_errors=True)
     exec(code, {})
     assert Path("runs/mine/data/qrels/test.parquet").is_file()
+
+
+def test_the_notebook_goes_from_three_files_to_a_dry_run(home, tiny_bert, tmp_path, monkeypatch, capsys):
+    for name in ("ads.csv", "queries.csv", "clicks.csv"):
+        shutil.copy(home / name, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    known: dict = {"HTML": str, "Image": Path}  # of IPython, which Colab brings
+    ran = []
+    for cell in json.loads(NOTEBOOK.read_text())["cells"]:
+        lines = "".join(cell["source"]).splitlines() if cell["cell_type"] == "code" else []
+        assert len(lines) < 10
+        if "install" in cell["metadata"].get("tags", ()):
+            continue
+        for words in (shlex.split(line[1:]) for line in lines if line.startswith("!")):
+            ran.append(words[1])
+            if words[1] == "doctor":
+                continue
+            if words[1] in ("run", "publish"):
+                shrink_run(Path("mine/run.yaml"), tiny_bert)
+                run_all(Path("mine")) if words[1] == "run" else publish_as_said(words)
+            else:
+                assert cli.main(words[1:]) == 0, capsys.readouterr().err
+        exec("\n".join(line for line in lines if not line.startswith(("!", "from IPython"))), known)
+    assert ran == ["doctor", "init", "run", "publish"]
+    assert len(known["ids"]) == 10
+
+
+def shrink_run(path, backbone):
+    """The same run in seconds: a tiny backbone, which is not cut, two steps of each training, nothing beside it."""
+    short = {"max_steps": 2, "per_device_train_batch_size": 8, "eval_strategy": "no", "save_strategy": "no"}
+    short |= {"load_best_model_at_end": False, "disable_tqdm": True, "learning_rate": 1e-7}  # stays its teacher's
+    teacher = {"lora_rank": 2, "merge_weight": 1.0, "bf16": False}
+    left_out = dict.fromkeys(["contrastive_only", "static_cut", "static", "benchmark"])
+    systems = {"bm25": None, "student": "runs/mine/student"}
+    systems["teacher"] = {"model": "runs/mine/teacher", "corpus": "runs/mine/vectors/corpus"}
+    left_out["evaluate"] = {"systems": systems, "fusions": {}, "slices": {}, "bootstrap_samples": 100}
+    steps = {"teacher": short | teacher, "align": short | {"cascade": []}, "refine": short, **left_out}
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"backbone": backbone, "steps": steps}))
+
+
+def run_all(folder):
+    for job in quickstart.read_jobs(folder):
+        importlib.import_module(f"recipes.{job.step.script}").main(["--config", str(job.config)])
+
+
+def publish_as_said(words):
+    assert words[2] == "mine"
+    importlib.import_module("recipes.publish").main(["--config", one_step("mine", "publish"), *words[3:]])
 
 
 def test_the_flags_and_columns_are_those_that_are_known():

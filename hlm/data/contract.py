@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from huggingface_hub import constants
 
-from hlm.artefacts import HlmError, fingerprint_texts
+from hlm.artefacts import HlmError, atomic_file, fingerprint_texts
 from hlm.data.ids import rows_with
 from hlm.data.readers import SUFFIXES, Row, qrels_row
 from hlm.data.sources import folder_tables, hub_tables
@@ -56,12 +56,13 @@ class RetrievalData:
     unlabelled: datasets.Dataset | None = None
     # Of the tables, which cannot change; judgements can.
     _fingerprints: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _kept: dict[str, Path] = field(default_factory=dict, init=False, repr=False, compare=False)  # of checked tables
 
     def fingerprint(self, part: str) -> str:
         """16 hex digits over what the encoders read of `part`: "corpus", "queries", "unlabelled" or "qrels/train" ...
 
         Ids, texts and `oracle` count, file format and further columns do not; row order does, except in qrels. A table
-        is read for it once, however often it is asked for.
+        is read for it once, however often it is asked for; what `load` checked, once for all processes.
         """
         if part.startswith("qrels/"):
             qrels = self.qrels[part.removeprefix("qrels/")]
@@ -77,10 +78,14 @@ class RetrievalData:
         if dataset is None:
             raise HlmError(f"{self.source} has no '{part}' table; add {part}.jsonl or another source")
         if part not in self._fingerprints:
-            columns = [c for c in ("_id", "title", "text", "oracle") if c in dataset.column_names]
-            table = iterate(dataset.select_columns(columns))
-            rows = progress(table, what=f"fingerprint {part}", unit="row", total=len(dataset))
-            self._fingerprints[part] = fingerprint_texts(value for row in rows for value in _encoder_fields(row))
+            kept = self._kept.get(part)
+            if kept is not None and kept.is_file():
+                self._fingerprints[part] = kept.read_text(encoding="ascii")
+            else:
+                self._fingerprints[part] = _fingerprint(dataset, part)
+                if kept is not None and os.access(kept.parent, os.W_OK):
+                    with atomic_file(kept) as aside:
+                        aside.write_text(self._fingerprints[part], encoding="ascii")
         return self._fingerprints[part]
 
     def split_queries(self, split: str, *, oracle: bool = False) -> list[tuple[str, str]]:
@@ -145,7 +150,10 @@ def load(
             qrels[split] = _load_qrels(
                 tables[f"qrels/{split}"], loaded["queries"], loaded["corpus"], skip_bad_rows=skip_bad_rows
             )
-    return RetrievalData(source, loaded["corpus"], loaded["queries"], qrels, loaded.get("unlabelled"))
+    data = RetrievalData(source, loaded["corpus"], loaded["queries"], qrels, loaded.get("unlabelled"))
+    # The name of a checked table's file says which content it has.
+    data._kept.update({part: Path(table.cache_files[0]["filename"] + ".fingerprint") for part, table in loaded.items()})
+    return data
 
 
 def titles(source: str, ids: Sequence[str], *, cache_dir: str | Path | None = None) -> list[str]:
@@ -307,6 +315,13 @@ def _grade(value: Any, where: str) -> int:
 
 def _not_in(ids: pa.Array, dataset: datasets.Dataset) -> set[str]:
     return set(ids.filter(pa.array(rows_with(dataset.data.column("_id"), ids) < 0)).to_pylist())
+
+
+def _fingerprint(dataset: datasets.Dataset, part: str) -> str:
+    columns = [c for c in ("_id", "title", "text", "oracle") if c in dataset.column_names]
+    table = iterate(dataset.select_columns(columns))
+    rows = progress(table, what=f"fingerprint {part}", unit="row", total=len(dataset))
+    return fingerprint_texts(value for row in rows for value in _encoder_fields(row))
 
 
 def iterate(dataset: datasets.Dataset) -> Iterator[Row]:

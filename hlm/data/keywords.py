@@ -34,6 +34,9 @@ _UNSEARCHED = re.compile(
     r"temperature|humidity|dimension|weight|country|certif|package|pallet|carton|code|status|date|altitude|"
     r"gtin|voltage|frequency|compliance|warranty|gender|segment|positioning|stepping|warning"
 )
+# Of a text without a title: how many of its first words queries are made of, and the share of all texts above which a
+# word such as "with" says nothing.
+LEADING_WORDS, COMMON_SHARE = 24, 0.1
 # "2 pcs", "24 ports": what is counted, not what the product is.
 _COUNTED = re.compile(r"^(?:pcs?|pieces?|packs?|sheets?|pages?|ports?|outlets?|pixels|discs?|years?)$")
 
@@ -80,6 +83,7 @@ class Catalogue:
         self.of_brand: dict[str, array[int]] = defaultdict(lambda: array("i"))
         self.of_type: dict[str, array[int]] = defaultdict(lambda: array("i"))
         spellings: dict[str, Counter[str]] = defaultdict(Counter)
+        number = -1
         for number, row in enumerate(rows):
             attributes = self.attributes(row)
             title = f"{row.get('brand') or ''} {row.get(self._named_by) or ''}"
@@ -92,6 +96,7 @@ class Catalogue:
                 self.of_brand[normalise(row["brand"])].append(number)
             for name in self._with_endings(self.types_of(row)):
                 self.of_type[name].append(number)
+        self._count = number + 1
         # Singular forms are for matching ("batterie", "len"); a query is spelled as the catalogue spells it.
         self._spelling = {word: counts.most_common(1)[0][0] for word, counts in spellings.items()}
         self.synonyms = self._mine_synonyms(rows)
@@ -151,7 +156,7 @@ class Catalogue:
             rows = self._satisfying(self._in_title, f"{brand} {model}", None)
             return Keyword(model if kind == "model" else f"{brand} {model}", kind, rows or (number,))
         if kind in ("word", "crop"):
-            words = words_of(row.get("title") or row.get("text") or "")
+            words = self._told_by(row)
             length = 1 if kind == "word" else rng.choices((2, 3, 4, 5), (40, 30, 18, 12))[0]
             start = rng.randrange(max(1, len(words) - length + 1))
             crop = words[start : start + length]
@@ -164,6 +169,16 @@ class Catalogue:
             # A word of very many products says nothing about which of them is meant.
             return Keyword(vary_units(text, rng), kind, rows if len(rows) <= (200 if kind == "word" else 50) else ())
         return None
+
+    def _told_by(self, row: Row) -> list[str]:
+        """The words that crops are taken from: the title's; in a catalogue without titles the first of the text, but
+        for those that most texts have."""
+        words = words_of(row.get("title") or row.get("text") or "")
+        if self._named_by == "title":
+            return words
+        leading = words[:LEADING_WORDS]
+        most = COMMON_SHARE * self._count
+        return [word for word in leading if len(self._in_title[singular(word)]) <= most] or leading
 
     def _keyword(self, parts: tuple[str, str], kind: str, rows: tuple[int, ...], rng: random.Random) -> Keyword:
         first, second = parts if rng.random() < 0.75 else parts[::-1]

@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from hlm.data.bid_matches import match_bids
+from hlm.data.click_model import examine
 from hlm.data.log_catalogue import WHOLE
 from hlm.data.log_cleaning import hours_of, number, user_of
 from hlm.data.log_columns import Columns
@@ -149,8 +151,15 @@ def _check_ids(connection: duckdb.DuckDBPyConnection, table: RawTable, columns: 
         )
 
 
-def sum_events(connection: duckdb.DuckDBPyConnection, periods: tuple[int, int] | None, dropped: Counter) -> Facts:
-    """Fills `events`: the clicks of people, by pair and period ("train", "dev", "test"; without times one, "all")."""
+def sum_events(
+    connection: duckdb.DuckDBPyConnection, periods: tuple[int, int] | None, dropped: Counter, model: str = "coec"
+) -> Facts:
+    """Fills `events`: the clicks of people, by pair and period ("train", "dev", "test"; without times one, "all").
+
+    Args:
+        model: what clicks an impression is expected to get at its position: "coec", the mean there; "pbm", that of an
+            ad of mean attraction (`hlm.data.click_model`).
+    """
     period = "'all'"
     if periods is not None:
         period = f"CASE WHEN hour >= {periods[1]} THEN 'test' WHEN hour >= {periods[0]} THEN 'dev' ELSE 'train' END"
@@ -159,9 +168,13 @@ def sum_events(connection: duckdb.DuckDBPyConnection, periods: tuple[int, int] |
         "FROM click_lines JOIN texts USING (query) WHERE reason IS NULL AND doc IN (SELECT _id FROM ads) "
         "AND (user IS NULL OR user NOT IN (SELECT user FROM robots))"
     )
+    rates = "SELECT position, sum(clicks) / sum(impressions) AS rate FROM rows WHERE impressions > 0 GROUP BY ALL"
+    rates = f", rates AS ({rates})"
+    if model == "pbm":
+        examine(connection, joined)  # fills a table of that name
+        rates = ""
     connection.execute(
-        f"CREATE TABLE events AS WITH rows AS ({joined}), rates AS (SELECT position, sum(clicks) / sum(impressions) "
-        "AS rate FROM rows WHERE impressions > 0 GROUP BY ALL) SELECT key, doc, period, sum(clicks) AS clicks, "
+        f"CREATE TABLE events AS WITH rows AS ({joined}){rates} SELECT key, doc, period, sum(clicks) AS clicks, "
         "sum(impressions) AS impressions, round(sum(impressions * coalesce(rate, 0)), 6) AS expected, "
         "sum(conversions) AS conversions FROM rows LEFT JOIN rates USING (position) GROUP BY ALL"
     )
@@ -258,6 +271,8 @@ def make_pairs(
         "SELECT key, doc, 'bid' AS period, max(CASE kind WHEN 'broad' THEN 1 ELSE 2 END) AS grade FROM bids "
         "JOIN texts USING (query) WHERE reason IS NULL AND kind != 'negative' GROUP BY ALL"
     )
+    match_bids(connection, most=config.bid_queries, min_users=config.min_users)
+    sources.append("SELECT key, doc, 'bid' AS period, 1 AS grade FROM matched")
     refused = (
         "EXISTS (SELECT 1 FROM negatives WHERE negatives.doc = pairs.doc AND contains(' ' || pairs.key || ' ', "
         "negative))"

@@ -83,7 +83,7 @@ def _check(config: PrepareLogsConfig) -> None:
             "--judgements, or derive pairs from the catalogue with hlm prepare_catalogue_queries"
         )
     least = {"min_users": 1, "max_characters": 1, "queries_a_day": 1, "repeats": 1, "min_clicks": 1}
-    least |= {"dev_queries": 1, "test_queries": 1, "smoothing": 0, "min_expected": 0}
+    least |= {"dev_queries": 1, "test_queries": 1, "smoothing": 0, "min_expected": 0, "bid_queries": 0}
     for name, lowest in least.items():
         if getattr(config, name) < lowest:
             raise HlmError(f"{name}: expected {lowest} or more, found {getattr(config, name)}; raise it")
@@ -162,7 +162,7 @@ def _make(
     )
     facts = None
     if clicked:
-        facts = log_clicks.sum_events(connection, periods, dropped["clicks"])
+        facts = log_clicks.sum_events(connection, periods, dropped["clicks"], config.click_model)
         limits = {name: getattr(config, name) for name in ("min_clicks", "smoothing", "min_expected")}
         log_clicks.grade(connection, facts, **limits)
     dropped["clicks" if clicked else "catalogue"].update(

@@ -12,10 +12,12 @@ from typing import Any
 
 from hlm.artefacts import HlmError, fingerprint_json, fingerprint_texts, read_manifest
 from hlm.data.contract import RetrievalData, document_text, load
+from hlm.data.counts import counts_of
 from hlm.data.views import Rows
 from hlm.encoders.loading import check_device, encode, fingerprint, load_encoder
 from hlm.encoders.pruning import parameter_counts
 from hlm.evaluation.bm25 import bm25_run
+from hlm.evaluation.by_count import weigh
 from hlm.evaluation.contribution import Scoring, Split, compare_fusion
 from hlm.evaluation.inputs import chooses_on_dev, find_inputs, read_fusions, read_slices, read_systems
 from hlm.evaluation.kept_runs import cached_run, check_runs, run_path, write_parquet
@@ -119,6 +121,11 @@ def _evaluate(
         seed=config.bootstrap_seed,
         environment={**environment(command), "encoders": encoders, "corpus": data.fingerprint("corpus")},
     )
+    if config.by_count:
+        every = dict(zip(data.queries["_id"], counts_of(data.queries, "queries"), strict=True))
+        counts = {query: float(every[query]) for query in qrels}
+        how_drawn = {"samples": config.bootstrap_samples, "seed": config.bootstrap_seed}
+        report["by_count"] = weigh(report, scores, counts, **how_drawn)
     if config.shown_precision is not None and dev is not None:
         report["thresholds"] = least_scores(config.shown_precision, reported, dev, how)
     output = Path(config.output)

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 
 from hlm import __version__
 from hlm.artefacts import HlmError, atomic_file
+from hlm.evaluation import by_count
 from hlm.evaluation.metrics import (
     Qrels,
     Run,
@@ -214,7 +215,7 @@ def format_table(report: Report) -> str:
     text = [title, "", *align(rows)]
     if report["recovery"]:
         text += ["", "student / teacher:  " + "  ".join(f"{m} {percent(r)}" for m, r in report["recovery"].items())]
-    text += undefined(report)
+    text += undefined(report) + by_count.lines(report)
     for name, fusion in report.get("fusions", {}).items():
         text += ["", describe(name, fusion, k), "", *align(contribution_rows(fusion, k))]
     if thresholds := report.get("thresholds"):

@@ -54,8 +54,11 @@ def make_plan(folder: str, steps: Mapping[str, dict[str, Any]], sizes: Assumptio
     """The plan of these steps on `count` GPUs.
 
     Raises:
-        HlmError: a cascade or an FFN that grows, a dimension above the teacher's, an unknown backbone.
+        HlmError: no teacher to train, a cascade or an FFN that grows, a dimension above the teacher's, an unknown
+            backbone.
     """
+    if "teacher" not in steps:
+        raise HlmError(f"expected teacher.yaml in {folder}, found none; a teacher elsewhere cannot be planned for")
     teacher_config = backbone_config(steps["teacher"]["backbone"])
     teacher = Shape.of(teacher_config)
     rank = steps["teacher"]["lora_rank"]

@@ -72,8 +72,8 @@ def step_settings(path: Path) -> dict[str, dict[str, Any]]:
     run = read_run_file(path)
     steps = {
         name: yaml.safe_load(file.read_text(encoding="utf-8"))
-        for name, step in STEPS.items()
-        if not step.by_name and (file := sets()[run.like] / f"{name}.yaml").is_file()
+        for name in STEPS
+        if (file := sets()[run.like] / f"{name}.yaml").is_file()
     }
     home = f"runs/{run.like}"
 
@@ -84,8 +84,12 @@ def step_settings(path: Path) -> dict[str, dict[str, Any]]:
 
     steps = {name: _texts(settings, moved) for name, settings in steps.items()}
     _set_data(run, steps, path)
+    _set_publish(run, steps.get("publish", {}))
     if run.backbone:
-        steps["teacher"]["backbone"] = run.backbone
+        if "teacher" in steps:
+            steps["teacher"]["backbone"] = run.backbone
+        else:  # a teacher that is not made here: the backbone is the student's
+            steps["align"]["student"] = steps["prune"]["model"] = run.backbone
         systems = steps.get("evaluate", {}).get("systems", {})
         if isinstance(systems.get("backbone"), dict):
             systems["backbone"]["model"] = run.backbone
@@ -122,6 +126,38 @@ def _set_data(run: RunFile, steps: dict[str, dict[str, Any]], path: Path) -> Non
             steps.pop(name, None)
     elif "make_catalogue" not in steps:
         raise HlmError(f"{path}: expected data or catalogue, found neither; only the set quickstart makes its own")
+
+
+def _set_publish(run: RunFile, settings: dict[str, Any]) -> None:
+    """Takes out of `publish` what holds for the set's own data and backbone alone."""
+    settings["name"] = Path(run.output).name
+    if run.data or run.catalogue:
+        for name in ("licence", "language"):
+            settings.pop(name, None)
+    if run.backbone:
+        settings.pop("base_model", None)
+    if not Path(settings.get("space", "")).is_dir():  # an installed HLM does not bring the demo
+        settings.pop("space", None)
+
+
+def one_step(folder: str, name: str) -> str:
+    """The YAML of one step that `run.yaml` in `folder` stands for, written beside what the steps make.
+
+    Raises:
+        HlmError: as `step_settings`; or `run.yaml` has no such step.
+    """
+    run_file = Path(folder) / RUN_FILE
+    configs = configs_of(run_file)
+    write_steps(run_file, configs)
+    if not (configs / f"{name}.yaml").is_file():
+        known = ", ".join(sorted(path.stem for path in configs.glob("*.yaml")))
+        raise HlmError(f"expected a step of {run_file}, which are {known}, found '{name}'; set like or steps there")
+    return str(configs / f"{name}.yaml")
+
+
+def configs_of(run_file: Path) -> Path:
+    """Where the YAML of the steps goes that `run.yaml` stands for."""
+    return Path(os.path.expanduser(read_run_file(run_file).output)) / ".steps/configs"
 
 
 def _texts(value: Any, change: Callable[[str], str]) -> Any:

@@ -19,10 +19,11 @@ from hlm.hub.changes import CARD
 from hlm.integrity import known_fingerprint
 from hlm.redaction import machine_names, public, public_manifest, refuse_secrets
 from hlm.vectors.index import ENGINES
+from hlm.vectors.shard_files import GONE
 
 RESULTS = ".eval_results/hlm.yaml"
 _TABLE = r"\.(jsonl|parquet|tsv|csv)"
-_STORE = rf"({re.escape(MANIFEST)}|vectors-\d+\.safetensors|ids-\d+\.parquet)"
+_STORE = rf"({re.escape(MANIFEST)}|vectors-\d+\.safetensors|ids-\d+\.parquet|{re.escape(GONE)})"
 _INDEX = "|".join(map(re.escape, [MANIFEST, *(file for engine in ENGINES.values() for file in engine.files)]))
 ALLOWED = {
     "student": [

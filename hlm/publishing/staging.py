@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import RepoCard
 
 import hlm
-from hlm.artefacts import MANIFEST, HlmError, write_json
+from hlm.artefacts import MANIFEST, HlmError, read_manifest, write_json
 from hlm.data.contract import load
 from hlm.data.tables import find_table, read_rows
 from hlm.fields import read_json
@@ -22,7 +22,9 @@ from hlm.publishing.files import RESULTS, folder_files, own_file
 from hlm.publishing.publish import link_files
 from hlm.report_files import read_latency, read_report
 from hlm.steps import PublishConfig
+from hlm.vectors import versions
 from hlm.vectors.faiss_index import AdIndex
+from hlm.vectors.index import ENGINES, KIND, engine_of
 from hlm.vectors.lineage import open_fitting, read_student
 from hlm.vectors.store import VectorStore
 
@@ -61,9 +63,9 @@ def stage_dataset(config: PublishConfig, repositories: dict, done: dict, home: P
     for part in ("corpus", "queries"):
         if part == "corpus" or (vectors / part / MANIFEST).is_file():
             open_fitting(vectors / part, student, "vectors")
-            link_files(vectors / part, home / "vectors" / part)
-    if (vectors / "index" / MANIFEST).is_file():
-        link_files(vectors / "index", home / "index")
+            link_current(vectors / part, home / "vectors" / part)
+    if (vectors / "index" / MANIFEST).is_file() and _is_published(vectors / "index"):
+        link_current(vectors / "index", home / "index")
     else:
         AdIndex.build(VectorStore.open(vectors / "corpus"), dim=student["dim"]).save(home / "index")
     (home / "reports").mkdir()
@@ -72,6 +74,23 @@ def stage_dataset(config: PublishConfig, repositories: dict, done: dict, home: P
             if one.is_file():
                 (home / "reports" / one.name).symlink_to(one.resolve())
     return dataset_card(home, **about(config, repositories, "dataset"))
+
+
+def link_current(source: Path, target: Path) -> None:
+    """Links to the files of a store or an index; where it has versions, to those of the current one, as if it had no
+    others."""
+    if not versions.are_kept(source):
+        link_files(source, target)
+        return
+    target.mkdir(parents=True)
+    for name, path in versions.current_files(source).items():
+        own_file(path, [source])
+        (target / name).symlink_to(path.resolve())
+
+
+def _is_published(index: Path) -> bool:
+    """Whether the engine of an index has files that are published; of another one FAISS builds the like."""
+    return bool(ENGINES[engine_of(read_manifest(index, KIND), index / MANIFEST)].files)
 
 
 def stage_tables(data: Path, home: Path, unlabelled: bool) -> None:

@@ -16,6 +16,7 @@ from sentence_transformers.sentence_transformer.modules import Dense
 
 from hlm.artefacts import HlmError
 from hlm.data.contract import RetrievalData, load
+from hlm.data.counts import counts_of, fingerprint_counts, weights_of
 from hlm.encoders.loading import add_head, encode, fingerprint, load_encoder, prompt_of, save_encoder
 from hlm.encoders.pruning import check_cascade, cut
 from hlm.identity import PATHS, as_config, up_to_date
@@ -68,6 +69,14 @@ def align(config: AlignConfig, args: TrainingArguments) -> Path:
         )
     if config.queries is not None and config.queries < 1:
         raise HlmError(f"queries: expected 1 or more, found {config.queries}; leave it out to take all")
+    if not 0 <= config.count_power <= 1:
+        raise HlmError(
+            f"count_power: expected 0 (all weigh the same) to 1 (as often as typed), found {config.count_power}"
+        )
+    if config.count_power and "kernel" in (config.objective, *config.also):
+        raise HlmError(
+            "count_power: expected an objective of single queries, found kernel, which compares pairs; take l2"
+        )
     args.check_hardware("align", config)
     made = resolved(config.output)
     folders = [f"{made}.stages/{number}" for number in range(1, len(stages))] + [config.output]
@@ -109,7 +118,8 @@ def _align(
     identity: dict[str, Any] = {
         "inputs": {"student": fingerprint(model), "teacher": queries.encoder, "vectors": queries.fingerprint}
         | {"documents": documents.fingerprint}
-        | {f"qrels/{split}": data.fingerprint(f"qrels/{split}") for split in ("train", "dev")},
+        | {f"qrels/{split}": data.fingerprint(f"qrels/{split}") for split in ("train", "dev")}
+        | ({"counts": queries.counts} if queries.counts else {}),
         "config": as_config(config, recorded(args)) | {"stage": stage},
     }
     if up_to_date(output, "student", identity, paths=PATHS):
@@ -135,8 +145,10 @@ def _align(
         args,
         rows=rows,
         keys=tokens.lengths(queries.vectors.order[:rows]),
-        collate=Collate(tokens, queries.vectors),
-        step_loss=lambda wrapped, batch: loss(wrapped(batch["query"])["sentence_embedding"], batch["teacher"]),
+        collate=Collate(tokens, queries.vectors, queries.weights),
+        step_loss=lambda wrapped, batch: loss(
+            wrapped(batch["query"])["sentence_embedding"], batch["teacher"], batch.get("weights")
+        ),
         evaluator=DevRetrieval(
             dict(data.split_queries("dev")), data.qrels["dev"], index=AdIndex.build(documents, dim=width)
         ),
@@ -160,7 +172,7 @@ class Queries:
             raise HlmError(f"parts: expected unlabelled, train or both, found {config.parts}")
         self.texts: list[Sequence[str]] = []
         stores: list[tuple[VectorStore, np.ndarray | None]] = []
-        sources = []
+        sources, counts = [], []
         for part in config.parts:
             name = "queries" if part == "train" else part
             store = VectorStore.open(Path(config.vectors) / name)
@@ -170,13 +182,16 @@ class Queries:
                 ids, texts = zip(*data.split_queries("train"), strict=True)
                 sources.append(data.fingerprint("qrels/train"))  # they say which of the queries these are
                 self.texts.append(texts)
-                stores.append((store, store.rows_of(list(ids))))
+                rows: np.ndarray | None = store.rows_of(list(ids))
             else:
                 rows = rows_of_kinds(data, config.kinds) if config.kinds else None
                 log = data.unlabelled if rows is None else data.unlabelled.select(rows)  # type: ignore[union-attr]
                 self.texts.append(log["text"])  # type: ignore[index]
-                stores.append((store, rows))
                 sources += config.kinds
+            stores.append((store, rows))
+            if config.count_power:  # a store has the rows of its table
+                every = counts_of(getattr(data, name), name)
+                counts.append(every if rows is None else every[rows])
         encoders = {store.encoder for store, _ in stores}
         if len(encoders) > 1:
             raise HlmError(f"expected one teacher's vectors in {config.vectors}, found {encoders}; run embed again")
@@ -187,6 +202,11 @@ class Queries:
         # The texts are read in a fixed shuffled order, so that calibration sees all parts.
         order = np.random.default_rng(0).permutation(np.arange(len(self), dtype=np.int32))
         self.vectors = TeacherVectors(stores, self.starts, order)
+        self.weights: np.ndarray | None = None  # float32, by text
+        self.counts = ""
+        if counts:
+            self.weights = weights_of(np.concatenate(counts), config.count_power)
+            self.counts = fingerprint_counts(np.concatenate(counts))
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -249,39 +269,45 @@ class Collate:
 
     tokens: TokenTable
     vectors: TeacherVectors
+    weights: np.ndarray | None = None  # float32, by text
 
     def __call__(self, rows: list[int]) -> dict:
-        return {"query": self.tokens.features(self.vectors.order[rows]), "teacher": self.vectors.of(rows)}
+        texts = self.vectors.order[rows]
+        batch = {"query": self.tokens.features(texts), "teacher": self.vectors.of(rows)}
+        return batch if self.weights is None else batch | {"weights": torch.from_numpy(self.weights[texts])}
 
 
-def objective(
-    config: AlignConfig, documents: VectorStore, width: int
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """(student (B, width), teacher (B, teacher's width)) -> scalar: the objective, and those beside it by weight."""
+Objective = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
+def objective(config: AlignConfig, documents: VectorStore, width: int) -> Objective:
+    """(student (B, width), teacher (B, teacher's width), weights (B,) or None) -> scalar: the objective, and those
+    beside it by weight."""
     main = one_objective(config.objective, config, documents, width)
     beside = [(weight, one_objective(name, config, documents, width)) for name, weight in config.also.items()]
     if not beside:
         return main
-    return lambda student, teacher: sum(
-        (weight * loss(student, teacher) for weight, loss in beside), start=main(student, teacher)
+    return lambda student, teacher, weights: sum(
+        (weight * loss(student, teacher, weights) for weight, loss in beside), start=main(student, teacher, weights)
     )
 
 
-def one_objective(
-    name: str, config: AlignConfig, documents: VectorStore, width: int
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def one_objective(name: str, config: AlignConfig, documents: VectorStore, width: int) -> Objective:
     """The objective of this name, as `objective` gives it."""
     if name == "kernel":
         # Compares similarities, so widths may differ, and the pairs are those of the whole batch on all devices.
-        return lambda student, teacher: kernel_alignment(gather_with_gradient(student), gather_with_gradient(teacher))
+        return lambda student, teacher, _: kernel_alignment(
+            gather_with_gradient(student), gather_with_gradient(teacher)
+        )
     if name == "kl":
         count = min(config.kl_documents, len(documents))
         rows = np.linspace(0, len(documents) - 1, count).astype(np.int64)
         pool = matryoshka(torch.from_numpy(documents.gather(rows)), width)
 
-        def kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-            return kl_distillation(student, matryoshka(teacher, width), pool.to(student.device), config.temperature)
+        def kl(student: torch.Tensor, teacher: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+            documents = pool.to(student.device)
+            return kl_distillation(student, matryoshka(teacher, width), documents, config.temperature, weights)
 
         return kl
     distance = l2_alignment if name == "l2" else cosine_alignment
-    return lambda student, teacher: distance(student, matryoshka(teacher, width))
+    return lambda student, teacher, weights: distance(student, matryoshka(teacher, width), weights)

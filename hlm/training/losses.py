@@ -37,8 +37,10 @@ def matryoshka(teacher: Tensor, dim: int) -> Tensor:
         return _unit(teacher[:, :dim])[0]
 
 
-def l2_alignment(student: Tensor, teacher: Tensor) -> Tensor:
+def l2_alignment(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
     """Squared distance of the unit vectors of `student` (B, d) and `teacher` (B, d): sum over d, mean over B.
+
+    With `weights` (B,), each row counts by its own before the mean is taken.
 
     In [0, 4]; equals 2 - 2 cos. No gradient flows to the teacher. HARNESS-LM, phase 2. The sum over d is on purpose:
     a mean over 1024-4096 dimensions would make gradients that many times smaller. HlmError where shapes differ.
@@ -47,11 +49,12 @@ def l2_alignment(student: Tensor, teacher: Tensor) -> Tensor:
     _check("teacher", teacher, *student.shape)
     with _full_precision(student):
         student, teacher = _unit(student, teacher.detach())
-        return (student - teacher).square().sum(dim=1).mean()
+        return _mean((student - teacher).square().sum(dim=1), weights)
 
 
-def cosine_alignment(student: Tensor, teacher: Tensor) -> Tensor:
-    """1 - cosine of `student` (B, d) and `teacher` (B, d), mean over B; in [0, 2], half of `l2_alignment`.
+def cosine_alignment(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
+    """1 - cosine of `student` (B, d) and `teacher` (B, d), mean over B; in [0, 2], half of `l2_alignment`, with the
+    same `weights`.
 
     No gradient flows to the teacher. HlmError where shapes differ.
     """
@@ -59,7 +62,7 @@ def cosine_alignment(student: Tensor, teacher: Tensor) -> Tensor:
     _check("teacher", teacher, *student.shape)
     with _full_precision(student):
         student, teacher = _unit(student, teacher.detach())
-        return (1 - (student * teacher).sum(dim=1)).mean()
+        return _mean(1 - (student * teacher).sum(dim=1), weights)
 
 
 def kernel_alignment(student: Tensor, teacher: Tensor) -> Tensor:
@@ -83,8 +86,11 @@ def kernel_alignment(student: Tensor, teacher: Tensor) -> Tensor:
         return (student @ student.T - teacher @ teacher.T).square().sum() / (rows * (rows - 1))
 
 
-def kl_distillation(student: Tensor, teacher: Tensor, documents: Tensor, temperature: float = 0.02) -> Tensor:
-    """KL(teacher || student) between softmaxes of cosine / temperature over M documents, in nats, mean over B.
+def kl_distillation(
+    student: Tensor, teacher: Tensor, documents: Tensor, temperature: float = 0.02, weights: Tensor | None = None
+) -> Tensor:
+    """KL(teacher || student) between softmaxes of cosine / temperature over M documents, in nats, mean over B, with the
+    `weights` of `l2_alignment`.
 
     student (B, d) with gradient; teacher (B, d) and documents (M, d) without. Not multiplied by temperature squared.
 
@@ -98,7 +104,17 @@ def kl_distillation(student: Tensor, teacher: Tensor, documents: Tensor, tempera
         student, teacher, documents = _unit(student, teacher.detach(), documents.detach())
         ours = F.log_softmax(student @ documents.T / temperature, dim=1)
         theirs = F.log_softmax(teacher @ documents.T / temperature, dim=1)
-        return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+        if weights is None:
+            return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+        return _mean(F.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim=1), weights)
+
+
+def _mean(values: Tensor, weights: Tensor | None) -> Tensor:
+    """The mean of `values` (B,), each times its weight; weights have a mean of 1 over the data, not in a batch."""
+    if weights is None:
+        return values.mean()
+    _check("weights", weights, *values.shape)
+    return (values * weights).mean()
 
 
 def qwen3_contrastive(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,12 +11,13 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from sentence_transformers import SentenceTransformer
 
-from hlm.artefacts import MANIFEST, HlmError, check_output, read_manifest
+from hlm.artefacts import MANIFEST, HlmError, check_output
 from hlm.config import check_processes
 from hlm.data.contract import document_text, load, query_text
 from hlm.encoders.loading import encode, fingerprint, load_encoder
@@ -28,29 +29,33 @@ from hlm.settings import keywords
 from hlm.steps import PARTS, EmbedConfig
 from hlm.teacher_settings import ReadySettings
 from hlm.vectors import canaries, given
+from hlm.vectors.embed_index import write_index
 from hlm.vectors.endpoint import Endpoint
-from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.ray_workers import write_by_ray
-from hlm.vectors.recall import measured, sample_of
-from hlm.vectors.shares import share_of
-from hlm.vectors.store import VectorStore, check_store_output, pending_shards, write_store
+from hlm.vectors.shares import share_of, writer_of
+from hlm.vectors.store import VectorStore, check_store_output
+from hlm.vectors.store_versions import Target, target_of
 
 logger = logging.getLogger(__name__)
 
 # Texts encoded at a time. A constant, because in bf16 it decides which texts share a batch and so the last bits of the
 # vectors.
 TEXTS_PER_STEP = 4096
-MEASURED_K = 100
+# One model on two machines is nearer to itself than this.
+SAME_SPACE = 0.99
 
 
 @keywords(EmbedConfig)
 def embed(config: EmbedConfig) -> Path:
     """Writes a teacher's vectors of ads and queries into stores, `output/{corpus,unlabelled,queries}`, and with
-    `index`, a FAISS factory string, `output/index` over the ads.
+    `index`, `output/index` over the ads.
 
     Every setting of `EmbedConfig` is a keyword. A store is written shard by shard: a run that was killed goes on after
     the last whole shard, and a store that is up to date is left alone. Several processes share the shards and write the
     same store as one. Stores are float16, each row of norm 1.
+
+    Where ads or queries have changed, only those are encoded whose text is new, and those that went are left out: store
+    and index get a further version, and who has the former open keeps it.
 
     Returns:
         `output`.
@@ -76,13 +81,15 @@ def embed(config: EmbedConfig) -> Path:
         write_given(config, process, asked, ready)
         return output
     if config.ray_workers:
-        write_by_ray(config, {part: len(table) for part, table in tables_of(config, process)[0].items()})
+        sizes = {part: len(table) for part, table in tables_of(config, process)[0].items()}
+        new = {part: size for part, size in sizes.items() if not (output / part / MANIFEST).is_file()}
+        if new:  # what changed of the others is left to this process
+            write_by_ray(config, new)
     work = Work.of(config, process)
-    for part in config.parts:
-        write_part(work, part, process)
+    targets = [write_part(work, part, process) for part in config.parts]
     process.wait_for_everyone()
     if process.is_main_process:
-        finish(work.model, config)
+        finish(work.model, config, targets)
     return output
 
 
@@ -93,13 +100,11 @@ def write_given(
     tables, sources = tables_of(config, process)
     if process.is_main_process:  # one process asks: the limits of an endpoint are for all
         parts = {
-            part: given.Part(records_of(table, part, config.oracle), len(table), sources[part], _has_ids(table))
+            part: given.Part(records_of(table, part, config.oracle), len(table), sources[part], _ids_of(table))
             for part, table in tables.items()
         }
-        given.write_given(
-            config, parts, asked, ready, load_model(config, process) if given.needs_model(config) else None
-        )
-        finish(None, config)
+        model = load_model(config, process) if given.needs_model(config) else None
+        finish(None, config, given.write_given(config, parts, asked, ready, model))
     process.wait_for_everyone()
 
 
@@ -163,34 +168,57 @@ def prompt_name(part: str) -> str:
     return "document" if part == "corpus" else "query"
 
 
-def finish(model: SentenceTransformer | None, config: EmbedConfig) -> None:
-    """What follows when every store is whole, by whichever task of an array finds them so: canaries of the model, if
-    one was loaded, and the index."""
+def finish(model: SentenceTransformer | None, config: EmbedConfig, targets: Sequence[Target]) -> None:
+    """What follows when every store is whole, by whichever task of an array finds them so: the next versions of stores
+    that have changed, canaries of the model, if one was loaded, and the index."""
     output = Path(config.output)
-    if unfinished := [part for part in config.parts if not (output / part / MANIFEST).is_file()]:
+    if unfinished := [target.folder.name for target in targets if not target.is_whole]:
         logger.info("%s: shards of %s are still with other tasks", output, ", ".join(unfinished))
         return
     with locked(output / ".finish.lock", f"canaries and index of {output}", wait=True):
+        for target in targets:
+            target.commit(partial(check_canaries, model, config.dim), keep=config.keep_versions)
         if model is not None:
             write_canaries(model, config)
         if config.index:
-            write_index(config.output, config.index, config.index_dim)
+            write_index(config.output, config.index, config.index_dim, config.keep_versions)
 
 
-def write_part(work: Work, part: str, process: PartialState) -> None:
-    """One store, or what is left of it to write; this process writes its share of the shards of this task's."""
+def check_canaries(model: SentenceTransformer | None, dim: int | None, store: VectorStore) -> None:
+    """Refuses a model that no longer puts the canary queries where it put them when the store was begun, though its
+    fingerprint is the same: another device, library or precision.
+
+    Raises:
+        HlmError: names the mean cosine.
+    """
+    if model is None or store.canaries is None:
+        return
+    texts = canaries.texts_of(store.canaries, where=str(store.folder))
+    found = encode(model, texts, prompt_name="query", dim=dim)
+    _, cosine = canaries.check(store.canaries, found, name="this model", where=str(store.folder))
+    if cosine < SAME_SPACE:
+        raise HlmError(
+            f"expected the model's canary queries where they were when {store.folder} was begun, found a mean cosine "
+            f"of {cosine:.4f}: another device, library or precision; embed on one as before, or into a new folder"
+        )
+
+
+def write_part(work: Work, part: str, process: PartialState) -> Target:
+    """One store, or what it lacks of its texts; this process writes its share of the shards of this task's."""
     config, plan = work.config, work.plans[part]
-    folder = Path(config.output) / part
     share, tasks = share_of(config.shard)
-    index, count = share * process.num_processes + process.process_index, tasks * process.num_processes
-    mine = [n for n in pending_shards(folder, **plan) if n % count == index]
-    rows = plan["n_rows"]
+    index, count = writer_of(config.shard, process.process_index, process.num_processes)
+    records, _ = work.writes(part)
+    target = target_of(part, Path(config.output) / part, records, plan)
+    rows = target.plan["n_rows"]
+    mine = [n for n in target.pending() if n % count == index]
     left = sum(min(config.shard_rows, rows - n * config.shard_rows) for n in mine)
     with progress(what=f"embed {part}", unit="text", total=left) as bar:
-        write_store(folder, *work.writes(part, bar), process_index=index, num_processes=count, **plan)
+        target.write(work.writes(part, bar)[1], process_index=index, num_processes=count)
     by = " by the first process" if process.num_processes > 1 else ""
     by += f" by task {share} of {tasks}" if tasks > 1 else ""
-    logger.info("%s: %s", folder, f"{left} of {rows} vectors written{by}" if left else "up to date")
+    logger.info("%s: %s", target.folder, f"{left} of {plan['n_rows']} vectors written{by}" if left else "up to date")
+    return target
 
 
 def write_canaries(model: SentenceTransformer, config: EmbedConfig) -> None:
@@ -201,37 +229,6 @@ def write_canaries(model: SentenceTransformer, config: EmbedConfig) -> None:
         made = canaries.made_by(model, dim=config.dim)
         for folder in folders:
             canaries.keep(folder, "vectors", made)
-
-
-def write_index(output: str, factory: str, dim: int | None) -> None:
-    """Builds `output/index` from `output/corpus`, unless it is there already, made from the same vectors."""
-    store, folder = VectorStore.open(f"{output}/corpus"), Path(output) / "index"
-    wanted = {"encoder": store.encoder, "source": store.source, "factory": factory, "dim": dim or store.dim}
-    if (folder / MANIFEST).is_file():
-        manifest = read_manifest(folder, "index")
-        if wanted == manifest["inputs"] | {"factory": manifest["config"]["factory"], "dim": manifest["dim"]}:
-            if store.canaries:
-                canaries.keep(folder, "index", store.canaries)
-            logger.info("%s: up to date", folder)
-            return
-    index = AdIndex.build(store, factory, dim=dim)
-    if factory != "Flat":
-        part, queries = queries_beside(output, store)
-        sample = sample_of(queries, 0, dim=index.dim)
-        index.measured = measured(index, store, sample, MEASURED_K, f"vectors of {part}")
-    index.save(folder)
-    logger.info("%s: %s over %d ads", folder, factory, len(store))
-
-
-def queries_beside(output: str, store: VectorStore) -> tuple[str, VectorStore]:
-    """A store of the same teacher's queries beside that of the ads; without one the ads' own, for which an index finds
-    more than for queries."""
-    for part in ("unlabelled", "queries"):
-        if (Path(output) / part / MANIFEST).is_file():
-            found = VectorStore.open(Path(output) / part)
-            if (found.encoder, found.dim) == (store.encoder, store.dim):
-                return part, found
-    return "corpus", store
 
 
 def check(config: EmbedConfig) -> None:
@@ -245,7 +242,7 @@ def check(config: EmbedConfig) -> None:
         raise HlmError("expected ray_workers or shard, found both; either shares the shards out")
     if (config.ray_workers or config.shard) and (config.endpoint or config.ready):
         raise HlmError("expected no shard or ray_workers beside an endpoint or ready vectors: one process writes these")
-    for name in ("dim", "index_dim", "max_seq_length", "batch_tokens", "shard_rows", "ray_workers"):
+    for name in ("dim", "index_dim", "max_seq_length", "batch_tokens", "shard_rows", "ray_workers", "keep_versions"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise HlmError(f"{name}: expected at least 1, found {value}")
@@ -275,6 +272,10 @@ def records_of(table: datasets.Dataset, part: str, oracle: bool) -> Callable[[in
                 number += 1
 
     return records
+
+
+def _ids_of(table: datasets.Dataset) -> pa.ChunkedArray | None:
+    return table.data.column("_id") if _has_ids(table) else None
 
 
 def _has_ids(table: datasets.Dataset) -> bool:

@@ -12,10 +12,10 @@ import faiss
 import numpy as np
 import pyarrow as pa
 
-from hlm.artefacts import MANIFEST, HlmError, atomic_folder
+from hlm.artefacts import MANIFEST, HlmError
 from hlm.fields import optional, shown, whole_number
 from hlm.integrity import read_steadily
-from hlm.vectors import faiss_filters, faiss_parts
+from hlm.vectors import faiss_filters, faiss_parts, versions
 from hlm.vectors.filters import Selection, Where, mask_of
 from hlm.vectors.index import ENGINES, Index
 from hlm.vectors.index_parts import (
@@ -64,11 +64,8 @@ class AdIndex(Index):
         self._ids = ads["_id"].combine_chunks()
         self._on_gpu = on_gpu
         self._process = os.getpid()
-        self.encoder = encoder
-        self.source = source
-        self.factory = factory
-        self.canaries = canaries
-        self.measured, self.made_of = measured, made_of
+        self.encoder, self.source, self.factory = encoder, source, factory
+        self.canaries, self.measured, self.made_of = canaries, measured, made_of
         # Building them takes as long as a twentieth of a fast search. They are read alone while FAISS searches.
         self._parameters: dict[tuple[float | None, ...], faiss.SearchParameters | None] = {}
         self._defaults = faiss_parts.default_options(index)
@@ -178,8 +175,11 @@ class AdIndex(Index):
 
     @classmethod
     def create(cls, place: str | Path, store: VectorStore, factory: str, **options: Any) -> AdIndex:
-        """What `build` makes of these arguments, written by `save` and opened."""
-        cls.build(store, factory, **options).save(place)
+        """What `build` makes of these arguments, given to `check`, written by `save` with `keep`, and opened."""
+        check, keep = options.pop("check", bool), options.pop("keep", 0)
+        index = cls.build(store, factory, **options)
+        check(index)
+        index.save(place, keep=keep)
         return cls.load(place)
 
     @classmethod
@@ -212,28 +212,29 @@ class AdIndex(Index):
         """
         self._defaults = self._options(nprobe=nprobe, ef_search=ef_search, k_factor=k_factor)
 
-    def save(self, folder: str | Path, beside: Callable[[Path], None] = lambda folder: None) -> None:
+    def save(self, folder: str | Path, beside: Callable[[Path], None] = lambda folder: None, *, keep: int = 0) -> None:
         """Writes `index.faiss`, `ads.arrow` and `hlm.json` (kind "index"); an older index is replaced whole.
 
         Args:
             beside: writes further files of the index into the folder that it is given, before the manifest.
+            keep: with a number the older index stays, as a version to go back to, until there are so many; so it does
+                where the folder has versions already (`versions.py`).
 
         Raises:
             HlmError: `folder` holds something else, another process writes there, or it cannot be written.
         """
-        with atomic_folder(folder, "index") as aside:
+        with versions.written(folder, "index", keep) as (aside, version):
             try:
                 faiss.write_index(self._on_cpu(), str(aside / INDEX_FILE))
             except RuntimeError as error:
                 raise HlmError(f"could not write {folder}: {faiss_parts.reason(error)}; free some space") from error
             write_ads(aside / ADS_FILE, self._ads)
             beside(aside)
-            write_facts(aside, self, self._defaults)
+            write_facts(aside, self, self._defaults, version=version)
 
     @classmethod
     def load(cls, folder: str | Path, *, expect_encoder: str | None = None, gpu: bool = False) -> AdIndex:
-        """Opens a saved index. Its files are mapped into memory, not read: a folder in use is replaced, as `save`
-        does it, and never written into.
+        """Opens a saved index. Its files are mapped into memory, not read, and so never written into.
 
         Args:
             folder: what `save` wrote.

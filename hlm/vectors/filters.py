@@ -103,7 +103,8 @@ def _expression(conditions: Mapping[str, Any], ads: pa.Table) -> pc.Expression:
                     raise HlmError(f"where: {name}: expected one of {' '.join(COMPARE)}, found {shown(sign)}")
                 expressions.append(COMPARE[sign](column, checked_value(name, value, ads)))
         elif isinstance(wanted, list | tuple | AbstractSet):
-            expressions.append(column.isin([checked_value(name, value, ads) for value in wanted]))
+            values = [checked_value(name, value, ads) for value in wanted]
+            expressions.append(column.isin(values) if values else pc.scalar(False))  # of no values no type is known
         else:
             expressions.append(column == checked_value(name, wanted, ads))
     return functools.reduce(operator.and_, expressions) if expressions else pc.scalar(True)

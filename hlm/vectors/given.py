@@ -21,6 +21,7 @@ from hlm.vectors import canaries
 from hlm.vectors.endpoint import Endpoint
 from hlm.vectors.ready import ReadyVectors, open_ready
 from hlm.vectors.store import pending_shards, write_store
+from hlm.vectors.store_versions import Target, target_of
 from hlm.vectors.teacher_identity import Loaded, Part, Source, identify
 
 logger = logging.getLogger(__name__)
@@ -62,8 +63,9 @@ def write_given(
     endpoint: Endpoint | None,
     ready_settings: Mapping[str, ReadySettings],
     model: SentenceTransformer | None,
-) -> None:
-    """Writes the stores of `parts` into `config.output`, or what is left of them to write.
+) -> list[Target]:
+    """Writes the stores of `parts` into `config.output`, or what is left of them to write; what has changed of a store
+    lies beside it, until the targets that are returned are committed.
 
     Args:
         model: where `needs_model`; it encodes the parts that are not ready.
@@ -74,7 +76,7 @@ def write_given(
     """
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    ready = {part: open_ready(part, one, has_ids=parts[part].has_ids) for part, one in ready_settings.items()}
+    ready = {part: open_ready(part, one, has_ids=parts[part].ids is not None) for part, one in ready_settings.items()}
     source: Source | None = endpoint or (Loaded(model, config.batch_tokens) if model is not None else None)
     width = _width(config, source, ready)
     dim = check_dim(config.dim, width)
@@ -88,20 +90,26 @@ def write_given(
         facts = {"prompt": prompt, "oracle": config.oracle, **teacher.facts}
         facts |= {"ready": ready[part].stamp} if part in ready else {"dtype": config.dtype} if model else {}
         plans[part] |= {"encoder": teacher.encoder, "facts": facts}
+    asked = {
+        part: target_of(part, output / part, one.records, plans[part])
+        for part, one in parts.items()
+        if part not in ready
+    }
     if endpoint is not None:
-        _tell_cost(endpoint, config, {part: one for part, one in parts.items() if part not in ready}, plans)
+        _tell_cost(endpoint, config, asked)
     for part, one in parts.items():
-        if not (left := pending_shards(output / part, **plans[part])):
-            logger.info("%s: up to date", output / part)
-        elif part in ready:
+        if part in ready and pending_shards(output / part, **plans[part]):
             _write_ready(output / part, part, one, ready[part], source, plans[part])
-        else:
+        elif part in asked and asked[part].pending():
             assert source is not None
-            _write_asked(output / part, part, one, source, plans[part], left)
+            _write_asked(part, asked[part], source)
+        else:
+            logger.info("%s: up to date", output / part)
     if teacher.canaries is not None:
         made = canaries.record(canaries.vectors_of(teacher.canaries, dim, where=str(output)), teacher.canaries["texts"])
         for part in parts:
             canaries.keep(output / part, "vectors", made)
+    return list(asked.values())
 
 
 def _width(config: EmbedConfig, source: Source | None, ready: Mapping[str, ReadyVectors]) -> int:
@@ -114,9 +122,7 @@ def _width(config: EmbedConfig, source: Source | None, ready: Mapping[str, Ready
     return next(iter(widths.values()))
 
 
-def _tell_cost(
-    endpoint: Endpoint, config: EmbedConfig, parts: Mapping[str, Part], plans: Mapping[str, dict[str, Any]]
-) -> None:
+def _tell_cost(endpoint: Endpoint, config: EmbedConfig, targets: Mapping[str, Target]) -> None:
     """Logs what is still to be sent and about what it costs, before it is sent.
 
     Raises:
@@ -124,13 +130,13 @@ def _tell_cost(
     """
     price, most = endpoint.settings.price, endpoint.settings.max_cost
     total = 0
-    for part, one in parts.items():
+    for part, target in targets.items():
         prompt = "document" if part == "corpus" else "query"
         rows = tokens = 0
-        for shard in pending_shards(Path(config.output) / part, **plans[part]):
-            start, stop = shard * config.shard_rows, min((shard + 1) * config.shard_rows, one.rows)
+        for shard in target.pending():
+            start, stop = shard * config.shard_rows, min((shard + 1) * config.shard_rows, target.plan["n_rows"])
             rows += stop - start
-            tokens += endpoint.tokens([text for _, text in one.records(start, stop)], prompt)
+            tokens += endpoint.tokens([text for _, text in target.rows(start, stop)], prompt)
         if rows:
             cost = "" if price is None else f", about {tokens * price / 1e6:,.4f} at {price:g} a million"
             logger.info("%s: %s texts to send, about %s tokens%s", part, f"{rows:,}", f"{tokens:,}", cost)
@@ -142,16 +148,17 @@ def _tell_cost(
         )
 
 
-def _write_asked(folder: Path, part: str, one: Part, source: Source, plan: dict[str, Any], left: list[int]) -> None:
+def _write_asked(part: str, target: Target, source: Source) -> None:
+    plan = target.plan
     prompt, size = plan["facts"]["prompt"], plan["shard_rows"]
-    rows = sum(min(size, one.rows - shard * size) for shard in left)
+    rows = sum(min(size, plan["n_rows"] - shard * size) for shard in target.pending())
 
     def asked(texts: list[str]) -> np.ndarray:
         return _sliced(source.encode(texts, prompt_name=prompt, bar=bar), plan["dim"])
 
     with progress(what=f"embed {part}", unit="text", total=rows) as bar:
-        write_store(folder, one.records, asked, **plan)
-    logger.info("%s: %d of %d vectors written", folder, rows, one.rows)
+        target.write(asked)
+    logger.info("%s: %d vectors written", target.folder, rows)
 
 
 def _write_ready(

@@ -49,6 +49,7 @@ class Engine(NamedTuple):
 ENGINES = {
     "faiss": Engine("hlm.vectors.faiss_index", "AdIndex", ("index.faiss", "ads.arrow", "ids.parquet", "tuning.png")),
     "lance": Engine("hlm.vectors.lance_index", "LanceIndex", lives=True),
+    "milvus": Engine("hlm.vectors.milvus_index", "MilvusIndex", scheme="milvus", lives=True),
 }
 OLDEST = "faiss"  # the engine of indexes whose manifests name none
 
@@ -176,6 +177,17 @@ class Index(abc.ABC):
         """
         raise self._frozen("committed to")
 
+    @classmethod
+    def make_current(cls, folder: Path, manifest: dict[str, Any]) -> None:
+        """Makes one of a folder's versions the current one (`versions.py`).
+
+        Args:
+            manifest: the version's, whose files have been looked at.
+        """
+        from hlm.vectors import versions
+
+        versions.point(folder, manifest)
+
     def _frozen(self, what: str) -> HlmError:
         living = " or ".join(name for name, engine in ENGINES.items() if engine.lives)
         return HlmError(
@@ -212,15 +224,30 @@ def open_index(folder: str | Path, *, expect_encoder: str | None = None) -> Inde
 def create_index(place: str | Path, store: VectorStore, kind: str, **options: Any) -> Index:
     """`Index.create` of the engine that `kind` names: "lance:IVF_RQ", and without a name FAISS's "HNSW32".
 
+    Args:
+        options: those of `Index.create`, and those of an engine that keeps versions in a folder: `check` is given the
+            index before anybody else sees it, may set `measured`, and leaves in place what was there by raising; `keep`
+            is how many versions to keep, this one among them (`versions.py`).
+
     Raises:
         HlmError: an engine that is not known or not installed, or what `Index.create` refuses.
     """
+    name, factory = engine_and_factory(kind)
+    return engine_class(name).create(place, store, factory, **options)
+
+
+def engine_and_factory(kind: str) -> tuple[str, str]:
+    """The two parts of "lance:IVF_RQ"; of "HNSW32", "faiss" and itself.
+
+    Raises:
+        HlmError: an engine that this version does not know.
+    """
     name, found, factory = kind.partition(":")
     if not found:
-        name, factory = OLDEST, kind
+        return OLDEST, kind
     if name not in ENGINES:
         raise HlmError(f"expected an index of the engine {' or '.join(ENGINES)}, found '{kind}'; correct the name")
-    return engine_class(name).create(place, store, factory, **options)
+    return name, factory
 
 
 def engine_class(name: str) -> type[Index]:

@@ -18,7 +18,7 @@ from hlm.fields import REMEDY, field, optional
 from hlm.integrity import check_files
 from hlm.vectors import versions
 from hlm.vectors.index import ENGINES, KIND, Index, engine_of
-from hlm.vectors.store import read_ids
+from hlm.vectors.shard_files import read_ids
 
 # Vectors that were normalised and then went through fp16 or bf16 are off by less than this.
 NORM_TOLERANCE = 1e-2
@@ -47,7 +47,12 @@ def read_facts(folder: Path, engine: str, expect_encoder: str | None = None) -> 
     Raises:
         HlmError: no index there, one of another engine or encoder, or files that are missing, cut short or changed.
     """
-    manifest, where = read_manifest(folder, KIND), folder / MANIFEST
+    return facts_of(folder, read_manifest(folder, KIND), engine, expect_encoder)
+
+
+def facts_of(folder: Path, manifest: dict[str, Any], engine: str, expect_encoder: str | None = None) -> Facts:
+    """`read_facts` of one of the folder's versions, whose manifest is given."""
+    where = folder / MANIFEST
     if (found := engine_of(manifest, where)) != engine:
         raise HlmError(
             f"expected an index of the engine '{engine}' at {folder}, found one of '{found}'; use open_index"

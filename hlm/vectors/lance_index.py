@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,21 @@ import pyarrow as pa
 
 from hlm.artefacts import MANIFEST, HlmError, atomic_folder, claimed, read_manifest
 from hlm.fields import REMEDY, field, whole_number
-from hlm.integrity import read_steadily
+from hlm.integrity import file_state, read_steadily
 from hlm.outputs import resolved
 from hlm.vectors import lance_filters, lance_table, versions
 from hlm.vectors.filters import Where
 from hlm.vectors.index import KIND, Index
-from hlm.vectors.index_parts import Facts, checked_ids, checked_queries, joined, normalised, read_facts, write_facts
+from hlm.vectors.index_parts import (
+    Facts,
+    checked_ids,
+    checked_queries,
+    facts_of,
+    joined,
+    normalised,
+    read_facts,
+    write_facts,
+)
 from hlm.vectors.lance_table import Table, errors
 from hlm.vectors.store import VectorStore
 
@@ -54,17 +63,17 @@ class LanceIndex(Index):
     def __init__(self, folder: Path, facts: Facts) -> None:
         self.folder = folder
         self._process = os.getpid()
+        self._database = lance_table.connected(folder)  # its cache is kept from version to version
         self._writing: contextlib.ExitStack | None = None
+        self._state: list[int] | None = None
         self._pin(facts)
 
     def _pin(self, facts: Facts) -> None:
         where = f"{self.folder / MANIFEST}, config"
         lance_table.checked_factory(facts.factory)
         self._refine_factor = field(facts.config, int, "refine_factor", where=where, least=1)
-        table, version = (
-            lance_table.opened(self.folder),
-            field(facts.config, int, "table_version", where=where, least=1),
-        )
+        version = field(facts.config, int, "table_version", where=where, least=1)
+        table = lance_table.opened(self._database)
         with errors(f"open version {version} of {self.folder}", "pull or build the index again"):
             table.checkout(version)
             schema, count = table.schema, table.count_rows()
@@ -78,8 +87,10 @@ class LanceIndex(Index):
         self.encoder, self.source, self.factory = facts.encoder, facts.source, facts.factory
         self.canaries, self.measured, self.made_of = facts.canaries, facts.measured, facts.made_of
         self._schema = pa.schema([entry for entry in schema if entry.name != "vector"])
-        self._passing: dict[str, int] = {}
-        self._facts, self._table = facts, table  # last: who searches meanwhile has the former version's
+        self._facts = facts
+        # In one step, for those who search meanwhile: what is open, and how many rows pass which filter.
+        passing: dict[str, int] = {}
+        self._open = facts, table, passing
 
     def __len__(self) -> int:
         return self._facts.count
@@ -97,6 +108,11 @@ class LanceIndex(Index):
         return self._facts.version
 
     @property
+    def settings(self) -> Mapping[str, Any]:
+        """Those of the manifest: factory, refine_factor, and the version of the table."""
+        return self._facts.config
+
+    @property
     def columns(self) -> list[str]:
         """What a search can be filtered by: "_id", and the columns that were kept."""
         return self._schema.names
@@ -110,6 +126,8 @@ class LanceIndex(Index):
         *,
         dim: int | None = None,
         columns: pa.Table | None = None,
+        check: Callable[[LanceIndex], None] = lambda index: None,
+        keep: int = 0,
     ) -> LanceIndex:
         """Builds the table and its index block by block; see `Index.create`. A folder that has an index gets a further
         version."""
@@ -134,7 +152,8 @@ class LanceIndex(Index):
                 config=settings,
             )
             table_version = lance_table.fill(folder, store, ads, facts)
-            _write(folder, replace(facts, config={**settings, "table_version": table_version}))
+            facts = replace(facts, config={**settings, "table_version": table_version})
+            _write(LanceIndex(folder, facts), check, keep or versions.KEEP)
         return cls.load(target)
 
     @classmethod
@@ -142,6 +161,23 @@ class LanceIndex(Index):
         """Opens the version that is current, and keeps to it; see `open_index`."""
         place = resolved(folder)
         return read_steadily(place, lambda: cls(place, read_facts(place, cls.engine, expect_encoder)))
+
+    def refresh(self) -> bool:
+        """Opens the version that is current by now; searches that are running end in the former one. It costs a look at
+        a file where nothing has changed, so a server may call it before every search.
+
+        Returns:
+            Whether it is another one.
+        """
+        state = file_state(self.folder / MANIFEST)
+        if state is not None and state == self._state:
+            return False
+        found = read_steadily(self.folder, lambda: read_facts(self.folder, self.engine, self.encoder))
+        changed = found.version != self.version
+        if changed:
+            self._pin(found)
+        self._state = state  # of before it was read: what came meanwhile is seen next time
+        return changed
 
     def search(
         self,
@@ -163,7 +199,7 @@ class LanceIndex(Index):
             refine_factor: candidates scored by their vectors, in multiples of k; default 4.
         """
         self._check_process()
-        rows, facts, table, passing = checked_queries(queries, self.dim), self._facts, self._table, self._passing
+        rows, (facts, table, passing) = checked_queries(queries, self.dim), self._open
         k = min(whole_number("k", k, least=1), facts.count)
         cells = lance_table.cells_of(facts.factory, facts.count)
         probed = lance_table.default_nprobe(cells) if nprobe is None else whole_number("nprobe", nprobe, least=1)
@@ -250,12 +286,9 @@ class LanceIndex(Index):
                 config={**self._facts.config, "table_version": version},
             )
             new = LanceIndex(self.folder, changed)
-            new.measured = self.measured
-            check(new)
-            changed = replace(changed, measured=new.measured)
-            _write(self.folder, changed, keep)
+            _write(new, check, keep)
         self._release()
-        self._pin(changed)
+        self._pin(replace(changed, measured=new.measured))
 
     def discard(self) -> None:
         """Lets go of what was put and deleted since the last commit, and lets others write."""
@@ -266,6 +299,13 @@ class LanceIndex(Index):
         makes it current."""
         with self._head() as table, errors(f"compact {self.folder}", "free some space, and compact again"):
             table.optimize(cleanup_older_than=lance_table.GRACE)
+
+    @classmethod
+    def make_current(cls, folder: Path, manifest: dict[str, Any]) -> None:
+        """See `Index.make_current`; the tag `live` follows, for those who read the table without HLM."""
+        version = cls(folder, facts_of(folder, manifest, cls.engine)).settings["table_version"]
+        versions.point(folder, manifest)
+        lance_table.tag(lance_table.opened(lance_table.connected(folder)), lance_table.LIVE, version)
 
     @contextlib.contextmanager
     def _head(self) -> Iterator[Table]:
@@ -280,9 +320,10 @@ class LanceIndex(Index):
                         f"expected version {self.version} of {self.folder}, which was opened, found {current}: another "
                         "process has committed since; open the index again"
                     )
-                table = lance_table.opened(self.folder)
-                if table.version != self._table.version:  # what a killed writer left, or versions gone back from
-                    table.checkout(self._table.version)
+                table = lance_table.opened(self._database)
+                version = self.settings["table_version"]
+                if table.version != version:  # what a killed writer left, or versions gone back from
+                    table.checkout(version)
                     table.restore()
                 self._changing, self._writing = table, stack.pop_all()
         yield self._changing
@@ -300,22 +341,17 @@ class LanceIndex(Index):
             )
 
 
-def move(folder: Path, manifest: dict[str, Any]) -> None:
-    """Makes a version that is whole the current one."""
-    versions.point(folder, manifest)
-    lance_table.tag(lance_table.opened(folder), lance_table.LIVE, manifest["config"]["table_version"])
-
-
-def _write(folder: Path, facts: Facts, keep: int = versions.KEEP) -> None:
-    """Writes a version whose table is whole and makes it the current one: tag, manifest, pointer, in this order."""
-    table = lance_table.opened(folder)
-    lance_table.tag(table, f"v{facts.version}", facts.config["table_version"])
-    is_first = facts.version == versions.FIRST
-    own = folder if is_first else versions.new_folder(folder, facts.version)
-    write_facts(own, LanceIndex(folder, facts), facts.config, version=facts.version, records=False)
-    if is_first:
-        lance_table.tag(table, lance_table.LIVE, facts.config["table_version"])
+def _write(index: LanceIndex, check: Callable[[LanceIndex], None], keep: int) -> None:
+    """Makes a version whose table is whole the current one: check, tag, manifest, pointer, in this order."""
+    folder, version, at = index.folder, index.version, index.settings["table_version"]
+    check(index)
+    table = lance_table.opened(lance_table.connected(folder))
+    lance_table.tag(table, f"v{version}", at)
+    own = folder if version == versions.FIRST else versions.new_folder(folder, version)
+    write_facts(own, index, index.settings, version=version, records=False)
+    if version == versions.FIRST:
+        lance_table.tag(table, lance_table.LIVE, at)
         return
-    move(folder, read_manifest(own, KIND))
+    LanceIndex.make_current(folder, read_manifest(own, KIND))
     for number in versions.forget(folder, KIND, keep):
         lance_table.untag(table, f"v{number}")

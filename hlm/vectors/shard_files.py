@@ -6,6 +6,8 @@ import collections
 import hashlib
 import json
 import os
+from collections.abc import Iterable
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hlm.artefacts import HlmError, write_json
+from hlm.fields import field
 
-KEY = "vectors"
+KEY, TEXT = "vectors", "text"
+REMEDY = "run the command that writes the store again, it writes missing and truncated shards anew"
+HEADER_BYTES = 2**20
+# What ids decompress to stays below this many times their file, and below this many bytes for a small file.
+IDS_INFLATION, IDS_LEAST_BYTES = 1000, 2**26
+GONE = "gone.parquet"  # of a version: which rows of its shards it has no more
 _NORM_TOLERANCE = 1e-2  # normalising in bf16 is off by up to 0.4%; a vector nobody normalised is off by far more
 
 
@@ -31,16 +39,38 @@ def record_name(shard: int) -> str:
     return f"shard-{shard:05d}.json"
 
 
+def number_of(place: int, record: dict[str, Any]) -> int:
+    """The number in the names of a shard's files: its place in the manifest, unless a later version added it."""
+    return record.get("number", place)
+
+
 def files(shard: int, record: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """File name -> {"bytes", "sha256"} of a shard's two files."""
-    return {vectors_name(shard): record["vectors"], ids_name(shard): record["ids"]}
+    """File name -> {"bytes", "sha256"} of a shard's two files; `shard` is its place in the manifest."""
+    number = number_of(shard, record)
+    return {vectors_name(number): record["vectors"], ids_name(number): record["ids"]}
 
 
-def put_shard(folder: Path, plan: dict[str, Any], shard: int, ids: list[str], vectors: np.ndarray) -> None:
+def text_hashes(texts: Iterable[str]) -> np.ndarray:
+    """uint64, what tells a text from the one that has its id next."""
+    raw = b"".join(hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
+    return np.frombuffer(raw, dtype="<u8")
+
+
+def put_shard(
+    folder: Path, plan: dict[str, Any], shard: int, ids: list[str], vectors: np.ndarray, texts: np.ndarray
+) -> dict[str, Any]:
+    """Writes the two files of a shard and its record, and returns the record.
+
+    Args:
+        plan: what the record is of, as JSON.
+        vectors: little-endian fp16 (len(ids), dim).
+        texts: their `text_hashes`.
+    """
     names = {"vectors": vectors_name(shard), "ids": ids_name(shard)}
     asides = {kind: folder / f".{name}.{os.getpid()}.partial" for kind, name in names.items()}
     digests = {"vectors": _write_vectors(asides["vectors"], vectors)}
-    pq.write_table(pa.table({"_id": pa.array(ids, type=pa.string())}), asides["ids"], compression="zstd")
+    table = pa.table({"_id": pa.array(ids, type=pa.string()), TEXT: texts})
+    pq.write_table(table, asides["ids"], compression="zstd")
     digests["ids"] = sha256(asides["ids"])
     record: dict[str, Any] = {"rows": len(ids)}
     for kind, aside in asides.items():
@@ -51,6 +81,7 @@ def put_shard(folder: Path, plan: dict[str, Any], shard: int, ids: list[str], ve
         os.replace(aside, folder / names[kind])
     # Last, so that a shard counts as whole only when both of its files are in place.
     write_json(folder / record_name(shard), {"shard": shard, "plan": plan, "record": record})
+    return record
 
 
 def sha256(path: Path) -> str:
@@ -108,3 +139,53 @@ def quantised(vectors: np.ndarray, shape: tuple[int, int], where: str) -> np.nda
             "normalise what the encoder gives (a norm of 0 has no direction: look at that row's text)"
         )
     return np.ascontiguousarray(vectors, dtype="<f2")
+
+
+def vectors_offset(file: BufferedReader, path: Path, shape: tuple[int, int]) -> int:
+    """Where the fp16 vectors of `shape` begin in a safetensors file, in bytes; reads the header only.
+
+    Raises:
+        HlmError: the header is broken or tells of another shape or type, or the file does not hold what it tells of.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    try:
+        header = json.loads(file.read(min(length, HEADER_BYTES)))
+    except (ValueError, RecursionError) as error:
+        raise HlmError(f"{path}: expected a safetensors header with '{KEY}', found none ({error}); {REMEDY}") from error
+    kind = field(header, str, KEY, "dtype", where=path)
+    begin, end = (field(header, int, KEY, "data_offsets", place, where=path) for place in (0, 1))
+    found = field(header, list, KEY, "shape", where=path)
+    if (kind, found) != ("F16", list(shape)) or end - begin != 2 * shape[0] * shape[1]:
+        raise HlmError(
+            f"{path}: expected fp16 vectors of shape {shape}, found {kind} of shape {tuple(found)}; {REMEDY}"
+        )
+    if begin < 0 or 8 + length + end > os.fstat(file.fileno()).st_size:
+        raise HlmError(f"{path}: expected vectors within the file, found bytes {begin} to {end}; {REMEDY}")
+    return 8 + length + begin
+
+
+def read_ids(file: BufferedReader, path: Path, rows: int, remedy: str) -> pa.Array:
+    """Column "_id" of a Parquet file, one Arrow string array (as it was written: of 32 or 64 bits).
+
+    Raises:
+        HlmError: not Parquet, another number of rows, ids that are no text or missing, or a file that would grow beyond
+            what ids grow by when it is decompressed.
+    """
+    try:
+        parquet = pq.ParquetFile(file)
+        names, kinds = parquet.schema_arrow.names, parquet.schema_arrow.types
+        if "_id" not in names or kinds[names.index("_id")] not in (pa.string(), pa.large_string()):
+            raise HlmError(f"{path}: expected a column '_id' of texts, found {names} of {kinds[:9]}; {remedy}")
+        if parquet.metadata.num_rows != rows:
+            raise HlmError(f"{path}: expected {rows} ids, found {parquet.metadata.num_rows}; {remedy}")
+        groups = [parquet.metadata.row_group(number) for number in range(parquet.metadata.num_row_groups)]
+        size = sum(group.total_byte_size for group in groups)
+        if size > max(IDS_LEAST_BYTES, IDS_INFLATION * os.fstat(file.fileno()).st_size):
+            raise HlmError(f"{path}: expected ids, found {size:,} bytes packed into a small file; {remedy}")
+        column = parquet.read(columns=["_id"]).column("_id").combine_chunks()
+        column.validate(full=True)
+    except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
+        raise HlmError(f"{path} is not readable ({error}); {remedy}") from error
+    if len(column) != rows or column.null_count:
+        raise HlmError(f"{path}: expected {rows} ids, found {len(column) - column.null_count}; {remedy}")
+    return column

@@ -19,3 +19,9 @@ def share_of(text: str | None) -> tuple[int, int]:
             f"shard: expected i/n with i from 0 to n - 1, such as 0/16, found {text!r}; number the tasks from 0"
         )
     return int(found[1]), int(found[2])
+
+
+def writer_of(text: str | None, process_index: int, num_processes: int) -> tuple[int, int]:
+    """(number, count) of a process among all that write a store: those of every task, of `num_processes` each."""
+    share, tasks = share_of(text)
+    return share * num_processes + process_index, tasks * num_processes

@@ -1,7 +1,9 @@
 """Embedding store: a folder of fp16 vector shards keyed by row id, written resumably, read through memory maps.
 
-    vectors-00000.safetensors   key "vectors", fp16, (rows, dim)      ids-00000.parquet   column "_id", row order
+    vectors-00000.safetensors   key "vectors", fp16, (rows, dim)
+    ids-00000.parquet           column "_id", and "text": a hash of each text, both in row order
     hlm.json                    kind "vectors": the inputs' fingerprints, and size and SHA-256 of every shard
+    versions/                   where the texts have changed (`store_versions.py`): what is gone from the shards above
 
 Vectors are L2-normalised before they are rounded to fp16 and are not normalised again afterwards. Rounding moves a
 component by at most 2^-11 of itself, so a vector moves by less than 5e-4 and so does its inner product with any unit
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from io import BufferedReader
@@ -29,14 +31,23 @@ from hlm.artefacts import MANIFEST, HlmError, fingerprint_json, read_manifest
 from hlm.data.ids import rows_with
 from hlm.fields import field, optional
 from hlm.integrity import file_state, read_steadily
-from hlm.vectors.shard_files import KEY, files, ids_name, vectors_name
-from hlm.vectors.store_writer import KIND, REMEDY, check_store_output, pending_shards, write_store
+from hlm.vectors import versions
+from hlm.vectors.shard_files import (
+    GONE,
+    KEY,
+    REMEDY,
+    TEXT,
+    files,
+    ids_name,
+    number_of,
+    read_ids,
+    sha256,
+    vectors_name,
+    vectors_offset,
+)
+from hlm.vectors.store_writer import KIND, check_store_output, pending_shards, write_store
 
 __all__ = ["VectorStore", "check_store_output", "pending_shards", "write_store"]
-
-# What ids decompress to stays below this many times their file, and below this many bytes for a small file.
-IDS_INFLATION, IDS_LEAST_BYTES = 1000, 2**26
-HEADER_BYTES = 2**20
 
 
 class VectorStore:
@@ -49,9 +60,12 @@ class VectorStore:
         encoder: fingerprint of the encoder that made the vectors.
         source: fingerprint of the texts they were made from.
         canaries: the encoder's vectors of fixed queries (`canaries.py`); None where the store was written without.
+        gone: int64, ascending, which rows of the shards are no rows of this version: the store numbers the others.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], states: dict[str, list[int] | None]) -> None:
+    def __init__(
+        self, folder: Path, manifest: dict[str, Any], states: dict[str, list[int] | None], gone: np.ndarray
+    ) -> None:
         self.folder = folder
         self.manifest = manifest
         self.dim: int = manifest["dim"]
@@ -59,6 +73,8 @@ class VectorStore:
         self.source: str = manifest["inputs"]["source"]
         self.canaries: dict[str, Any] | None = manifest.get("canaries")
         self._starts = np.cumsum([0] + [shard["rows"] for shard in manifest["shards"]])
+        self.gone = gone
+        self._before = gone - np.arange(len(gone))  # of each row that is gone, how many are there before it
         self._states = states  # file name -> what its file was when the store was opened
         self._maps: dict[int, np.ndarray] = {}
 
@@ -80,7 +96,11 @@ class VectorStore:
                 f"expected a whole vector store at {folder}, found an unfinished one ({whole} whole shards, no "
                 f"{MANIFEST}); run the command that writes it again, it goes on where it stopped"
             )
-        manifest = _checked_manifest(folder)
+        return cls.of(folder, _checked_manifest(folder))
+
+    @classmethod
+    def of(cls, folder: Path, manifest: dict[str, Any]) -> VectorStore:
+        """The version of a store that a manifest tells of, checked as by `open`."""
         states = {}
         for number, record in enumerate(manifest["shards"]):
             for name, entry in files(number, record).items():
@@ -90,12 +110,12 @@ class VectorStore:
                         raise HlmError(
                             f"{folder / name}: expected {entry['bytes']} bytes, found {found} bytes; {REMEDY}"
                         )
-                    if name == vectors_name(number):
-                        _vectors_offset(file, folder / name, (record["rows"], manifest["dim"]))
-        return cls(folder, manifest, states)
+                    if name.startswith(KEY):
+                        vectors_offset(file, folder / name, (record["rows"], manifest["dim"]))
+        return cls(folder, manifest, states, _read_gone(folder, manifest))
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return int(self._starts[-1]) - len(self.gone)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Pickling a memory map would copy its content into every data loader worker.
@@ -103,23 +123,64 @@ class VectorStore:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits over the inputs and every shard's SHA-256: what an index built from this store records."""
-        return fingerprint_json([self.manifest["inputs"], self.manifest["shards"]])
+        """16 hex digits over the inputs and the SHA-256 of every shard and of what is gone."""
+        gone = self.manifest.get("gone")
+        return fingerprint_json([self.manifest["inputs"], self.manifest["shards"], *([gone] if gone else [])])
 
     @property
     def parts(self) -> dict[str, Any]:
-        """What an index built from this store says it is made of: {"shards": 16 hex digits of each shard's vectors}."""
-        return {"shards": [record["vectors"]["sha256"][:16] for record in self.manifest["shards"]]}
+        """What an index built from this store says it is made of: 16 hex digits of each shard's vectors, "shards", and
+        of what is "gone", or None."""
+        gone = self.manifest.get("gone")
+        shards = [record["vectors"]["sha256"][:16] for record in self.manifest["shards"]]
+        return {"shards": shards, "gone": gone["sha256"][:16] if gone else None}
 
     @functools.cached_property
     def ids(self) -> pa.ChunkedArray:
         """The row ids as Arrow strings in row order, one chunk a shard; read on first use and kept."""
         chunks = []
-        for number, record in enumerate(self.manifest["shards"]):
-            with self._file(number, ids_name(number)) as file:
-                ids = read_ids(file, self.folder / ids_name(number), record["rows"], REMEDY)
-                chunks.append(ids.cast(pa.string()))
+        for place in range(len(self.manifest["shards"])):
+            ids = self._read_ids(place)
+            chunks.append(ids.filter(pa.array(self._kept(place))) if len(self.gone) else ids)
         return pa.chunked_array(chunks, type=pa.string())
+
+    @functools.cached_property
+    def text_hashes(self) -> np.ndarray:
+        """uint64 (len(self),), a hash of each row's text; 0 where a store of an older version has none."""
+        chunks = []
+        for place, record in enumerate(self.manifest["shards"]):
+            with self._file(place, ids_name(number_of(place, record))) as file:
+                parquet = pq.ParquetFile(file)
+                has = TEXT in parquet.schema_arrow.names
+                hashes = parquet.read(columns=[TEXT])[TEXT].to_numpy() if has else np.zeros(record["rows"], np.uint64)
+                chunks.append(hashes[self._kept(place)])
+        return np.concatenate(chunks)
+
+    def physical(self, rows: np.ndarray) -> np.ndarray:
+        """Where rows of this version are among all rows of the shards."""
+        return rows + np.searchsorted(self._before, rows, side="right")
+
+    def names_at(self, physical: np.ndarray) -> pa.Array:
+        """The ids of rows of the shards, gone or not, by their places there, ascending."""
+        found = []
+        for place, (low, high) in enumerate(itertools.pairwise(self._starts)):
+            here = physical[np.searchsorted(physical, low) : np.searchsorted(physical, high)] - low
+            if len(here):
+                found.append(self._read_ids(place).take(pa.array(here)))
+        return pa.chunked_array(found, pa.string()).combine_chunks()
+
+    def _read_ids(self, place: int) -> pa.Array:
+        record = self.manifest["shards"][place]
+        name = ids_name(number_of(place, record))
+        with self._file(place, name) as file:
+            return read_ids(file, self.folder / name, record["rows"], REMEDY).cast(pa.string())
+
+    def _kept(self, place: int) -> np.ndarray:
+        """bool, of each row of a shard whether it is a row of this version."""
+        low, high = self._starts[place : place + 2]
+        kept = np.ones(high - low, bool)
+        kept[self.gone[np.searchsorted(self.gone, low) : np.searchsorted(self.gone, high)] - low] = False
+        return kept
 
     def rows_of(self, ids: Sequence[str]) -> np.ndarray:
         """Row numbers (int64, one for each id, in order) of `ids`, which may repeat.
@@ -152,7 +213,7 @@ class VectorStore:
         Raises:
             HlmError: a row number outside [0, len(store)), or not an integer.
         """
-        rows = self._checked(rows)
+        rows = self.physical(self._checked(rows))
         order = np.argsort(rows, kind="stable")  # reading in disk order turns page faults into few, forward reads
         ordered = rows[order]
         out = np.empty((len(rows), self.dim), dtype=np.float32)
@@ -168,6 +229,9 @@ class VectorStore:
             raise HlmError(f"expected at least 1 row a block, found {rows_per_block}")
         for start in range(0, len(self), rows_per_block):
             stop = min(start + rows_per_block, len(self))
+            if len(self.gone):
+                yield start, self.gather(np.arange(start, stop))
+                continue
             block = np.empty((stop - start, self.dim), dtype=np.float32)
             first = int(np.searchsorted(self._starts, start, side="right")) - 1
             for shard in range(first, len(self._starts) - 1):
@@ -208,6 +272,12 @@ class VectorStore:
                         "file was changed after it was written; delete that file and run the command that writes "
                         "the store again, it writes the missing shard only"
                     )
+        gone = self.manifest.get("gone")
+        if gone and (found := sha256(_gone_path(self.folder, self.manifest))) != gone["sha256"]:
+            raise HlmError(
+                f"{_gone_path(self.folder, self.manifest)}: expected SHA-256 {gone['sha256'][:16]}..., found "
+                f"{found[:16]}...: the file was changed after it was written; copy or pull the folder again"
+            )
 
     def _checked(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         rows = np.asarray(rows)
@@ -222,9 +292,10 @@ class VectorStore:
 
     def _map(self, shard: int) -> np.ndarray:
         if shard not in self._maps:
-            name, shape = vectors_name(shard), (self.manifest["shards"][shard]["rows"], self.dim)
+            record = self.manifest["shards"][shard]
+            name, shape = vectors_name(number_of(shard, record)), (record["rows"], self.dim)
             with self._file(shard, name) as file:
-                offset = _vectors_offset(file, self.folder / name, shape)
+                offset = vectors_offset(file, self.folder / name, shape)
                 self._maps[shard] = np.memmap(file, dtype="<f2", mode="r", offset=offset, shape=shape)
         return self._maps[shard]
 
@@ -242,33 +313,6 @@ class VectorStore:
         return file
 
 
-def read_ids(file: BufferedReader, path: Path, rows: int, remedy: str) -> pa.Array:
-    """Column "_id" of a Parquet file, one Arrow string array (as it was written: of 32 or 64 bits).
-
-    Raises:
-        HlmError: not Parquet, another number of rows, ids that are no text or missing, or a file that would grow beyond
-            what ids grow by when it is decompressed.
-    """
-    try:
-        parquet = pq.ParquetFile(file)
-        names, kinds = parquet.schema_arrow.names, parquet.schema_arrow.types
-        if "_id" not in names or kinds[names.index("_id")] not in (pa.string(), pa.large_string()):
-            raise HlmError(f"{path}: expected a column '_id' of texts, found {names} of {kinds[:9]}; {remedy}")
-        if parquet.metadata.num_rows != rows:
-            raise HlmError(f"{path}: expected {rows} ids, found {parquet.metadata.num_rows}; {remedy}")
-        groups = [parquet.metadata.row_group(number) for number in range(parquet.metadata.num_row_groups)]
-        size = sum(group.total_byte_size for group in groups)
-        if size > max(IDS_LEAST_BYTES, IDS_INFLATION * os.fstat(file.fileno()).st_size):
-            raise HlmError(f"{path}: expected ids, found {size:,} bytes packed into a small file; {remedy}")
-        column = parquet.read(columns=["_id"]).column("_id").combine_chunks()
-        column.validate(full=True)
-    except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
-        raise HlmError(f"{path} is not readable ({error}); {remedy}") from error
-    if len(column) != rows or column.null_count:
-        raise HlmError(f"{path}: expected {rows} ids, found {len(column) - column.null_count}; {remedy}")
-    return column
-
-
 def _checked_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a store, with all that reading needs of the types that it needs."""
     manifest, where = read_manifest(folder, KIND), folder / MANIFEST
@@ -281,7 +325,11 @@ def _checked_manifest(folder: Path) -> dict[str, Any]:
         for part in ("vectors", "ids"):
             field(manifest, int, "shards", number, part, "bytes", where=where, least=0)
             field(manifest, str, "shards", number, part, "sha256", where=where)
+        optional(manifest["shards"][number], int, "number", where=where, least=0)
     found = sum(shard["rows"] for shard in manifest["shards"])
+    if optional(manifest, dict, "gone", where=where):
+        found -= field(manifest, int, "gone", "rows", where=where, least=1)
+        field(manifest, str, "gone", "sha256", where=where)
     if found != field(manifest, int, "rows", where=where, least=1):
         raise HlmError(
             f"{where}: expected shards of {manifest['rows']} rows in all, found {found}; delete the folder and write "
@@ -290,9 +338,31 @@ def _checked_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def _gone_path(folder: Path, manifest: dict[str, Any]) -> Path:
+    return versions.own_folder(folder, manifest) / GONE
+
+
+def _read_gone(folder: Path, manifest: dict[str, Any]) -> np.ndarray:
+    """The rows of a version's shards that are not its own, int64, ascending."""
+    said = manifest.get("gone")
+    if not said:
+        return np.zeros(0, np.int64)
+    path, most = _gone_path(folder, manifest), sum(record["rows"] for record in manifest["shards"])
+    try:
+        gone = pq.read_table(path, columns=["row"])["row"].to_numpy().astype(np.int64, casting="safe")
+    except (pa.ArrowException, OSError, KeyError, TypeError) as error:
+        raise HlmError(f"{path} is not readable ({error}); copy or pull the folder again") from error
+    if len(gone) != said["rows"] or gone[0] < 0 or gone[-1] >= most or (np.diff(gone) <= 0).any():
+        raise HlmError(f"{path}: expected {said['rows']} rows below {most}, ascending, found others; {REMEDY}")
+    return gone
+
+
 def _open_again(folder: Path, fingerprint: str) -> VectorStore:
     """Opens a store in another process, which must be the one that was open in the first."""
     store = VectorStore.open(folder)
+    if store.fingerprint != fingerprint and versions.are_kept(folder):  # it has changed meanwhile
+        older = (VectorStore.of(folder, manifest) for manifest in versions.listed(folder, KIND).values())
+        store = next((one for one in older if one.fingerprint == fingerprint), store)
     if store.fingerprint != fingerprint:
         raise HlmError(
             f"expected store {fingerprint} at {folder}, found {store.fingerprint}: it was replaced; run again"
@@ -307,26 +377,3 @@ def _open_file(path: Path) -> BufferedReader:
         return open(path, "rb")
     except OSError as error:
         raise HlmError(f"expected to read {path}, found {error.strerror}; make it readable for this user") from error
-
-
-def _vectors_offset(file: BufferedReader, path: Path, shape: tuple[int, int]) -> int:
-    """Where the fp16 vectors of `shape` begin in a safetensors file, in bytes; reads the header only.
-
-    Raises:
-        HlmError: the header is broken or tells of another shape or type, or the file does not hold what it tells of.
-    """
-    length = int.from_bytes(file.read(8), "little")
-    try:
-        header = json.loads(file.read(min(length, HEADER_BYTES)))
-    except (ValueError, RecursionError) as error:
-        raise HlmError(f"{path}: expected a safetensors header with '{KEY}', found none ({error}); {REMEDY}") from error
-    kind = field(header, str, KEY, "dtype", where=path)
-    begin, end = (field(header, int, KEY, "data_offsets", place, where=path) for place in (0, 1))
-    found = field(header, list, KEY, "shape", where=path)
-    if (kind, found) != ("F16", list(shape)) or end - begin != 2 * shape[0] * shape[1]:
-        raise HlmError(
-            f"{path}: expected fp16 vectors of shape {shape}, found {kind} of shape {tuple(found)}; {REMEDY}"
-        )
-    if begin < 0 or 8 + length + end > os.fstat(file.fileno()).st_size:
-        raise HlmError(f"{path}: expected vectors within the file, found bytes {begin} to {end}; {REMEDY}")
-    return 8 + length + begin

@@ -27,14 +27,13 @@ from hlm.data.ids import id_there_twice
 from hlm.errors import FULL_DISK
 from hlm.locks import locked
 from hlm.outputs import IGNORED, os_errors, resolved
-from hlm.vectors.shard_files import check_ids, files, ids_name, put_shard, quantised, record_name
+from hlm.vectors.shard_files import REMEDY, check_ids, files, ids_name, put_shard, quantised, record_name, text_hashes
 
 logger = logging.getLogger(__name__)
 
 KIND = "vectors"
 PLAN = "plan.json"
 SHARD_ROWS = 65536
-REMEDY = "run the command that writes the store again, it writes missing and truncated shards anew"
 
 Records = Sequence[tuple[str, str]] | Callable[[int, int], Iterable[tuple[str, str]]]
 
@@ -338,7 +337,7 @@ def _write_shard(
     for stale in folder.glob(f".*-{shard:05d}.*.partial"):
         stale.unlink(missing_ok=True)
     try:
-        put_shard(folder, plan, shard, ids, vectors)
+        put_shard(folder, plan, shard, ids, vectors, text_hashes(texts))
     except FileNotFoundError as error:
         raise HlmError(
             f"{error.filename} went away while {folder} was being written: another run writes the same store; let one "

@@ -10,15 +10,20 @@ has no `versions`, and its manifest no number: it is version 1.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hlm.artefacts import MANIFEST, HlmError, read_manifest, write_json
-from hlm.fields import field, optional
-from hlm.outputs import VERSIONS
+from hlm.artefacts import MANIFEST, HlmError, atomic_folder, claimed, read_manifest, write_json
+from hlm.fields import optional
+from hlm.outputs import VERSIONS, resolved
+from hlm.vectors import shard_files
 
 FIRST = 1
+LOCK = ".version.lock"  # in a store's folder: whoever makes a version of it waits for it
 KEEP = 3  # versions, the current one among them
 
 
@@ -37,6 +42,18 @@ def own_folder(folder: Path, manifest: dict[str, Any]) -> Path:
 def are_kept(folder: str | Path) -> bool:
     """Whether the folder has had more than one version."""
     return (Path(folder) / VERSIONS).is_dir()
+
+
+def current_files(folder: Path) -> dict[str, Path]:
+    """What a folder of the current version alone would hold: name -> file. Such a folder is read as any other."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    own = own_folder(folder, manifest)
+    names = {MANIFEST: folder, **dict.fromkeys(manifest.get("files") or (), own)}
+    for place, record in enumerate(manifest.get("shards") or ()):
+        names |= dict.fromkeys(shard_files.files(place, record), folder)
+    if manifest.get("gone"):
+        names[shard_files.GONE] = own
+    return {name: place / name for name, place in names.items()}
 
 
 def listed(folder: str | Path, kind: str) -> dict[int, dict[str, Any]]:
@@ -87,6 +104,32 @@ def _keep(folder: Path, manifest: dict[str, Any]) -> None:
         write_json(place, manifest)
 
 
+@contextlib.contextmanager
+def written(folder: str | Path, kind: str, keep: int) -> Iterator[tuple[Path, int]]:
+    """Yields a fresh folder, whose files become the current version when the block ends without an error, and that
+    version's number. The block writes the manifest last.
+
+    Args:
+        keep: how many versions to keep; 0: what is there is replaced, unless it has versions.
+
+    Raises:
+        HlmError: as `atomic_folder`.
+    """
+    target = resolved(folder)
+    if not (target / MANIFEST).is_file() or not (keep or are_kept(target)):
+        with atomic_folder(target, kind) as aside:
+            yield aside, FIRST
+        return
+    with claimed(target, kind):
+        number = next_number(target, kind)
+        own = target / VERSIONS / f"{number:06d}"
+        own.parent.mkdir(exist_ok=True)
+        with atomic_folder(own, kind) as aside:
+            yield aside, number
+        point(target, read_manifest(own, kind))
+        forget(target, kind, keep or KEEP)
+
+
 def older(folder: str | Path, kind: str, to: int | None = None) -> dict[str, Any]:
     """The manifest of the version to go back to.
 
@@ -122,12 +165,8 @@ def forget(folder: Path, kind: str, keep: int) -> dict[int, dict[str, Any]]:
     others = [number for number in found if number != current]
     gone = others[: max(0, len(others) - (keep - 1))]
     for number in gone:
+        if number == FIRST:  # its files are not in a folder of its own
+            for name in found[number].get("files") or ():
+                (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / VERSIONS / f"{number:06d}")
     return {number: found[number] for number in gone}
-
-
-def named(manifest: dict[str, Any], where: Path) -> str:
-    """A version in words."""
-    rows = manifest.get("count", manifest.get("rows"))
-    source = field(manifest, str, "inputs", "source", where=where)
-    return f"version {number_of(manifest, where)} ({rows} rows, of the texts {source})"

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import shutil
@@ -137,6 +138,10 @@ def test_a_table_is_read_once_for_its_fingerprint(folder, read, monkeypatch):
     assert len(asked) == 2 + 3  # judgements can change: theirs is taken anew
     given.qrels["test"]["q1"]["d1"] = 9
     assert given.fingerprint("qrels/test") != "9060c550cb9da04a"
+    again = read(folder, splits=("test",))  # as another process would: a corpus of tens of millions takes minutes
+    assert again.fingerprint("corpus") == "4c1236eca2d65712" and len(asked) == 2 + 3 + 1
+    changed = dataclasses.replace(again, corpus=again.corpus.select([0]))
+    assert changed.fingerprint("corpus") != "4c1236eca2d65712"
 
 
 def test_second_load_maps_the_cached_file(folder, read, monkeypatch):

@@ -3,11 +3,16 @@
 import json
 import re
 
+import duckdb
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from raw_shop import ADS, MANY, THINGS, all_grades, clicks_of, prepared, qrels_of, write
 
 import hlm
-from hlm.artefacts import read_manifest
+from hlm.artefacts import HlmError, read_manifest
+from hlm.data.click_model import examine
 
 
 def test_test_is_the_future(tmp_path):
@@ -41,6 +46,65 @@ def test_clicks_over_expected_clicks_discount_the_position(tmp_path):
     assert of == {"A0": 0, "A1": 2, "A2": 1, "A3": 0, "A5": 3}
     grades = all_grades(prepared(tmp_path / "without", re.sub(r"(?m),\w+$", "", "\n".join(rows))))
     assert grades["red shoe", "A1"] == 3  # where nothing tells of orders, clicks may give the best grade
+
+
+def by_rank(folder, model, **settings):
+    """Grades of ads that mostly stand in one order, the best first; the first position is looked at by all, each next
+    by half of those."""
+    attraction, rows = (0.4, 0.2, 0.2, 0.2), ["query,sku,clicks,impressions,position"]
+    for query in MANY:
+        for order, shown in (((0, 1, 2, 3), 3000), ((1, 0, 3, 2), 1000), ((0, 2, 1, 3), 1000)):
+            for position, ad in enumerate(order):
+                clicks = round(shown * attraction[ad] / 2**position)
+                rows.append(f"{query},A{ad},{clicks},{shown},{position + 1}")
+    return all_grades(prepared(folder, "\n".join(rows), click_model=model, **settings))
+
+
+def test_a_position_based_model_does_not_take_the_best_ads_for_the_position(tmp_path):
+    """Three ads are equally good: the one that mostly stands second gets the grade of the others."""
+    coec, pbm = (by_rank(tmp_path / model, model) for model in ("coec", "pbm"))
+    grades = {name: [found["big shoe", f"A{ad}"] for ad in range(4)] for name, found in (("coec", coec), ("pbm", pbm))}
+    assert grades["pbm"] == [2, 1, 1, 1] and grades["coec"] != grades["pbm"]
+
+
+def test_positions_that_no_ad_links_are_not_compared():
+    """Ads that move between 1 and 2, and fewer between 5 and 6: the latter take what the next position above has."""
+    rows = [("q", "A", 1, 80.0, 100.0), ("q", "A", 2, 40.0, 100.0), ("q", "B", 5, 9.0, 10.0), ("q", "B", 6, 1.0, 10.0)]
+    names = ("key", "doc", "position", "clicks", "impressions")
+    with duckdb.connect() as connection:
+        connection.register("clicked", pa.Table.from_pylist([dict(zip(names, row, strict=True)) for row in rows]))
+        assert examine(connection, "SELECT * FROM clicked") == {1: 1.0, 2: pytest.approx(0.5, abs=1e-3)}
+        rates = dict(connection.execute("SELECT * FROM rates").fetchall())
+    assert rates[5] == rates[6] == rates[2] == pytest.approx(rates[1] / 2, rel=1e-2)
+
+
+def test_a_position_based_model_needs_ads_that_move(tmp_path):
+    rows = [f"{query},A{ad},{9 - ad},100,{ad + 1}" for query in MANY for ad in range(4)]
+    log = "\n".join(["query,sku,clicks,impressions,position", *rows])
+    with pytest.raises(HlmError, match="click_model: expected ads that were shown at several positions .* take coec"):
+        prepared(tmp_path, log, click_model="pbm")
+
+
+def test_examinations_are_found_where_rank_follows_attraction():
+    """Against the model that made the clicks, in its notation: P(click) = examination x attraction."""
+    examination, draw = np.array([1, 0.6, 0.4, 0.25]), np.random.default_rng(0)
+    rows = []
+    for query in range(200):
+        attraction = draw.beta(1, 3, size=4)
+        for _ in range(5):
+            for place, ad in enumerate(np.argsort(-(attraction + draw.normal(scale=0.1, size=4)))):
+                clicks = draw.binomial(100, examination[place] * attraction[ad])
+                rows.append((f"q{query}", f"A{ad}", place + 1, float(clicks), 100.0))
+    table = pa.Table.from_pylist(
+        [dict(zip(("key", "doc", "position", "clicks", "impressions"), r, strict=True)) for r in rows]
+    )
+    with duckdb.connect() as connection:
+        connection.register("clicked", table)
+        found = examine(connection, "SELECT * FROM clicked")
+        np.testing.assert_allclose(list(found.values()), examination, atol=0.03)
+        sums = "SELECT sum(rate * impressions), sum(clicks) FROM clicked JOIN rates USING (position)"
+        expected, clicks = connection.execute(sums).fetchone()
+    assert expected == pytest.approx(clicks)
 
 
 def test_rows_of_impressions_are_counted_by_the_clicked_column(tmp_path):
@@ -125,3 +189,32 @@ def test_people_who_judged_are_dev_and_test(tmp_path):
     assert {query for query, _ in qrels["train"]} == set(THINGS)
     assert {query for split in ("dev", "test") for query, _ in qrels[split]} == set(MANY)
     assert (qrels["dev"] | qrels["test"])["big lamp", "A1"] == 2
+
+
+def test_log_queries_that_a_bid_keyword_matches_are_pairs(tmp_path):
+    """A phrase as it stands, broad words in any order, neither within another word; the commonest first, and none that
+    a negative keyword forbids."""
+    bids = {
+        "A1": '""big shoe"" | -cheap',
+        "A2": "shoe big",
+        "A3": "[big shoe]",
+        "A4": '""shoe big""',
+        "A5": "zebra shoe",
+    }
+    ads = "sku,name,bid_keywords\n" + "".join(f'A{n},thing {n},"{bids.get(f"A{n}", "")}"\n' for n in range(12))
+    typed = {"a big shoe": 9, "cheap big shoe": 8, "shoe big and red": 7, "big shoehorn": 6, "big red shoe": 5}
+    log = "query,count\n" + "".join(f"{query},{count}\n" for query, count in (dict.fromkeys(MANY, 3) | typed).items())
+    files = write(tmp_path, ads=ads, clicks=clicks_of(MANY, users=12), log=log)
+
+    def pairs(name, **settings):
+        folder = hlm.prepare(tmp_path / name, files[:1], clicks=files[1:2], log=files[2:], min_users=2, **settings)
+        return {(query, ad): grade for (query, ad), grade in qrels_of(folder)["train"].items() if query in typed}
+
+    assert pairs("none") == {}
+    found = pairs("all", bid_queries=10)
+    assert {ad for query, ad in found if query == "a big shoe"} == {"A1", "A2"} and set(found.values()) == {1}
+    assert {ad for query, ad in found if query == "cheap big shoe"} == {"A2"}
+    assert {ad for query, ad in found if query == "shoe big and red"} == {"A2", "A4"}
+    assert {ad for query, ad in found if query == "big red shoe"} == {"A2"}
+    assert not any(query == "big shoehorn" for query, _ in found)
+    assert {query for query, ad in pairs("two", bid_queries=2) if ad == "A2"} == {"a big shoe", "cheap big shoe"}

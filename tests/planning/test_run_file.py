@@ -11,7 +11,9 @@ import yaml
 from hlm import cli
 from hlm.errors import HlmError
 from hlm.planning import run_file as planned
+from hlm.planning.plan import make_plan
 from hlm.planning.run_file import RUN_FILE, step_settings, write_run_file, write_steps
+from hlm.planning.settings import Assumptions
 from hlm.recipe_files import sets
 from hlm.settings import hints_of
 from hlm.step_table import STEPS
@@ -82,6 +84,29 @@ def test_what_is_the_users_own_reaches_every_step():
     assert "contrastive_only" not in steps
 
 
+def test_what_is_published_is_the_users_own(monkeypatch, capsys):
+    for values in ({}, {"backbone": "bert"}):
+        settings = step_settings(run_file(**values))["publish"]
+        assert settings["name"] == "mine" and settings["student"] == "runs/mine/online"
+        assert not {"licence", "language", "space"} & set(settings)  # of the set's data; and there is no such folder
+        assert ("base_model" in settings) == ("backbone" not in values)
+    Path("spaces/query_to_ad").mkdir(parents=True)
+    assert "space" in step_settings(run_file())["publish"]
+
+
+def test_one_step_is_run_by_its_name_and_the_folder(monkeypatch, capsys):
+    run_file(steps={"align": {"learning_rate": 1e-3}})
+    started = []
+    monkeypatch.setattr("os.execv", lambda program, words: started.append(words))
+    cli.run_script("align", "mine", "--seed", "4")
+    (words,) = started
+    assert Path(words[1]).name == "align.py" and words[2] == "--config" and words[4:] == ["--seed", "4"]
+    assert yaml.safe_load(Path(words[3]).read_text())["learning_rate"] == 1e-3
+    cli.run_script("prepare", "mine", "--catalogue", "ads.csv")  # of raw files: its first word is where data goes
+    assert started[1][2] == "mine"
+    assert cli.main(["index", "mine"]) == 2 and "found 'index'" in capsys.readouterr().err
+
+
 def test_queries_are_derived_from_a_catalogue():
     steps = step_settings(run_file(data=None, catalogue="ads"))
     assert steps["prepare"]["source"] == "ads" and "general_queries" not in steps["prepare"]
@@ -133,3 +158,13 @@ def test_init_asks_on_a_terminal_alone(monkeypatch, capsys):
     assert cli.main(["init", "fast", "--p99-ms", "fast"]) == 2 and not Path("fast").exists()
     assert cli.main(["init", "good", "--min-score", "good"]) == 2 and "--min-score" in capsys.readouterr().err
     assert cli.main(["init", "gpu", "--hardware", "8xH100"]) == 2 and "--data" in capsys.readouterr().err
+
+
+def test_a_teacher_elsewhere_leaves_the_backbone_to_the_student():
+    path = run_file(like="any_teacher", backbone="bert", steps={"embed": {"model": "m", "ready": {"corpus": "a.npy"}}})
+    steps = step_settings(path)
+    assert steps["align"]["student"] == steps["prune"]["model"] == steps["evaluate"]["systems"]["backbone"]["model"]
+    assert steps["align"]["student"] == "bert" and "teacher" not in steps
+    assert steps["embed"]["model"] == "m" and steps["embed"]["ready"] == {"corpus": "a.npy"}
+    with pytest.raises(HlmError, match="expected teacher.yaml in .*a teacher elsewhere cannot be planned for"):
+        make_plan("mine", {"embed": steps["embed"]}, Assumptions(documents=1, queries=1))

@@ -358,3 +358,28 @@ def test_the_teacher_can_encode_the_corpus_itself(inputs, tmp_path):
     stored = run(inputs, tmp_path / "stored", all_systems(inputs))
     live = run(inputs, tmp_path / "live", all_systems(inputs) | {"teacher": str(inputs / "teacher")})
     assert live["systems"]["teacher"] == pytest.approx(stored["systems"]["teacher"])
+
+
+def test_queries_weigh_their_counts_beside(inputs, tmp_path, capsys):
+    """A log's counts are in `queries`; the figures by query stay as they are."""
+    data = shutil.copytree(inputs / "data", tmp_path / "data")
+    rows = [json.loads(line) for line in (data / "queries.jsonl").read_text().splitlines()]
+    rows = [row | {"count": 50 if number == 0 else 0} for number, row in enumerate(rows)]
+    (data / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    teacher = {"model": str(inputs / "teacher"), "corpus": str(inputs / "store")}
+    systems = {"teacher": teacher, "student": str(inputs / "poor")}
+    report = run(inputs, tmp_path / "out", systems, data=str(data), by_count=True)
+    plain = run(inputs, tmp_path / "plain", systems)
+    assert report["systems"] == plain["systems"] and "by_count" not in plain
+    (first,) = [
+        s
+        for s in pq.read_table(tmp_path / "out/per_query.parquet").to_pylist()
+        if s["query_id"] == "q0" and s["system"] == "teacher"
+    ]
+    others = 20 * plain["systems"]["teacher"]["ndcg@10"] - first["ndcg@10"]
+    assert report["by_count"]["searches"] == 69
+    want = (50 * first["ndcg@10"] + others) / 69
+    assert report["by_count"]["systems"]["teacher"]["ndcg@10"] == pytest.approx(want)
+    assert "each query weighed by its count, 69 searches" in capsys.readouterr().out
+    with pytest.raises(HlmError, match="queries: expected the column 'count'"):
+        run(inputs, tmp_path / "none", systems, by_count=True)

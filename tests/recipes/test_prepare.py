@@ -286,6 +286,22 @@ def test_a_catalogue_of_plain_texts_has_queries_as_well(shop, tmp_path):
         assert all(set(normalise(texts[query]).split()) <= set(words[document].split()) for document in documents)
 
 
+def test_of_long_texts_the_first_telling_words_are_taken(shop, tmp_path):
+    """Without a title a text is named by how it begins, and not by the words that all texts have."""
+    things = "kettle bicycle lantern blanket ladder whistle basket hammer pillow mirror candle teapot".split()
+    kinds = "copper folding wool garden signal paper winter double marble pocket silver square".split()
+    rest = "and then it is of use to all who have it here " * 3
+    rows = [
+        f"The {kind} {thing} is for the {thing} lover, {rest}afterwards {kind}x" for kind in kinds for thing in things
+    ]
+    lines = [json.dumps({"_id": f"p{number}", "text": text}) for number, text in enumerate(rows)]
+    (shop / "corpus.jsonl").write_text("\n".join(lines))
+    prepare(shop, tmp_path / "out", "--train_queries", "30", "--dev_queries", "2", "--unlabelled_queries", "60")
+    data = load(str(tmp_path / "out"), cache_dir=tmp_path / "cache")
+    words = {word for text in data.unlabelled["text"] for word in text.split()}
+    assert len(data.qrels["train"]) > 10 and words <= {*kinds, *things}
+
+
 @pytest.mark.parametrize("language", SHOPS)
 def test_derived_queries_are_words_of_the_catalogue_in_every_script(tmp_path, language):
     colours, things, brands = SHOPS[language]

@@ -107,6 +107,7 @@ def test_conditions_on_columns(store, flat, columns, queries):
     for where, mask in (
         ({"country": "fr"}, country == "fr"),
         ({"country": ["de", "at"]}, np.isin(country, ["de", "at"])),
+        ({"country": []}, np.zeros(ROWS, bool)),
         ({"price": {"<": 10, ">=": 2}}, (price < 10) & (price >= 2)),
         ({"country": "de", "new": True, "stock": {"!=": 3}}, (country == "de") & (rows % 2 == 0) & (rows % 7 != 3)),
         ({"stock": {">": 5.5}}, rows % 7 == 6),
