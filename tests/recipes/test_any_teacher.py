@@ -109,6 +109,21 @@ def test_a_run_that_failed_goes_on_and_asks_nothing_twice(vectors, server, catal
     np.testing.assert_allclose(store.gather(range(200)), other.gather(range(200)), atol=1e-3)
 
 
+def test_of_a_changed_catalogue_only_the_new_texts_are_asked(vectors, server, catalogue_200, tmp_path, caplog):
+    data, output = shutil.copytree(catalogue_200, tmp_path / "data"), shutil.copytree(vectors, tmp_path / "v")
+    rows = [json.loads(line) for line in (data / "corpus.jsonl").read_text().splitlines()]
+    rows[3] |= {"title": "a new kettle"}
+    rows.append(rows[0] | {"_id": "another", "title": "another lamp"})
+    (data / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    caplog.set_level("INFO")
+    asked(server, data, output, index="Flat")
+    assert len(server.texts) == 1 + 12 + 2 and "corpus: 2 texts to send" in caplog.text
+    texts, store = of_part(load(str(data)), "corpus"), VectorStore.open(output / "corpus")
+    wanted = encode(server.model, [texts[3], texts[-1]])
+    np.testing.assert_allclose(store.gather(store.rows_of([rows[3]["_id"], "another"])), wanted, atol=1e-3)
+    assert store.encoder == VectorStore.open(vectors / "corpus").encoder
+
+
 def test_what_it_costs_is_told_before_anything_is_sent(server, catalogue_200, tmp_path, caplog):
     caplog.set_level("INFO")
     texts = of_part(load(catalogue_200), "corpus")
