@@ -196,6 +196,22 @@ def test_ready_ads_beside_an_endpoint_or_a_model(server, tables, tiny_bert, tiny
         embed(tiny_qwen3, catalogue_200, tmp_path / "q", ready=paths(tables, "corpus"))
 
 
+def test_ads_alone_are_told_apart_by_their_vectors(tables, catalogue_200, tmp_path):
+    """Without queries there are no canaries: then the file says whose they are."""
+    table = pq.read_table(tables / "corpus.parquet")
+    others = pa.array([row[::-1] for row in table["embedding"].to_pylist()])
+    pq.write_table(table.set_column(1, "embedding", others), tmp_path / "others.parquet")
+    encoders = []
+    for name, path in (("one", tables / "corpus.parquet"), ("two", tmp_path / "others.parquet")):
+        made = embed("tiny-1", catalogue_200, tmp_path / name, ready={"corpus": str(path)}, parts=["corpus"])
+        store = VectorStore.open(made / "corpus")
+        assert store.canaries is None
+        encoders.append(store.encoder)
+    assert encoders[0] != encoders[1]
+    with pytest.raises(HlmError, match="expected canaries to know the teacher by, found none"):
+        embed("tiny-1", catalogue_200, tmp_path / "s", ready=paths(tables), same_as=tmp_path / "one")
+
+
 def test_ready_vectors_that_cannot_be(tables, server, catalogue_200, tmp_path):
     wide = pq.read_table(tables / "queries.parquet")
     rows = {"id": wide["id"], "embedding": [row + [1.0] for row in wide["embedding"].to_pylist()]}
