@@ -125,7 +125,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("query", help="what a person types")
     command.add_argument("--student", required=True, metavar="ID", help=f"folder of a student {REVISION}")
     catalogue = command.add_mutually_exclusive_group(required=True)
-    catalogue.add_argument("--index", metavar="ID", help=f"folder of an index, or a dataset with one, {REVISION}")
+    catalogue.add_argument(
+        "--index", metavar="ID", help=f"folder or URI of an index, or a dataset with one, {REVISION}"
+    )
     catalogue.add_argument(
         "--vectors", metavar="ID", help=f"the teacher's store of the ads, searched exactly: a folder {REVISION}"
     )
@@ -353,8 +355,10 @@ def named(name: str) -> tuple[str, str | None]:
     return where, revision or None
 
 
-def located_catalogue(name: str, kind: str = "index") -> Path:
-    """The index or store at a folder, in a dataset's folder, or in a dataset on the Hub."""
+def located_catalogue(name: str, kind: str = "index") -> Path | str:
+    """The index or store at a folder, in a dataset's folder, or in a dataset on the Hub; a service's URI as it is."""
+    if "://" in name:
+        return name
     inside = {"index": "index", "vectors": "vectors/corpus"}[kind]
     if Path(name).is_dir():
         return Path(name) / inside if (Path(name) / inside / MANIFEST).is_file() else Path(name)

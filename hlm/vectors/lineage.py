@@ -82,7 +82,10 @@ def open_fitting(folder: str | Path, student: dict[str, Any], kind: str | None =
 
 
 def kind_of(folder: str | Path) -> str:
-    """Returns "index" where the manifest at `folder` says so, else "vectors", whose reader says what else is wrong."""
+    """Returns "index" of a service's URI and where the manifest at `folder` says so, else "vectors", whose reader says
+    what else is wrong."""
+    if "://" in str(folder):
+        return "index"
     path = Path(folder) / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))

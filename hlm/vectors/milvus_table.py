@@ -127,7 +127,7 @@ def make(client: MilvusClient, name: str, columns: pa.Schema, dim: int) -> None:
             )
         more = {"max_length": LONGEST_TEXT} if kind == DataType.VARCHAR else {}
         schema.add_field(column.name, kind, nullable=True, **more)
-    client.create_collection(name, schema=schema)
+    client.create_collection(name, schema=schema, consistency_level="Session")  # who commits sees it
 
 
 def type_of(kind: pa.DataType) -> DataType | None:

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from stores import clustered, make_store
 
+from hlm import cli
 from hlm.artefacts import HlmError
 from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.index import create_index, open_index
@@ -287,6 +288,15 @@ def test_what_cannot_be_built(tmp_path, kind, columns, message):
     table = None if columns is None else pa.table({"_id": list("abcdef"), **columns})
     with pytest.raises(HlmError, match=message):
         create_index(f"milvus://{tmp_path}/lite.db/six", store, kind, columns=table)
+
+
+def test_the_command_line_searches_by_a_uri(online_bert, tmp_path, capsys):
+    uri = f"milvus://{tmp_path}/lite.db/ads"
+    create_index(uri, make_store(tmp_path / "s", clustered(9, 32), encoder="t" * 16), "milvus:FLAT")
+    assert cli.main(["search", "red lamp", "-k", "2", "--student", str(online_bert), "--index", uri]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert cli.main(["verify", str(online_bert), "lake://host/ads"]) == 2
+    assert "expected a folder, or a URI that begins with one of milvus://" in capsys.readouterr().err
 
 
 def test_addresses(tmp_path):
