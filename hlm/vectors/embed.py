@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
@@ -99,7 +100,7 @@ def write_given(
     tables, sources = tables_of(config, process)
     if process.is_main_process:  # one process asks: the limits of an endpoint are for all
         parts = {
-            part: given.Part(records_of(table, part, config.oracle), len(table), sources[part], _has_ids(table))
+            part: given.Part(records_of(table, part, config.oracle), len(table), sources[part], _ids_of(table))
             for part, table in tables.items()
         }
         model = load_model(config, process) if given.needs_model(config) else None
@@ -271,6 +272,10 @@ def records_of(table: datasets.Dataset, part: str, oracle: bool) -> Callable[[in
                 number += 1
 
     return records
+
+
+def _ids_of(table: datasets.Dataset) -> pa.ChunkedArray | None:
+    return table.data.column("_id") if _has_ids(table) else None
 
 
 def _has_ids(table: datasets.Dataset) -> bool:

@@ -12,6 +12,7 @@ import ipaddress
 import logging
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from hlm.artefacts import HlmError
+from hlm.redaction import SECRET_NAME
 from hlm.teacher_settings import EndpointSettings
 from hlm.texts import well_formed
 from hlm.vectors.unit_length import normalised
@@ -55,6 +57,7 @@ class Endpoint:
         self.name, self.settings = model, settings
         self.batch = settings.batch or BATCH[settings.kind]
         check_numbers(settings)
+        check_fields(settings)
         url = checked_url(settings.url)
         self._key = _key(settings, url)
         self._url = f"{settings.url.rstrip('/')}/{PATHS[settings.kind]}"
@@ -84,11 +87,14 @@ class Endpoint:
                 text.
         """
         batches = [texts[start : start + self.batch] for start in range(0, len(texts), self.batch)]
-        found = []
+        found, done = np.empty((0, self._width or 0), dtype=np.float32), 0
         pool = ThreadPoolExecutor(min(self.settings.connections, max(1, len(batches))))
         try:
             for vectors in pool.map(lambda batch: self._asked(batch, prompt_name), batches):
-                found.append(vectors)
+                if not done:  # filled in place: joining the answers would hold a shard twice
+                    found = np.empty((len(texts), vectors.shape[1]), dtype=np.float32)
+                found[done : done + len(vectors)] = vectors
+                done += len(vectors)
                 if bar is not None:
                     bar.update(len(vectors))
         except BaseException:
@@ -97,7 +103,7 @@ class Endpoint:
         finally:
             pool.shutdown(cancel_futures=True)
             self._pace.stopped.clear()
-        return np.concatenate(found) if found else np.empty((0, self.width), dtype=np.float32)
+        return found
 
     def sent(self, text: str, prompt_name: str) -> str:
         """What goes out for a text: its prompt before it, cut to `max_characters`."""
@@ -271,6 +277,11 @@ def checked_url(url: str) -> Any:
 def _key(settings: EndpointSettings, url: Any) -> str | None:
     if settings.key_variable is None:
         return None
+    if not re.fullmatch(r"[A-Z][A-Z0-9_]{0,63}", settings.key_variable):
+        raise HlmError(  # what stands there is not shown: it may be the key
+            "endpoint: key_variable: expected the name of an environment variable in capitals, such as OPENAI_API_KEY, "
+            "found another text; put the key into such a variable"
+        )
     key = os.environ.get(settings.key_variable, "").strip()
     if not key:
         raise HlmError(
@@ -285,6 +296,13 @@ def _key(settings: EndpointSettings, url: Any) -> str | None:
             "over the network for all to read"
         )
     return key
+
+
+def check_fields(settings: EndpointSettings) -> None:
+    """Refuses keys among the fields of a request, which `teacher.json` keeps."""
+    for name in [*settings.query_fields, *settings.document_fields]:
+        if SECRET_NAME.fullmatch(str(name)):
+            raise HlmError(f"endpoint: expected no secret among the fields, found '{name}'; use key_variable")
 
 
 def check_numbers(settings: EndpointSettings) -> None:

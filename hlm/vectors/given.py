@@ -76,7 +76,7 @@ def write_given(
     """
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    ready = {part: open_ready(part, one, has_ids=parts[part].has_ids) for part, one in ready_settings.items()}
+    ready = {part: open_ready(part, one, has_ids=parts[part].ids is not None) for part, one in ready_settings.items()}
     source: Source | None = endpoint or (Loaded(model, config.batch_tokens) if model is not None else None)
     width = _width(config, source, ready)
     dim = check_dim(config.dim, width)

@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from hlm.artefacts import MANIFEST, HlmError, atomic_folder, claimed, read_manifest
 from hlm.fields import REMEDY, field, whole_number
-from hlm.integrity import read_steadily
+from hlm.integrity import file_state, read_steadily
 from hlm.outputs import resolved
 from hlm.vectors import lance_filters, lance_table, versions
 from hlm.vectors.filters import Where
@@ -63,17 +63,17 @@ class LanceIndex(Index):
     def __init__(self, folder: Path, facts: Facts) -> None:
         self.folder = folder
         self._process = os.getpid()
+        self._database = lance_table.connected(folder)  # its cache is kept from version to version
         self._writing: contextlib.ExitStack | None = None
+        self._state: list[int] | None = None
         self._pin(facts)
 
     def _pin(self, facts: Facts) -> None:
         where = f"{self.folder / MANIFEST}, config"
         lance_table.checked_factory(facts.factory)
         self._refine_factor = field(facts.config, int, "refine_factor", where=where, least=1)
-        table, version = (
-            lance_table.opened(self.folder),
-            field(facts.config, int, "table_version", where=where, least=1),
-        )
+        version = field(facts.config, int, "table_version", where=where, least=1)
+        table = lance_table.opened(self._database)
         with errors(f"open version {version} of {self.folder}", "pull or build the index again"):
             table.checkout(version)
             schema, count = table.schema, table.count_rows()
@@ -87,8 +87,10 @@ class LanceIndex(Index):
         self.encoder, self.source, self.factory = facts.encoder, facts.source, facts.factory
         self.canaries, self.measured, self.made_of = facts.canaries, facts.measured, facts.made_of
         self._schema = pa.schema([entry for entry in schema if entry.name != "vector"])
-        self._passing: dict[str, int] = {}
-        self._facts, self._table = facts, table  # last: who searches meanwhile has the former version's
+        self._facts = facts
+        # In one step, for those who search meanwhile: what is open, and how many rows pass which filter.
+        passing: dict[str, int] = {}
+        self._open = facts, table, passing
 
     def __len__(self) -> int:
         return self._facts.count
@@ -160,6 +162,23 @@ class LanceIndex(Index):
         place = resolved(folder)
         return read_steadily(place, lambda: cls(place, read_facts(place, cls.engine, expect_encoder)))
 
+    def refresh(self) -> bool:
+        """Opens the version that is current by now; searches that are running end in the former one. It costs a look at
+        a file where nothing has changed, so a server may call it before every search.
+
+        Returns:
+            Whether it is another one.
+        """
+        state = file_state(self.folder / MANIFEST)
+        if state is not None and state == self._state:
+            return False
+        found = read_steadily(self.folder, lambda: read_facts(self.folder, self.engine, self.encoder))
+        changed = found.version != self.version
+        if changed:
+            self._pin(found)
+        self._state = state  # of before it was read: what came meanwhile is seen next time
+        return changed
+
     def search(
         self,
         queries: np.ndarray,
@@ -180,7 +199,7 @@ class LanceIndex(Index):
             refine_factor: candidates scored by their vectors, in multiples of k; default 4.
         """
         self._check_process()
-        rows, facts, table, passing = checked_queries(queries, self.dim), self._facts, self._table, self._passing
+        rows, (facts, table, passing) = checked_queries(queries, self.dim), self._open
         k = min(whole_number("k", k, least=1), facts.count)
         cells = lance_table.cells_of(facts.factory, facts.count)
         probed = lance_table.default_nprobe(cells) if nprobe is None else whole_number("nprobe", nprobe, least=1)
@@ -286,7 +305,7 @@ class LanceIndex(Index):
         """See `Index.make_current`; the tag `live` follows, for those who read the table without HLM."""
         version = cls(folder, facts_of(folder, manifest, cls.engine)).settings["table_version"]
         versions.point(folder, manifest)
-        lance_table.tag(lance_table.opened(folder), lance_table.LIVE, version)
+        lance_table.tag(lance_table.opened(lance_table.connected(folder)), lance_table.LIVE, version)
 
     @contextlib.contextmanager
     def _head(self) -> Iterator[Table]:
@@ -301,9 +320,10 @@ class LanceIndex(Index):
                         f"expected version {self.version} of {self.folder}, which was opened, found {current}: another "
                         "process has committed since; open the index again"
                     )
-                table = lance_table.opened(self.folder)
-                if table.version != self._table.version:  # what a killed writer left, or versions gone back from
-                    table.checkout(self._table.version)
+                table = lance_table.opened(self._database)
+                version = self.settings["table_version"]
+                if table.version != version:  # what a killed writer left, or versions gone back from
+                    table.checkout(version)
                     table.restore()
                 self._changing, self._writing = table, stack.pop_all()
         yield self._changing
@@ -325,7 +345,7 @@ def _write(index: LanceIndex, check: Callable[[LanceIndex], None], keep: int) ->
     """Makes a version whose table is whole the current one: check, tag, manifest, pointer, in this order."""
     folder, version, at = index.folder, index.version, index.settings["table_version"]
     check(index)
-    table = lance_table.opened(folder)
+    table = lance_table.opened(lance_table.connected(folder))
     lance_table.tag(table, f"v{version}", at)
     own = folder if version == versions.FIRST else versions.new_folder(folder, version)
     write_facts(own, index, index.settings, version=version, records=False)

@@ -69,10 +69,15 @@ def default_nprobe(cells: int) -> int:
     return min(cells, max(8, math.ceil(cells / 16)))
 
 
-def opened(folder: Path) -> Table:
+def connected(folder: Path) -> Any:
+    """The database of an index's folder."""
+    return lancedb.connect(str(folder))
+
+
+def opened(database: Any) -> Table:
     """The table as it was last written, whether that was committed or not."""
-    with errors(f"open {folder}", "pull or build the index again"):
-        return lancedb.connect(str(folder)).open_table(TABLE)
+    with errors(f"open {database.uri}", "pull or build the index again"):
+        return database.open_table(TABLE)
 
 
 def fill(folder: Path, store: VectorStore, ads: pa.Table, facts: Facts) -> int:

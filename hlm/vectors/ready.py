@@ -60,14 +60,14 @@ class ReadyVectors:
     stamp: str
     blocks: Callable[[], Iterator[Block]]
 
-    def in_order(self, keys: Sequence[str], dim: int, folder: str | Path) -> tuple[np.ndarray, np.ndarray]:
-        """The vectors of `keys`: float16 (distinct keys, dim) on the disk of `folder`, in a file that goes with the
-        array, sliced to `dim` and L2-normalised; and the row there of each key, int64 (len(keys),).
+    def in_order(self, keys: pa.Array, dim: int, folder: str | Path) -> tuple[np.ndarray, np.ndarray]:
+        """The vectors of `keys` (texts): float16 (distinct keys, dim) on the disk of `folder`, in a file that goes with
+        the array, sliced to `dim` and L2-normalised; and the row there of each key, int64 (len(keys),).
 
         Raises:
             HlmError: a key without a vector, an id with two, another width, or a vector that is not finite or 0.
         """
-        encoded = pa.array(keys, type=pa.string()).dictionary_encode()
+        encoded = keys.cast(pa.string()).dictionary_encode()
         wanted, what = encoded.dictionary, "id" if self.by_id else "text"
         with os_errors(Path(folder)), tempfile.TemporaryFile(dir=folder) as file:
             os.posix_fallocate(file.fileno(), 0, 2 * len(wanted) * dim)  # a full disk is no signal later
@@ -149,7 +149,9 @@ def _of_parquet(where: str, settings: ReadySettings, files: list[str], has_ids: 
 
     def blocks() -> Iterator[Block]:
         try:
-            for batch in table.to_batches(columns=[key, column], batch_size=ROWS_A_BLOCK):
+            for batch in table.to_batches(
+                columns=[key, column], batch_size=ROWS_A_BLOCK, batch_readahead=1, fragment_readahead=1
+            ):
                 yield from _of_batch(batch, key, column, by_id, where)
         except (pa.ArrowException, OSError) as error:
             raise HlmError(f"{where}: cannot read {settings.path} ({error}); write it again") from error

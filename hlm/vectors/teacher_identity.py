@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
 
@@ -65,11 +66,13 @@ class Part:
     records: Callable[[int, int], Iterator[tuple[str, str]]]  # (start, stop) -> (row id, text)
     rows: int
     source: str  # fingerprint of its texts
-    has_ids: bool
+    ids: pa.ChunkedArray | None  # of its rows, as texts; None where these have none
 
-    def keys(self, ready: ReadyVectors) -> list[str]:
+    def keys(self, ready: ReadyVectors) -> pa.Array:
         """What each row is called among ready vectors."""
-        return [name if ready.by_id else text for name, text in self.records(0, self.rows)]
+        if ready.by_id and self.ids is not None:
+            return self.ids.combine_chunks()
+        return pa.array([text for _, text in self.records(0, self.rows)], type=pa.string())
 
 
 @dataclass
@@ -199,7 +202,7 @@ def _canaries(
     rows = list(islice(part.records(0, part.rows), CANDIDATES))
     texts = list(dict(reversed([(text, None) for _, text in rows])))
     by = {text: (name if ready["queries"].by_id else text) for name, text in reversed(rows)}
-    vectors, places = ready["queries"].in_order([by[text] for text in texts], width, config.output)
+    vectors, places = ready["queries"].in_order(pa.array([by[text] for text in texts]), width, config.output)
     chosen = _far_apart(vectors[places].astype(np.float32), CANARIES)
     return canaries.record(vectors[places[chosen]], [texts[number] for number in chosen])
 

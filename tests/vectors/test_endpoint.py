@@ -181,6 +181,13 @@ def test_addresses_that_a_key_must_not_go_to(url, message, monkeypatch):
     assert "secret" not in str(error.value) and KEY not in str(error.value)
 
 
+def test_a_key_in_the_wrong_place_is_not_shown():
+    for settings in ({"key_variable": KEY}, {"query_fields": {"api_key": KEY}}, {"document_fields": {"token": KEY}}):
+        with pytest.raises(HlmError, match="key_variable") as error:
+            Endpoint("tiny", EndpointSettings("https://api.example.com/v1", **settings))
+        assert KEY not in str(error.value)
+
+
 def test_keys_that_are_none(monkeypatch):
     for key, message in (("", "found none; export it there"), ("two words", "found no such text")):
         monkeypatch.setenv("TEACHER_KEY", key)

@@ -2,7 +2,9 @@
 
 import os
 import pickle
+import re
 import threading
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -108,13 +110,15 @@ def test_filters_take_what_faiss_takes(made, store, queries):
 
 
 def test_put_and_delete_are_seen_from_the_commit_on_and_by_who_opens_it_then(small, tmp_path):
-    reader = open_index(tmp_path / "index")
+    reader, fresh = open_index(tmp_path / "index"), open_index(tmp_path / "index")
+    assert not fresh.refresh()
     small.put(["g", "a"], np.eye(6)[[0, 5]] * 3)
     small.delete(["b", "unknown", "it's"])
     for index in (reader, small, open_index(tmp_path / "index")):
         assert index.search(np.eye(6)[0], 1)[1] == ["a"] and len(index) == 6
     small.commit()
-    for index in (small, open_index(tmp_path / "index")):
+    assert fresh.refresh() and not fresh.refresh()
+    for index in (small, fresh, open_index(tmp_path / "index")):
         assert index.search(np.eye(6)[0], 1)[1] == ["g"] and len(index) == 6
         assert set(index.search(np.eye(6)[5], 6)[1][:2]) == {"a", "f"}
         assert "b" not in index.search(np.eye(6)[1], 6)[1] and index.version == 2
@@ -164,12 +168,12 @@ def test_rows_that_were_put_are_found_before_and_after_they_are_indexed(store, q
     exact = exact_neighbours(store, queries, 20)
     index.put([f"ad-{row}" for row in range(ROWS // 2, ROWS)], store.gather(range(ROWS // 2, ROWS)))
     index.commit(store)
-    assert lance_table.not_indexed(index._table) == ROWS // 2 and index.made_of == store.parts
+    assert lance_table.not_indexed(index._open[1]) == ROWS // 2 and index.made_of == store.parts
     assert recalls(index.search(queries, 20)[1], exact).mean() > 0.95
     index.put(["ad-0"], store.gather([0]))
     monkeypatch.setattr(lance_index, "NOT_INDEXED", 100)
     index.commit(store)
-    assert lance_table.not_indexed(index._table) == 0
+    assert lance_table.not_indexed(index._open[1]) == 0
     assert recalls(index.search(queries, 20)[1], exact).mean() > 0.95
 
 
@@ -198,6 +202,18 @@ def test_bad_input_is_refused_and_nothing_is_put(made, small, store, tmp_path):
     with pytest.raises(HlmError, match="expected _id, country, price"):
         open_index(made).put(["x"], np.ones((1, DIM)))
     assert len(small) == 6
+
+
+def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store = make_store(tmp_path / "store", np.eye(4), ids=["ad-1", "ad-2", "ad-3", "ad-17"])
+    create_index("runs/mine/vectors/index", store, "lance:FLAT")
+    page = Path(__file__).resolve().parents[2] / "docs/living-catalogue.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    exec(code, {"vectors": np.eye(4)[:2]})
+    index = open_index("runs/mine/vectors/index")
+    assert set(index.search(np.eye(4)[0], 9)[1]) == {"ad-1", "ad-2", "ad-17", "ad-18"}
+    assert set(index.search(np.eye(4)[0], 2)[1]) == {"ad-1", "ad-17"}
 
 
 def test_it_is_sent_by_pickle_and_refuses_a_fork(small, tmp_path):

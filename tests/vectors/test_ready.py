@@ -34,7 +34,7 @@ def lists(vectors, kind=None):
 
 def taken(settings, folder, names=tuple(WANTED), dim=16, has_ids=True):
     ready = open_ready("corpus", ReadySettings(**settings), has_ids=has_ids)
-    found, places = ready.in_order(list(names), dim, folder)
+    found, places = ready.in_order(pa.array(names), dim, folder)
     assert ready.width == VECTORS.shape[1] and found.dtype == np.float16
     return found[places].astype(np.float32)
 
@@ -140,7 +140,7 @@ def test_what_cannot_be_right_is_named(tmp_path, columns, settings, message):
     path = parquet(tmp_path / "x.parquet", **table)
     with pytest.raises(HlmError, match=message):
         ready = open_ready("corpus", ReadySettings(path, **settings), has_ids=True)
-        ready.in_order(NAMES, ready.width, tmp_path)
+        ready.in_order(pa.array(NAMES), ready.width, tmp_path)
 
 
 def test_paths_that_are_nothing(tmp_path):
