@@ -121,6 +121,15 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(f"--{item.name.replace('_', '-')}", metavar="VALUE", help=item.metadata["help"])
     command.set_defaults(run=plan)
 
+    add_readers(commands)
+    add_runners(commands)
+    for name, text in SCRIPTS.items():
+        commands.add_parser(name, help=text, add_help=False)  # `run_script` runs it
+    return top
+
+
+def add_readers(commands: Any) -> None:
+    """The commands that work on what the steps wrote."""
     command = commands.add_parser("search", help="the ads that a student finds for a query", allow_abbrev=False)
     command.add_argument("query", help="what a person types")
     command.add_argument("--student", required=True, metavar="ID", help=f"folder of a student {REVISION}")
@@ -153,6 +162,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--commit", metavar="SHA", help="of the code (default: the report's)")
     command.set_defaults(run=card)
 
+
+def add_runners(commands: Any) -> None:
+    """The commands that set up a run and start it."""
     command = commands.add_parser("doctor", help="whether this machine can run HLM", allow_abbrev=False)
     command.add_argument("--json", action="store_true", help="print JSON: name, status, text and remedy of each check")
     command.set_defaults(run=doctor)
@@ -170,9 +182,6 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("folder", help="with run.yaml, or one YAML file a step")
     command.add_argument("--processes", default="1", metavar="N", help="to launch each training step on")
     command.set_defaults(run=run_all)
-    for name, text in SCRIPTS.items():
-        commands.add_parser(name, help=text, add_help=False)  # `run_script` runs it
-    return top
 
 
 def add_catalogue(commands: Any) -> None:

@@ -112,7 +112,7 @@ def identify(
             _check_same(made, source, ready, parts, Path(known) / IDENTITY)
     else:
         made = _canaries(source, ready, parts, config, width)
-        encoder = fingerprint_json([described, made])
+        encoder = fingerprint_json([described, made or {part: one.stamp for part, one in ready.items()}])
     if known != config.output:
         write_json(Path(config.output) / IDENTITY, {"encoder": encoder, "teacher": described, "canaries": made})
         logger.info("teacher %s: '%s', %s, %d wide", encoder, config.model, kind, width)
@@ -198,12 +198,12 @@ def _canaries(
     if "queries" not in ready:
         logger.warning("no ready queries: nothing will tell whether a student is this teacher's but its manifest")
         return None
-    part = parts["queries"]
-    rows = list(islice(part.records(0, part.rows), CANDIDATES))
-    texts = list(dict(reversed([(text, None) for _, text in rows])))
-    by = {text: (name if ready["queries"].by_id else text) for name, text in reversed(rows)}
-    vectors, places = ready["queries"].in_order(pa.array([by[text] for text in texts]), width, config.output)
+    part, keys = parts["queries"], dict[str, str]()
+    for name, text in islice(part.records(0, part.rows), CANDIDATES):
+        keys.setdefault(text, name if ready["queries"].by_id else text)
+    vectors, places = ready["queries"].in_order(pa.array(list(keys.values())), width, config.output)
     chosen = _far_apart(vectors[places].astype(np.float32), CANARIES)
+    texts = list(keys)
     return canaries.record(vectors[places[chosen]], [texts[number] for number in chosen])
 
 

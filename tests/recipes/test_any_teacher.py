@@ -109,6 +109,21 @@ def test_a_run_that_failed_goes_on_and_asks_nothing_twice(vectors, server, catal
     np.testing.assert_allclose(store.gather(range(200)), other.gather(range(200)), atol=1e-3)
 
 
+def test_of_a_changed_catalogue_only_the_new_texts_are_asked(vectors, server, catalogue_200, tmp_path, caplog):
+    data, output = shutil.copytree(catalogue_200, tmp_path / "data"), shutil.copytree(vectors, tmp_path / "v")
+    rows = [json.loads(line) for line in (data / "corpus.jsonl").read_text().splitlines()]
+    rows[3] |= {"title": "a new kettle"}
+    rows.append(rows[0] | {"_id": "another", "title": "another lamp"})
+    (data / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    caplog.set_level("INFO")
+    asked(server, data, output, index="Flat")
+    assert len(server.texts) == 1 + 12 + 2 and "corpus: 2 texts to send" in caplog.text
+    texts, store = of_part(load(str(data)), "corpus"), VectorStore.open(output / "corpus")
+    wanted = encode(server.model, [texts[3], texts[-1]])
+    np.testing.assert_allclose(store.gather(store.rows_of([rows[3]["_id"], "another"])), wanted, atol=1e-3)
+    assert store.encoder == VectorStore.open(vectors / "corpus").encoder
+
+
 def test_what_it_costs_is_told_before_anything_is_sent(server, catalogue_200, tmp_path, caplog):
     caplog.set_level("INFO")
     texts = of_part(load(catalogue_200), "corpus")
@@ -179,6 +194,22 @@ def test_ready_ads_beside_an_endpoint_or_a_model(server, tables, tiny_bert, tiny
     assert VectorStore.open(own / "corpus").canaries == VectorStore.open(own / "queries").canaries
     with pytest.raises(HlmError, match=r"ready: corpus: expected vectors of this teacher, found that only \d+ of 16"):
         embed(tiny_qwen3, catalogue_200, tmp_path / "q", ready=paths(tables, "corpus"))
+
+
+def test_ads_alone_are_told_apart_by_their_vectors(tables, catalogue_200, tmp_path):
+    """Without queries there are no canaries: then the file says whose they are."""
+    table = pq.read_table(tables / "corpus.parquet")
+    others = pa.array([row[::-1] for row in table["embedding"].to_pylist()])
+    pq.write_table(table.set_column(1, "embedding", others), tmp_path / "others.parquet")
+    encoders = []
+    for name, path in (("one", tables / "corpus.parquet"), ("two", tmp_path / "others.parquet")):
+        made = embed("tiny-1", catalogue_200, tmp_path / name, ready={"corpus": str(path)}, parts=["corpus"])
+        store = VectorStore.open(made / "corpus")
+        assert store.canaries is None
+        encoders.append(store.encoder)
+    assert encoders[0] != encoders[1]
+    with pytest.raises(HlmError, match="expected canaries to know the teacher by, found none"):
+        embed("tiny-1", catalogue_200, tmp_path / "s", ready=paths(tables), same_as=tmp_path / "one")
 
 
 def test_ready_vectors_that_cannot_be(tables, server, catalogue_200, tmp_path):
