@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from results.measure import tables
+
 pytest.importorskip("lancedb")
 PATH = Path(__file__).resolve().parents[2] / "results/measure/measure_living.py"
 spec = importlib.util.spec_from_file_location("measure_living", PATH)
@@ -34,6 +36,7 @@ def test_it_runs_whole(tmp_path, monkeypatch):
         assert found["searches"] > 20 and not found["not_of_the_version_that_was_open"] and not found["short_lists"]
     changing = report["changing"]
     assert changing["commits"] == 3 and changing["deletes"] == 20 and changing["puts"] + changing["deletes"] == 90
+    assert "| ads change | " in tables.living(report) and "swapped 12 times under four threads" in tables.living(report)
     assert report["swaps"]["torn"] == 0 and report["swaps"]["answers"] > 0
     assert report["p99_times_the_quiet_one"] == pytest.approx(changing["p99_ms"] / report["quiet"]["p99_ms"])
 
