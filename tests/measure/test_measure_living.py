@@ -13,7 +13,6 @@ import pytest
 
 from results.measure import tables
 
-pytest.importorskip("lancedb")
 PATH = Path(__file__).resolve().parents[2] / "results/measure/measure_living.py"
 spec = importlib.util.spec_from_file_location("measure_living", PATH)
 measure_living = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
