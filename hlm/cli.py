@@ -146,12 +146,7 @@ def add_readers(commands: Any) -> None:
     command.add_argument("-k", type=int, default=10, help="how many ads (default: %(default)s)")
     command.set_defaults(run=search)
 
-    command = commands.add_parser("verify", help="whether a student fits a store or an index", allow_abbrev=False)
-    command.add_argument("student", help=f"folder of the student {REVISION}")
-    command.add_argument("target", help=f"folder of the ads' vectors or of an index {REVISION} of a dataset")
-    command.set_defaults(run=verify)
-
-    add_rollback(commands)
+    add_catalogue(commands)
 
     command = commands.add_parser("card", help="prints the card of a student, teacher or dataset", allow_abbrev=False)
     command.add_argument("folder", help="what a recipe wrote: a student, a teacher, or a dataset")
@@ -189,7 +184,13 @@ def add_runners(commands: Any) -> None:
     command.set_defaults(run=run_all)
 
 
-def add_rollback(commands: Any) -> None:
+def add_catalogue(commands: Any) -> None:
+    """The commands about a store or an index that is there."""
+    command = commands.add_parser("verify", help="whether a student fits a store or an index", allow_abbrev=False)
+    command.add_argument("student", help=f"folder of the student {REVISION}")
+    command.add_argument("target", help=f"folder of the ads' vectors or of an index {REVISION} of a dataset")
+    command.set_defaults(run=verify)
+
     command = commands.add_parser(
         "rollback", help="go back to an older version of a store or an index", allow_abbrev=False
     )
