@@ -95,6 +95,9 @@ class EmbedConfig:
         metadata={"help": "builds output/index over the ads: FAISS's Flat or HNSW32, LanceDB's lance:IVF_RQ, ..."},
     )
     index_dim: int | None = field(default=None, metadata={"help": "width of the index, the student's; null: all"})
+    index_columns: list[str] = field(
+        default_factory=list, metadata={"help": "columns of the corpus that searches of the index can be filtered by"}
+    )
     keep_versions: int = field(
         default=3, metadata={"help": "versions of stores and index to keep, where ads or queries have changed"}
     )

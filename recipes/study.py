@@ -6,8 +6,8 @@ is written down with intervals, tests and a verdict.
 A variant is a list of steps with settings that differ from those of a set of configs. Every step writes into a folder
 of `--runs` that is named after its settings and those of the steps before: what variants have in common is made once.
 Run again, the same command goes on where it was: a variant that was scored is not touched, test queries are searched
-once for each. `--quick` shrinks data and training as `recipes/configs/study/quick` says and takes one seed: it shows
-that the study runs, not what holds.
+once for each. `--quick` shrinks data and training as `recipes/configs/study/quick` says and takes one seed and each
+question's first set: it shows that the study runs, not what holds.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ STEP = {**STEPS, "peer": PEER}
 SCORED = {"data", "split", "k", "depth", "relevance_level", "incomplete", "bm25_k1", "bm25_b", "skip_bad_rows"}
 METRICS = ("ndcg@10", "precision@10", "recall@100", "mrr@10", "condensed_ndcg@10", "judged@10", "overlap@10")
 KEYS = {"question": str, "about": str, "sets": list, "reference": str, "base": dict, "variants": dict, "claims": list}
+LEFT_OUT = "left out by --variants"
 SEEDS, QUICK_SEEDS = (0, 1, 2), (0,)
 
 
@@ -58,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", default="runs/study", help="folder for what the steps make")
     parser.add_argument("--results", default="results/study", help="folder for the answers; with --quick: its quick/")
     parser.add_argument("--sets", nargs="+", help="only these of each question's sets of configs")
+    parser.add_argument("--variants", nargs="+", help="only these of each question's variants")
     parser.add_argument("--seeds", nargs="+", type=int, help="of training (default: 0 1 2, with --quick 0)")
     options = parser.parse_args(argv)
     questions = {Path(path).stem: read_question(Path(path)) for path in options.config}
@@ -69,11 +71,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     with locked(runs / ".lock", f"the study in {runs}"):
         for name, question in questions.items():
             started, found = time.monotonic(), {}
-            for set_name in question["sets"]:
+            for set_name in question["sets"][:1] if options.quick and not options.sets else question["sets"]:
                 if not options.sets or set_name in options.sets:
                     lab = Lab(runs / set_name, set_name, quick=options.quick)
-                    found[set_name] = answer(lab, question, seeds)
-                    refused += [f"{name}: {what}: {why}" for what, why in found[set_name]["missing"].items()]
+                    found[set_name] = answer(lab, question, seeds, options.variants)
+                    failed = {what: why for what, why in found[set_name]["missing"].items() if why != LEFT_OUT}
+                    refused += [f"{name}: {what}: {why}" for what, why in failed.items()]
             if not found:
                 continue
             path = folder / f"{name}.json"
@@ -143,13 +146,18 @@ def check_steps(steps: Any, where: str) -> None:
                     raise HlmError(f"{where}: {name}: unknown setting '{key}'{closest(key, hints)}")
 
 
-def answer(lab: Lab, question: dict[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
-    """What one set of configs says to a question."""
+def answer(
+    lab: Lab, question: dict[str, Any], seeds: Sequence[int], wanted: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """What one set of configs says to a question; with all its variants, or those wanted."""
     systems: dict[str, list[dict[str, dict[str, float]]]] = {}
     facts: dict[str, dict[str, Any]] = {}
     teacher: list[dict[str, dict[str, float]]] = []
     missing: dict[str, str] = {}
     for name, variant in question["variants"].items():
+        if wanted and name not in wanted:
+            missing[name] = LEFT_OUT
+            continue
         try:
             scored = [lab.score(alternatives(variant), question["base"], seed) for seed in seeds]
         except HlmError as error:  # the others are not in vain: it is in the answer, on the page and in the end's error

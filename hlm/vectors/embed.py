@@ -89,7 +89,7 @@ def embed(config: EmbedConfig) -> Path:
     targets = [write_part(work, part, process) for part in config.parts]
     process.wait_for_everyone()
     if process.is_main_process:
-        finish(work.model, config, targets)
+        finish(work.model, config, targets, work.tables.get("corpus"))
     return output
 
 
@@ -104,7 +104,7 @@ def write_given(
             for part, table in tables.items()
         }
         model = load_model(config, process) if given.needs_model(config) else None
-        finish(None, config, given.write_given(config, parts, asked, ready, model))
+        finish(None, config, given.write_given(config, parts, asked, ready, model), tables.get("corpus"))
     process.wait_for_everyone()
 
 
@@ -120,7 +120,22 @@ def tables_of(config: EmbedConfig, process: PartialState) -> tuple[dict[str, dat
     sources = {part: data.fingerprint(part) for part in config.parts}  # refuses a part that the dataset lacks
     if config.oracle and not any("oracle" in table.column_names for table in tables.values()):
         raise HlmError(f"oracle: expected an 'oracle' column in {config.data}, found none; add it or set oracle: false")
+    if config.index_columns:
+        columns_of(tables["corpus"], config.index_columns)
     return tables, sources
+
+
+def columns_of(ads: datasets.Dataset | None, names: Sequence[str]) -> pa.Table:
+    """The ids of the ads and the columns of these names.
+
+    Raises:
+        HlmError: the ads have no such column.
+    """
+    assert ads is not None  # `check` has seen to it
+    for name in names:
+        if name not in ads.column_names:
+            raise HlmError(f"index_columns: expected some of {', '.join(ads.column_names)}, found '{name}'")
+    return ads.select_columns(["_id", *names]).with_format("arrow")[:]
 
 
 @dataclass(frozen=True)
@@ -168,7 +183,12 @@ def prompt_name(part: str) -> str:
     return "document" if part == "corpus" else "query"
 
 
-def finish(model: SentenceTransformer | None, config: EmbedConfig, targets: Sequence[Target]) -> None:
+def finish(
+    model: SentenceTransformer | None,
+    config: EmbedConfig,
+    targets: Sequence[Target],
+    ads: datasets.Dataset | None,
+) -> None:
     """What follows when every store is whole, by whichever task of an array finds them so: the next versions of stores
     that have changed, canaries of the model, if one was loaded, and the index."""
     output = Path(config.output)
@@ -181,7 +201,7 @@ def finish(model: SentenceTransformer | None, config: EmbedConfig, targets: Sequ
         if model is not None:
             write_canaries(model, config)
         if config.index:
-            write_index(config.output, config.index, config.index_dim, config.keep_versions)
+            write_index(config, columns_of(ads, config.index_columns) if config.index_columns else None)
 
 
 def check_canaries(model: SentenceTransformer | None, dim: int | None, store: VectorStore) -> None:
@@ -238,6 +258,8 @@ def check(config: EmbedConfig) -> None:
         raise HlmError(f"parts: expected some of {', '.join(PARTS)}, each once, found {config.parts}")
     if config.index and "corpus" not in config.parts:
         raise HlmError(f"index: expected 'corpus' among the parts, found {config.parts}; the index is built over it")
+    if config.index_columns and not config.index:
+        raise HlmError(f"index_columns: expected an index to keep {config.index_columns}, found none; give index")
     if config.ray_workers and config.shard:
         raise HlmError("expected ray_workers or shard, found both; either shares the shards out")
     if (config.ray_workers or config.shard) and (config.endpoint or config.ready):

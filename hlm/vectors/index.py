@@ -145,6 +145,14 @@ class Index(abc.ABC):
             "build one by FAISS from the same store"
         )
 
+    def search_harder(self) -> bool:
+        """Makes searches find more and take longer, for an index that is being built and finds too little.
+
+        Returns:
+            False where it cannot, or no more than that.
+        """
+        return False
+
     def put(self, ids: Sequence[str], vectors: np.ndarray, columns: pa.Table | None = None) -> None:
         """Adds documents, and replaces those whose ids the index has.
 

@@ -48,6 +48,7 @@ QUERIES_AT_ONCE, IDS_AT_ONCE = 64, 10_000
 FEW, MORE = 20_000, 4
 # Rows that were put are searched one by one until they are in the index. A commit puts them there from so many on.
 NOT_INDEXED = 10_000
+MOST_EFFORT = 16
 
 
 class LanceIndex(Index):
@@ -71,7 +72,7 @@ class LanceIndex(Index):
     def _pin(self, facts: Facts) -> None:
         where = f"{self.folder / MANIFEST}, config"
         lance_table.checked_factory(facts.factory)
-        self._refine_factor = field(facts.config, int, "refine_factor", where=where, least=1)
+        self._effort = field(facts.config, int, "effort", where=where, least=1, most=MOST_EFFORT)
         version = field(facts.config, int, "table_version", where=where, least=1)
         table = lance_table.opened(self._database)
         with errors(f"open version {version} of {self.folder}", "pull or build the index again"):
@@ -107,10 +108,24 @@ class LanceIndex(Index):
         """Of the folder, as `versions.py` counts them."""
         return self._facts.version
 
+    def ads(self) -> pa.Table:
+        """The ids of all documents, in no order, and the columns kept beside them."""
+        _, table, _ = self._open
+        with errors(f"read {self.folder}", "try again"):
+            return table.search().select(self.columns).to_arrow()
+
     @property
     def settings(self) -> Mapping[str, Any]:
-        """Those of the manifest: factory, refine_factor, and the version of the table."""
-        return self._facts.config
+        """Those of the manifest: factory, effort, and the version of the table."""
+        return {**self._facts.config, "effort": self._effort}
+
+    def search_harder(self) -> bool:
+        """Searches twice the cells from now on and scores twice the candidates again, up to 16 times the default; what
+        is committed afterwards says so. See `Index.search_harder`."""
+        if self.factory == "FLAT" or self._effort == MOST_EFFORT:
+            return False
+        self._effort *= 2
+        return True
 
     @property
     def columns(self) -> list[str]:
@@ -132,7 +147,7 @@ class LanceIndex(Index):
         """Builds the table and its index block by block; see `Index.create`. A folder that has an index gets a further
         version."""
         width = whole_number("dim (the store's width or less)", dim or store.dim, least=1, most=store.dim)
-        settings = {"factory": lance_table.checked_factory(factory), "refine_factor": lance_table.REFINE_FACTOR}
+        settings: dict[str, Any] = {"factory": lance_table.checked_factory(factory), "effort": 1}
         ads = joined(checked_ids(store.ids), columns)
         lance_filters.check_names(ads.column_names[1:])
         target = resolved(place)
@@ -195,17 +210,18 @@ class LanceIndex(Index):
             queries: as there.
             k: as there.
             where: ids, or conditions on columns; see `lance_filters.py`.
-            nprobe: cells searched; default one in 16, at least 8.
-            refine_factor: candidates scored by their vectors, in multiples of k; default 4.
+            nprobe: cells searched; default one in 16, at least 8, times the index's effort.
+            refine_factor: candidates scored by their vectors, in multiples of k; default 4, times the index's effort.
         """
         self._check_process()
         rows, (facts, table, passing) = checked_queries(queries, self.dim), self._open
         k = min(whole_number("k", k, least=1), facts.count)
         cells = lance_table.cells_of(facts.factory, facts.count)
-        probed = lance_table.default_nprobe(cells) if nprobe is None else whole_number("nprobe", nprobe, least=1)
-        refined = (
-            self._refine_factor if refine_factor is None else whole_number("refine_factor", refine_factor, least=1)
-        )
+        effort = self._effort
+        probed = lance_table.default_nprobe(cells) * effort
+        probed = min(cells, probed if nprobe is None else whole_number("nprobe", nprobe, least=1))
+        refined = lance_table.REFINE_FACTOR * effort
+        refined = refined if refine_factor is None else whole_number("refine_factor", refine_factor, least=1)
         condition, allowed = None, facts.count
         if where is not None:
             condition = lance_filters.sql_of(where, self._schema)
@@ -281,14 +297,14 @@ class LanceIndex(Index):
                 self._facts,
                 count=count,
                 source=store.source if store else self.source,
-                made_of=store.parts if store else self.made_of,
+                made_of=store.parts if store else None,
                 version=versions.next_number(self.folder, KIND),
                 config={**self._facts.config, "table_version": version},
             )
             new = LanceIndex(self.folder, changed)
             _write(new, check, keep)
         self._release()
-        self._pin(replace(changed, measured=new.measured))
+        self._pin(replace(changed, measured=new.measured, made_of=new.made_of, config=new.settings))
 
     def discard(self) -> None:
         """Lets go of what was put and deleted since the last commit, and lets others write."""

@@ -111,6 +111,9 @@ class Target:
         folder = resolved(folder)
         if not _is_living(folder, plan):
             return cls(folder, folder, rows, plan)
+        if read_manifest(folder, KIND)["inputs"]["source"] == plan["source"]:
+            store = VectorStore.open(folder)
+            return cls(folder, folder, rows, plan | {"n_rows": 0}, Changes(np.zeros(0, np.int64), store.gone, 0))
         changes = find_changes(folder, rows, plan["n_rows"])
         if plan["n_rows"] and len(changes.fresh) == plan["n_rows"]:  # another catalogue: `write_store` refuses it
             return cls(folder, folder, rows, plan)

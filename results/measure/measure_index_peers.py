@@ -57,6 +57,7 @@ class PeersConfig:
     k: int = field(default=100, metadata={"help": "ads that are searched"})
     queries: int = field(default=1000, metadata={"help": "half choose the effort, half are timed"})
     repeats: int = field(default=3, metadata={"help": "turns of every engine; medians are taken"})
+    build_threads: int = field(default=1, metadata={"help": "threads of others' builds; searches have one"})
     candidates: list[str] = field(default_factory=list, metadata={"help": "HLM's; empty: those of the size"})
 
 
@@ -67,7 +68,7 @@ class Built:
     what: str
     search: Callable[[np.ndarray, Any], list[str]]
     settings: Iterator[Any]
-    folder: Path | None = None
+    bytes: int
 
 
 @dataclass
@@ -115,9 +116,8 @@ def hlm(task: Task, queries: np.ndarray, exact: list[list[str]], target: float) 
     index, _ = tuning.build_candidate(task.store, best.factory, task.dim, None, folder, 0)
     index.set_options(**best.options)
     k = task.config.k
-    return Built(
-        f"{best.factory} {tuning.shown_options(best.options)}", lambda q, _: index.search(q, k)[1], iter([None])
-    )
+    what = f"{best.factory} {tuning.shown_options(best.options)}"
+    return Built(what, lambda query, _: index.search(query, k)[1], iter([None]), best.bytes)
 
 
 def hnswlib(task: Task) -> Built:
@@ -126,7 +126,7 @@ def hnswlib(task: Task) -> Built:
     def make(path: Path) -> None:
         graph = hnswlib.Index(space="ip", dim=task.dim)
         graph.init_index(max_elements=len(task.store), ef_construction=200, M=32)
-        graph.add_items(task.vectors(), num_threads=1)
+        graph.add_items(task.vectors(), num_threads=task.config.build_threads)
         graph.save_index(str(path))
 
     path = task.kept(task.work / "hnswlib.bin", make)
@@ -138,7 +138,7 @@ def hnswlib(task: Task) -> Built:
         index.set_ef(ef)
         return task.named(index.knn_query(query, task.config.k)[0])
 
-    return Built("M 32, ef_construction 200, float32", search, growing(task.config.k, 4096), path)
+    return Built("M 32, ef_construction 200, float32", search, growing(task.config.k, 4096), size_of(path))
 
 
 def usearch(task: Task) -> Built:
@@ -146,7 +146,7 @@ def usearch(task: Task) -> Built:
 
     def make(path: Path) -> None:
         index = Index(ndim=task.dim, metric="ip", dtype="f16", connectivity=32, expansion_add=200)
-        index.add(np.arange(len(task.store)), task.vectors(), threads=1)
+        index.add(np.arange(len(task.store)), task.vectors(), threads=task.config.build_threads)
         index.save(str(path))
 
     path = task.kept(task.work / "usearch.bin", make)
@@ -156,7 +156,7 @@ def usearch(task: Task) -> Built:
         index.expansion_search = ef
         return task.named(index.search(query, task.config.k, threads=1).keys)
 
-    return Built("connectivity 32, expansion_add 200, float16", search, growing(task.config.k, 4096), path)
+    return Built("connectivity 32, expansion_add 200, float16", search, growing(task.config.k, 4096), size_of(path))
 
 
 def svs(task: Task) -> Built:
@@ -166,7 +166,7 @@ def svs(task: Task) -> Built:
     def make(folder: Path) -> None:
         parameters = svs.VamanaBuildParameters(graph_max_degree=64, window_size=200, alpha=0.95)
         halves = task.vectors().astype(np.float16)
-        index = svs.Vamana.build(parameters, halves, svs.DistanceType.MIP, num_threads=1)
+        index = svs.Vamana.build(parameters, halves, svs.DistanceType.MIP, num_threads=task.config.build_threads)
         folder.mkdir()
         index.save(*(str(folder / name) for name in ("config", "graph", "data")))
 
@@ -182,7 +182,7 @@ def svs(task: Task) -> Built:
             index.search_window_size = window
         return task.named(index.search(query[None], task.config.k)[0])
 
-    return Built("Vamana 64, window 200, float16", search, growing(task.config.k, 4096), folder)
+    return Built("Vamana 64, window 200, float16", search, growing(task.config.k, 4096), size_of(folder))
 
 
 def lancedb(task: Task) -> Built:
@@ -198,7 +198,7 @@ def lancedb(task: Task) -> Built:
     def search(query: np.ndarray, nprobe: int) -> list[str]:
         return index.search(query, task.config.k, nprobe=nprobe, refine_factor=4)[1]
 
-    return Built("IVF_RQ, refine_factor 4", search, cells, folder)
+    return Built("IVF_RQ, refine_factor 4", search, cells, size_of(folder))
 
 
 ENGINES: dict[str, Callable[[Task], Built] | None] = {
@@ -296,8 +296,7 @@ def timed(sides: Sequence[Side], queries: np.ndarray, exact: list[list[str]], re
         row |= {"recall": float(recalls(answers, exact).mean())}
         row |= {"p50_ms": float(np.median(p50[place])), "p99_ms": float(np.median(p99[place]))}
         row |= {"p50_ms_of_each_repeat": p50[place]}
-        if side.built.folder is not None:
-            row["bytes_on_disk"] = size_of(side.built.folder)
+        row |= {"bytes_on_disk": side.built.bytes}
         rows.append(row)
     return sorted(rows, key=lambda row: (row["recall_asked_for"], row["p50_ms"]))
 

@@ -97,6 +97,47 @@ def test_only_what_changed_is_encoded_and_the_version_before_stays(tiny_bert, tm
     assert not encoded and list(versions.listed(output / "corpus", "vectors")) == [1, 2]
 
 
+@pytest.mark.parametrize("index", ["Flat", "lance:IVF_SQ"])
+def test_an_index_follows_columns_that_change_without_encoding(tiny_bert, tmp_path, encoded, caplog, index):
+    if index.startswith("lance"):
+        pytest.importorskip("lancedb")
+    shop, output = write(tmp_path / "shop", ADS), tmp_path / "out"
+
+    def price(prices):
+        rows = [json.loads(line) for line in (shop / "corpus.jsonl").read_text().splitlines()]
+        rows = [row | {"price": price, "country": "de"} for row, price in zip(rows, prices, strict=True)]
+        (shop / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        run(tiny_bert, shop, output, "--index", index, "--index_columns", "price", "country")
+
+    def below(most):
+        index = open_index(output / "index")
+        return set(index.search(np.full(index.dim, index.dim**-0.5, np.float32), 9, where={"price": {"<": most}})[1])
+
+    price(["1", "2", "3", "4", "5"])
+    assert below("3") == {"a1", "a2"}
+    del encoded[:]
+    price(["1", "9", "3", "0", "5"])
+    assert below("3") == {"a1", "a4"} and not encoded and len(open_index(output / "index")) == 5
+    versions_then = list(versions.listed(output / "index", "index"))
+    price(["1", "9", "3", "0", "5"])
+    assert list(versions.listed(output / "index", "index")) == versions_then == [1, 2]
+    with pytest.raises(HlmError, match="index_columns: expected some of .*, found 'colour'"):
+        run(tiny_bert, shop, output, "--index", index, "--index_columns", "colour")
+
+
+def test_an_index_that_somebody_else_changed_is_built_anew(tiny_bert, tmp_path):
+    pytest.importorskip("lancedb")
+    shop, output = write(tmp_path / "shop", ADS), tmp_path / "out"
+    run(tiny_bert, shop, output, "--index", "lance:FLAT")
+    index = open_index(output / "index")
+    index.put(["x"], np.ones((1, index.dim)))
+    index.commit()
+    write(shop, CHANGED)
+    run(tiny_bert, shop, output, "--index", "lance:FLAT")
+    index = open_index(output / "index")
+    assert set(index.ads()["_id"].to_pylist()) == {name for name, *_ in CHANGED} and index.version == 3
+
+
 def test_a_store_that_goes_back_and_on_keeps_no_more_than_it_is_told(tiny_bert, tmp_path, encoded):
     shop, output = write(tmp_path / "shop", ADS), tmp_path / "out"
     wanted = ("--parts", "corpus", "--keep_versions", "2", "--shard_rows", "2")

@@ -71,6 +71,20 @@ def test_refinement_keeps_what_codes_lose(made, store, queries):
     assert recall > max(0.97, coarse) and recalls(index.search(queries, 20, nprobe=1)[1], exact).mean() < recall
 
 
+def test_searching_harder_finds_more_and_is_kept(store, queries, tmp_path, monkeypatch):
+    exact, found = exact_neighbours(store, queries, 20), []
+
+    def check(index):
+        found.append(recalls(index.search(queries, 20)[1], exact).mean())
+        while index.search_harder():
+            found.append(recalls(index.search(queries, 20)[1], exact).mean())
+
+    monkeypatch.setattr(lance_table, "REFINE_FACTOR", 1)
+    create_index(tmp_path / "index", store, "lance:IVF_PQ", check=check)
+    assert len(found) == 5 and found[0] < 0.7 < 0.98 < found[-1] and found == sorted(found)
+    assert recalls(open_index(tmp_path / "index").search(queries, 20)[1], exact).mean() == found[-1]
+
+
 @pytest.mark.parametrize("few", [lance_index.FEW, 0], ids=["scored one by one", "through the cells"])
 @pytest.mark.parametrize("far", [False, True], ids=["random", "far from the query"])
 def test_filtered_lists_are_full_and_right(made, store, queries, monkeypatch, few, far):
