@@ -134,9 +134,7 @@ def add_readers(commands: Any) -> None:
     command.add_argument("query", help="what a person types")
     command.add_argument("--student", required=True, metavar="ID", help=f"folder of a student {REVISION}")
     catalogue = command.add_mutually_exclusive_group(required=True)
-    catalogue.add_argument(
-        "--index", metavar="ID", help=f"folder or URI of an index, or a dataset with one, {REVISION}"
-    )
+    catalogue.add_argument("--index", metavar="ID", help=f"an index: folder, URI, or a dataset with one {REVISION}")
     catalogue.add_argument(
         "--vectors", metavar="ID", help=f"the teacher's store of the ads, searched exactly: a folder {REVISION}"
     )
