@@ -301,7 +301,7 @@ def _ids_file(where: str, settings: ReadySettings, rows: int, has_ids: bool) -> 
         raise HlmError(f"{where}: expected a file of {what} beside {settings.path}, one a line, found none; name it as "
                        "`ids`")  # fmt: skip
     try:
-        lines = Path(settings.ids).read_text(encoding="utf-8").splitlines()
+        lines = Path(settings.ids).read_text(encoding="utf-8").removesuffix("\n").split("\n")  # as a text editor does
     except (OSError, UnicodeDecodeError) as error:
         raise HlmError(f"{where}: cannot read the {what} in {settings.ids} ({error}); correct ids") from error
     if len(lines) != rows:
