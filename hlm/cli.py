@@ -121,13 +121,20 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(f"--{item.name.replace('_', '-')}", metavar="VALUE", help=item.metadata["help"])
     command.set_defaults(run=plan)
 
+    add_readers(commands)
+    add_runners(commands)
+    for name, text in SCRIPTS.items():
+        commands.add_parser(name, help=text, add_help=False)  # `run_script` runs it
+    return top
+
+
+def add_readers(commands: Any) -> None:
+    """The commands that work on what the steps wrote."""
     command = commands.add_parser("search", help="the ads that a student finds for a query", allow_abbrev=False)
     command.add_argument("query", help="what a person types")
     command.add_argument("--student", required=True, metavar="ID", help=f"folder of a student {REVISION}")
     catalogue = command.add_mutually_exclusive_group(required=True)
-    catalogue.add_argument(
-        "--index", metavar="ID", help=f"folder or URI of an index, or a dataset with one, {REVISION}"
-    )
+    catalogue.add_argument("--index", metavar="ID", help=f"an index: folder, URI, or a dataset with one {REVISION}")
     catalogue.add_argument(
         "--vectors", metavar="ID", help=f"the teacher's store of the ads, searched exactly: a folder {REVISION}"
     )
@@ -137,12 +144,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("-k", type=int, default=10, help="how many ads (default: %(default)s)")
     command.set_defaults(run=search)
 
-    command = commands.add_parser("verify", help="whether a student fits a store or an index", allow_abbrev=False)
-    command.add_argument("student", help=f"folder of the student {REVISION}")
-    command.add_argument("target", help=f"folder of the ads' vectors or of an index {REVISION} of a dataset")
-    command.set_defaults(run=verify)
-
-    add_rollback(commands)
+    add_catalogue(commands)
 
     command = commands.add_parser("card", help="prints the card of a student, teacher or dataset", allow_abbrev=False)
     command.add_argument("folder", help="what a recipe wrote: a student, a teacher, or a dataset")
@@ -158,6 +160,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--commit", metavar="SHA", help="of the code (default: the report's)")
     command.set_defaults(run=card)
 
+
+def add_runners(commands: Any) -> None:
+    """The commands that set up a run and start it."""
     command = commands.add_parser("doctor", help="whether this machine can run HLM", allow_abbrev=False)
     command.add_argument("--json", action="store_true", help="print JSON: name, status, text and remedy of each check")
     command.set_defaults(run=doctor)
@@ -175,12 +180,15 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("folder", help="with run.yaml, or one YAML file a step")
     command.add_argument("--processes", default="1", metavar="N", help="to launch each training step on")
     command.set_defaults(run=run_all)
-    for name, text in SCRIPTS.items():
-        commands.add_parser(name, help=text, add_help=False)  # `run_script` runs it
-    return top
 
 
-def add_rollback(commands: Any) -> None:
+def add_catalogue(commands: Any) -> None:
+    """The commands about a store or an index that is there."""
+    command = commands.add_parser("verify", help="whether a student fits a store or an index", allow_abbrev=False)
+    command.add_argument("student", help=f"folder of the student {REVISION}")
+    command.add_argument("target", help=f"folder of the ads' vectors or of an index {REVISION} of a dataset")
+    command.set_defaults(run=verify)
+
     command = commands.add_parser(
         "rollback", help="go back to an older version of a store or an index", allow_abbrev=False
     )

@@ -22,7 +22,7 @@ EXTRAS = {
     "pymilvus": "milvus",
     "ray": "ray",
 }  # fmt: skip
-
+OF_A_CLUSTER = {"milvus", "ray"}  # clients of what runs elsewhere: `all` leaves them out
 
 # Extra -> those whose packages it brings.
 BRINGS = {

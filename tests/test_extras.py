@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 
 import hlm
 from hlm.encoders.loading import encode, fingerprint, load_encoder, save_encoder
-from hlm.extras import EXTRAS
+from hlm.extras import EXTRAS, OF_A_CLUSTER
 from hlm.serving.export import export_model
 from hlm.vectors.faiss_index import AdIndex
 
@@ -25,7 +25,6 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 COMES_ALONG = {"fsspec": "huggingface_hub", "starlette": "gradio", "gradio_client": "gradio", "aiohttp": "fsspec"}
 COMES_ALONG |= {"tqdm": "huggingface_hub", "httpx": "huggingface_hub"}
-OF_A_CLUSTER = {"milvus", "ray"}  # extras that `all` leaves out
 HIDDEN = f"import sys; sys.modules.update(dict.fromkeys({sorted(EXTRAS)})); "
 
 

@@ -13,6 +13,7 @@ from hlm.artefacts import MANIFEST, HlmError
 from hlm.data.contract import RetrievalData
 from hlm.evaluation.metrics import dense_run, mean, per_query
 from hlm.report_types import Quality, Report
+from hlm.vectors.exact import exact_search
 from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.index import Index
 from hlm.vectors.store import VectorStore
@@ -61,7 +62,7 @@ def measured_quality(
     metric = f"ndcg@{report['k']}"
     ids, texts = zip(*data.split_queries(split), strict=True)
     vectors = encode_all(name, encode, texts)
-    run = dense_run(vectors, AdIndex.build(store, dim=vectors.shape[1]), ids, 100)
+    run = dense_run(vectors, exact_search(store, vectors.shape[1]), ids, 100)
     found: Quality = {"system": name, "metric": metric, "measured": True}
     found["ndcg"] = mean(per_query(run, data.qrels[split], report["k"])[metric])
     teacher = report["systems"].get(TEACHER, {}).get(metric)

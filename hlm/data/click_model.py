@@ -12,6 +12,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from hlm.errors import HlmError
+from hlm.progress import progress
 
 if TYPE_CHECKING:
     import duckdb
@@ -97,7 +98,7 @@ def _estimated(connection: duckdb.DuckDBPyConnection) -> dict[int, float]:
     )
     connection.execute("CREATE TABLE looked (position INTEGER, e DOUBLE)")
     joined = "moved JOIN attraction USING (pair) JOIN looked USING (position)"
-    for _ in range(ITERATIONS):
+    for _ in progress(range(ITERATIONS), what="fit the click model", unit="round"):
         connection.execute("DELETE FROM looked")
         connection.executemany("INSERT INTO looked VALUES (?, ?)", list(looked.items()))
         # Of impressions without a click: looked at and not attractive, or attractive and not looked at.

@@ -29,6 +29,7 @@ from hlm.report_files import claimed_report, write_report
 from hlm.report_types import Report, Thresholds
 from hlm.settings import defaults_of, keywords
 from hlm.steps import EvaluateConfig, System
+from hlm.vectors.exact import StoreSearch, exact_search
 from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.index import Index, open_index
 from hlm.vectors.lineage import check_student
@@ -202,11 +203,11 @@ class Catalogue:
 
     def __init__(self, store: VectorStore) -> None:
         self.store = store
-        self._indexes: dict[int, AdIndex] = {}
+        self._indexes: dict[int, AdIndex | StoreSearch] = {}
 
-    def index(self, dim: int) -> AdIndex:
+    def index(self, dim: int) -> AdIndex | StoreSearch:
         if dim not in self._indexes:
-            self._indexes[dim] = AdIndex.build(self.store, dim=dim)
+            self._indexes[dim] = exact_search(self.store, dim)
         return self._indexes[dim]
 
 

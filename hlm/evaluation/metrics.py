@@ -15,6 +15,7 @@ import pytrec_eval
 from hlm.artefacts import HlmError
 from hlm.data.words import count_words
 from hlm.report_types import Recovery
+from hlm.vectors.exact import StoreSearch
 from hlm.vectors.index import Index
 
 Run = dict[str, dict[str, float]]
@@ -274,7 +275,7 @@ def slices(
     return result
 
 
-def dense_run(query_vectors: np.ndarray, index: Index, query_ids: Sequence[str], k: int) -> Run:
+def dense_run(query_vectors: np.ndarray, index: Index | StoreSearch, query_ids: Sequence[str], k: int) -> Run:
     """Searches `index` with float32 (n, dim) normalised vectors; scores are cosines.
 
     Raises:

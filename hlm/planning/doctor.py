@@ -14,7 +14,7 @@ from huggingface_hub import constants, get_session, get_token
 from huggingface_hub.errors import HTTPError
 
 from hlm import __version__, machine
-from hlm.extras import EXTRAS
+from hlm.extras import EXTRAS, OF_A_CLUSTER
 from hlm.integrity import cache_folder
 
 GIB = 1024**3
@@ -157,6 +157,7 @@ def _extras() -> Check:
             missing.setdefault(extra, []).append(package)
     whole = [extra for extra in dict.fromkeys(EXTRAS.values()) if extra not in missing]
     text = f"installed: {', '.join(whole) or 'none'}"
+    missing = {extra: packages for extra, packages in missing.items() if extra not in OF_A_CLUSTER}
     if missing:
         lacks = "; ".join(f"{extra} lacks {', '.join(packages)}" for extra, packages in missing.items())
         return Check("extras", "note", f"{text}; {lacks}", f"pip install 'hlm[{','.join(missing)}]'")

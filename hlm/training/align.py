@@ -37,7 +37,7 @@ from hlm.training.trainer import (
     set_dropout,
     train,
 )
-from hlm.vectors.faiss_index import AdIndex
+from hlm.vectors.exact import exact_search
 from hlm.vectors.lineage import named_teacher
 from hlm.vectors.store import VectorStore
 
@@ -150,7 +150,7 @@ def _align(
             wrapped(batch["query"])["sentence_embedding"], batch["teacher"], batch.get("weights")
         ),
         evaluator=DevRetrieval(
-            dict(data.split_queries("dev")), data.qrels["dev"], index=AdIndex.build(documents, dim=width)
+            dict(data.split_queries("dev")), data.qrels["dev"], index=exact_search(documents, width)
         ),
     )
     measured = train(trainer, identity)

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from hlm.encoders.loading import encode
 from hlm.evaluation.metrics import Qrels, Scores, dense_run, mean, per_query
+from hlm.vectors.exact import StoreSearch
 from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.index import Index
 
@@ -36,7 +37,7 @@ class DevRetrieval(BaseEvaluator):
         texts: Mapping[str, str],
         qrels: Qrels,
         *,
-        index: Index | None = None,
+        index: Index | StoreSearch | None = None,
         documents: Mapping[str, str] | None = None,
         prompt_name: str = "query",
     ) -> None:

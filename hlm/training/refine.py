@@ -43,7 +43,7 @@ from hlm.training.trainer import (
     set_dropout,
     train,
 )
-from hlm.vectors.faiss_index import AdIndex
+from hlm.vectors.exact import exact_search
 from hlm.vectors.lineage import check_student, named_teacher
 from hlm.vectors.store import VectorStore
 
@@ -97,7 +97,7 @@ def _refine(config: RefineConfig, args: TrainingArguments) -> None:
         collate=Collate(refinement.pairs, refinement.tokens, config.cache_chunk),
         step_loss=refinement.loss,
         evaluator=DevRetrieval(
-            dict(data.split_queries("dev")), data.qrels["dev"], index=AdIndex.build(documents, dim=refinement.width)
+            dict(data.split_queries("dev")), data.qrels["dev"], index=exact_search(documents, refinement.width)
         ),
         extra_state={"negatives": refinement.negatives},
         callbacks=[Refresh(refinement, config.refresh_epochs)] if config.hard_negatives else [],

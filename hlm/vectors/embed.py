@@ -31,6 +31,7 @@ from hlm.teacher_settings import ReadySettings
 from hlm.vectors import canaries, given
 from hlm.vectors.embed_index import write_index
 from hlm.vectors.endpoint import Endpoint
+from hlm.vectors.index import ENGINES, engine_and_factory
 from hlm.vectors.ray_workers import write_by_ray
 from hlm.vectors.shares import share_of, writer_of
 from hlm.vectors.store import VectorStore, check_store_output
@@ -258,6 +259,11 @@ def check(config: EmbedConfig) -> None:
         raise HlmError(f"parts: expected some of {', '.join(PARTS)}, each once, found {config.parts}")
     if config.index and "corpus" not in config.parts:
         raise HlmError(f"index: expected 'corpus' among the parts, found {config.parts}; the index is built over it")
+    if config.index and ENGINES[engine_and_factory(config.index)[0]].scheme:
+        raise HlmError(
+            f"index: expected a kind of FAISS's or LanceDB's, which lie in a folder, found '{config.index}'; build "
+            "that one by hlm.vectors.index.create_index from output/corpus"
+        )
     if config.index_columns and not config.index:
         raise HlmError(f"index_columns: expected an index to keep {config.index_columns}, found none; give index")
     if config.ray_workers and config.shard:

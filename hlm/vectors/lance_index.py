@@ -48,6 +48,7 @@ QUERIES_AT_ONCE, IDS_AT_ONCE = 64, 10_000
 FEW, MORE = 20_000, 4
 # Rows that were put are searched one by one until they are in the index. A commit puts them there from so many on.
 NOT_INDEXED = 10_000
+COMMITS = 200  # each leaves a file; as many are put together
 MOST_EFFORT = 16
 
 
@@ -285,7 +286,8 @@ class LanceIndex(Index):
         """
         with self._head() as table:
             with errors(f"index what was put into {self.folder}", "commit again"):
-                if self.factory != "FLAT" and lance_table.not_indexed(table) > NOT_INDEXED:
+                many = self.factory != "FLAT" and lance_table.not_indexed(table) > NOT_INDEXED
+                if many or (self.version + 1) % COMMITS == 0:
                     table.optimize(cleanup_older_than=lance_table.GRACE)
                 count, version = table.count_rows(), table.version
             if store is not None and count != len(store):

@@ -21,8 +21,8 @@ ROWS_PER_BLOCK = 65_536
 SAMPLE = 1000
 
 
-def exact_neighbours(store: VectorStore, queries: np.ndarray, k: int) -> list[list[str]]:
-    """The ids of the `k` documents with the largest inner products, read block by block from the store.
+def nearest(store: VectorStore, queries: np.ndarray, k: int) -> tuple[np.ndarray, list[list[str]]]:
+    """The `k` documents with the largest inner products, read block by block from the store.
 
     Args:
         queries: float32 (n, dim), L2-normalised; narrower than the store, they are compared with its first components,
@@ -30,7 +30,7 @@ def exact_neighbours(store: VectorStore, queries: np.ndarray, k: int) -> list[li
         k: at most as many as there are come back.
 
     Returns:
-        n lists, the best first.
+        scores: float32 (n, k), the best first; ids: n lists.
 
     Raises:
         HlmError: queries that are not finite or not normalised.
@@ -39,8 +39,13 @@ def exact_neighbours(store: VectorStore, queries: np.ndarray, k: int) -> list[li
     total = -(-len(store) // ROWS_PER_BLOCK)
     blocks = progress(store.iter_blocks(ROWS_PER_BLOCK), what="exact neighbours", unit="block", total=total)
     vectors = (normalised(block, queries.shape[1], first_row=start) for start, block in blocks)
-    rows = knn_ground_truth(queries, vectors, min(k, len(store)), faiss.METRIC_INNER_PRODUCT)[1]
-    return np.array(store.ids_of(rows.ravel()), dtype=object).reshape(rows.shape).tolist()
+    scores, rows = knn_ground_truth(queries, vectors, min(k, len(store)), faiss.METRIC_INNER_PRODUCT)
+    return scores, np.array(store.ids_of(rows.ravel()), dtype=object).reshape(rows.shape).tolist()
+
+
+def exact_neighbours(store: VectorStore, queries: np.ndarray, k: int) -> list[list[str]]:
+    """The ids of `nearest`."""
+    return nearest(store, queries, k)[1]
 
 
 def recalls(found: list[list[str]], exact: list[list[str]]) -> np.ndarray:

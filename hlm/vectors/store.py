@@ -101,6 +101,17 @@ class VectorStore:
     @classmethod
     def of(cls, folder: Path, manifest: dict[str, Any]) -> VectorStore:
         """The version of a store that a manifest tells of, checked as by `open`."""
+        try:
+            return cls._of(folder, manifest)
+        except HlmError as error:
+            if not versions.are_kept(folder):
+                raise
+            # What one run wrote is written again by the same run; of several versions there is no such run.
+            remedy = "go back by `hlm rollback` to a version without that file, or embed into another folder"
+            raise HlmError(str(error).replace(REMEDY, remedy)) from error
+
+    @classmethod
+    def _of(cls, folder: Path, manifest: dict[str, Any]) -> VectorStore:
         states = {}
         for number, record in enumerate(manifest["shards"]):
             for name, entry in files(number, record).items():

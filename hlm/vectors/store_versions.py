@@ -93,6 +93,7 @@ class Target:
         place: where `write_store` writes them.
         rows, plan: what it takes; "n_rows" of the plan may be 0.
         changes: what the next version changes; None where the store itself is written.
+        base: the version that it changes.
     """
 
     folder: Path
@@ -100,6 +101,7 @@ class Target:
     rows: Rows
     plan: dict[str, Any]
     changes: Changes | None = None
+    base: int = versions.FIRST
 
     @classmethod
     def of(cls, folder: str | Path, rows: Rows, plan: dict[str, Any]) -> Target:
@@ -111,15 +113,16 @@ class Target:
         folder = resolved(folder)
         if not _is_living(folder, plan):
             return cls(folder, folder, rows, plan)
-        if read_manifest(folder, KIND)["inputs"]["source"] == plan["source"]:
+        manifest = read_manifest(folder, KIND)
+        base = versions.number_of(manifest)
+        if manifest["inputs"]["source"] == plan["source"]:
             store = VectorStore.open(folder)
             return cls(folder, folder, rows, plan | {"n_rows": 0}, Changes(np.zeros(0, np.int64), store.gone, 0))
         changes = find_changes(folder, rows, plan["n_rows"])
         if plan["n_rows"] and len(changes.fresh) == plan["n_rows"]:  # another catalogue: `write_store` refuses it
             return cls(folder, folder, rows, plan)
-        key = f"{plan['source']}-{versions.number_of(read_manifest(folder, KIND))}-{plan['shard_rows']}"
-        place = folder.with_name(f".{folder.name}.adding-{key}.partial")
-        return cls(folder, place, picked(rows, changes.fresh), plan | {"n_rows": len(changes.fresh)}, changes)
+        place = folder.with_name(f".{folder.name}.adding-{plan['source']}-{base}-{plan['shard_rows']}.partial")
+        return cls(folder, place, picked(rows, changes.fresh), plan | {"n_rows": len(changes.fresh)}, changes, base)
 
     def pending(self) -> list[int]:
         """The shards that are still to be written."""
@@ -144,7 +147,7 @@ class Target:
             keep: versions to keep; files that none of these has are removed.
 
         Raises:
-            HlmError: the version does not hold what it should.
+            HlmError: the store was changed or gone back meanwhile.
         """
         if self.changes is None:
             return
@@ -152,6 +155,11 @@ class Target:
             manifest = read_manifest(self.folder, KIND)
             inputs = {"encoder": self.plan["encoder"], "source": self.plan["source"]}
             if manifest["inputs"] != inputs:
+                if versions.number_of(manifest) != self.base:
+                    raise HlmError(
+                        f"expected version {self.base} of {self.folder}, which was compared with the texts, found "
+                        f"{versions.number_of(manifest)}: it was changed meanwhile; run again"
+                    )
                 added = _take(self.folder, self.place) if len(self.changes.fresh) else []
                 shards, gone = _without_empty(manifest["shards"] + added, self.changes.gone)
                 _point(self.folder, manifest | {"inputs": inputs}, shards, gone, check)

@@ -91,6 +91,67 @@ def searched(found: dict[str, Any]) -> str:
     return f"{text}\n\n{markdown(header, rows)}\n\n{own}"
 
 
+def living(found: dict[str, Any]) -> str:
+    """Searches without and with changes, and swaps under readers."""
+    rows = [
+        [
+            name,
+            *(f"{one[what]:,}" for what in ("searches", "errors", "not_of_the_version_that_was_open", "short_lists")),
+            *(f"{one[what]:.1f}" for what in ("p50_ms", "p99_ms")),
+        ]
+        for name, one in (("nothing changes", found["quiet"]), ("ads change", found["changing"]))
+    ]
+    header = ["while", "searches", "errors", "of another version", "short lists", "p50 ms", "p99 ms"]
+    settings, changing, swaps = found["settings"], found["changing"], found["swaps"]
+    return (
+        f"{markdown(header, rows)}\n\n{settings['kind']} over {settings['rows']:,} vectors of {settings['dim']} values "
+        f"made around centres. {settings['clients']} clients send {settings['queries_per_second']:g} queries a second "
+        f"each, k = {settings['k']}. {changing['changes_a_minute']:,.0f} puts and deletes a minute come in "
+        f"{changing['commits']} commits. p99 is {found['p99_times_the_quiet_one']:.2f} times the quiet one, and a "
+        f"commit was searched after {1000 * changing['most_seconds_behind']:.0f} ms at the latest.\n\nFAISS's index "
+        f"was swapped {swaps['swaps']:,} times under four threads that opened and searched it: {swaps['answers']:,} "
+        f"answers, {swaps['torn']} not whole or of two versions, {swaps['errors']} errors."
+    )
+
+
+def beside(found: dict[str, Any]) -> str:
+    """HLM's choice and other engines, for each recall that was asked for."""
+    rows = [
+        [f"{one['recall_asked_for']:g}", one["engine"], one["what"], f"{one['recall']:.4f}"]
+        + [f"{one[name]:.2f}" for name in ("p50_ms", "p99_ms")]
+        + [f"{one['bytes_on_disk'] / found['ads']:,.0f}"]
+        for one in found["found"]
+    ]
+    header = ["recall asked for", "engine", "built as", "recall", "p50 ms", "p99 ms", "bytes an ad"]
+    left = "; ".join(f"{name}: {why}" for name, why in found["left_out"].items())
+    about = f"{found['ads']:,} ads of {found['dim']} values, k = {found['k']}. Left out: {left}."
+    return f"{markdown(header, rows)}\n\n{about}"
+
+
+def widened(found: dict[str, Any]) -> str:
+    """Recall, bytes and time of widths and kinds; what the full width comes to at more ads."""
+    rows = [
+        [
+            f"{one['dim']}",
+            f"`{one['factory']}`",
+            f"{one['recall']:.3f}",
+            f"{one['bytes_an_ad']:,.0f}",
+            f"{one['p50_ms']:.2f}",
+        ]
+        for one in found["found"]
+    ]
+    costs = markdown(
+        ["width", "index", f"recall of the {found['k']} nearest at full width", "bytes an ad", "p50 ms"], rows
+    )
+    rows = [
+        [f"{one['ads']:,}", f"`{one['factory']}`", f"{one['gib']:,.0f}"]
+        + [f"{one['build_hours_on_one_core']:,.1f}", f"{one['machines']:,}"]
+        for one in sorted(found["to_1b"], key=lambda one: (one["ads"], one["gib"]))
+    ]
+    header = ["ads", "index", "GiB", "hours to build on one core, at least", f"machines of {found['machine_gib']} GiB"]
+    return f"{costs}\n\nFrom bytes and seconds an ad as measured at {found['ads']:,}:\n\n{markdown(header, rows)}"
+
+
 def light(found: dict[str, Any]) -> str:
     rows = []
     for name, one in found["environments"].items():

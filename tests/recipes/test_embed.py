@@ -187,6 +187,10 @@ def test_refuses_another_teacher_and_other_texts(tiny_bert, shop, tmp_path):
         (["--shard_rows", "0"], "shard_rows: expected at least 1, found 0"),
         (["--dim", "-1"], "dim: expected at least 1, found -1"),
         (["--dtype", "int8"], "dtype"),
+        (["--index", "milvus:HNSW"], "index: expected a kind of FAISS's or LanceDB's"),
+        (["--index", "glow:Flat"], "expected an index of the engine faiss or"),
+        (["--index_columns", "price"], "index_columns: expected an index"),
+        (["--keep_versions", "0"], "keep_versions: expected at least 1"),
         (["--shards_rows", "3"], "did you mean '--shard_rows'"),
     ],
 )

@@ -12,7 +12,7 @@ from hlm.encoders.loading import encode, load_encoder
 from hlm.publishing.files import release_files
 from hlm.publishing.staging import link_current
 from hlm.vectors import embed as embed_module
-from hlm.vectors import versions
+from hlm.vectors import embed_index, versions
 from hlm.vectors.index import open_index
 from hlm.vectors.store import VectorStore
 from recipes import embed
@@ -60,8 +60,6 @@ def run(model, data, output, *more):
 
 @pytest.mark.parametrize("index", ["Flat", "lance:IVF_FLAT"])
 def test_only_what_changed_is_encoded_and_the_version_before_stays(tiny_bert, tmp_path, encoded, index):
-    if index.startswith("lance"):
-        pytest.importorskip("lancedb")
     shop, output = write(tmp_path / "shop", ADS), tmp_path / "out"
     run(tiny_bert, shop, output, "--index", index, "--shard_rows", "3")
     old, was = open_index(output / "index"), VectorStore.open(output / "corpus")
@@ -99,8 +97,6 @@ def test_only_what_changed_is_encoded_and_the_version_before_stays(tiny_bert, tm
 
 @pytest.mark.parametrize("index", ["Flat", "lance:IVF_SQ"])
 def test_an_index_follows_columns_that_change_without_encoding(tiny_bert, tmp_path, encoded, caplog, index):
-    if index.startswith("lance"):
-        pytest.importorskip("lancedb")
     shop, output = write(tmp_path / "shop", ADS), tmp_path / "out"
 
     def price(prices):
@@ -125,8 +121,23 @@ def test_an_index_follows_columns_that_change_without_encoding(tiny_bert, tmp_pa
         run(tiny_bert, shop, output, "--index", index, "--index_columns", "colour")
 
 
+@pytest.mark.parametrize("index", ["IVF1,SQ8", "lance:IVF_FLAT"])
+def test_an_index_that_finds_less_is_not_taken(tiny_bert, tmp_path, monkeypatch, index):
+    shop, output = write(tmp_path / "shop", ADS), tmp_path / "out"
+    run(tiny_bert, shop, output, "--index", index)
+    before = open_index(output / "index")
+    assert before.measured["recall"] > 0
+    write(shop, CHANGED)
+    monkeypatch.setattr(embed_index, "LOST_RECALL", -2)
+    with pytest.raises(HlmError, match=r"expected an index that finds .* of the exact neighbours.*the old one stays"):
+        run(tiny_bert, shop, output, "--index", index)
+    assert len(open_index(output / "index")) == 5 and len(VectorStore.open(output / "corpus")) == 6
+    monkeypatch.undo()
+    run(tiny_bert, shop, output, "--index", index)
+    assert len(open_index(output / "index")) == 6
+
+
 def test_an_index_that_somebody_else_changed_is_built_anew(tiny_bert, tmp_path):
-    pytest.importorskip("lancedb")
     shop, output = write(tmp_path / "shop", ADS), tmp_path / "out"
     run(tiny_bert, shop, output, "--index", "lance:FLAT")
     index = open_index(output / "index")

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import pickle
 import shutil
 import sys
 import threading
@@ -179,7 +180,6 @@ def test_readers_of_an_index_that_is_swapped_see_whole_versions(tmp_path):
 
 
 def test_readers_of_lancedb_see_whole_commits(tmp_path):
-    pytest.importorskip("lancedb")
     names = [f"0-{row}" for row in range(12)]
     index = create_index(tmp_path / "index", make_store(tmp_path / "store", np.eye(12), ids=names), "lance:FLAT")
 
@@ -208,7 +208,8 @@ def test_one_command_goes_back_and_lists_what_there_is(first, tmp_path, capsys):
         assert f"found 2, not {wrong}" in capsys.readouterr().err
     assert cli.main(["rollback", str(folder), "--to", "2"]) == 0 and held(folder) == NEW
     (folder / "vectors-00001.safetensors").write_bytes(b"")
-    assert cli.main(["rollback", str(folder)]) == 2 and "vectors-00001" in capsys.readouterr().err
+    assert cli.main(["rollback", str(folder)]) == 2 and "vectors-00001" in (refusal := capsys.readouterr().err)
+    assert "go back by `hlm rollback`" in refusal
     roll_back_list = cli.main(["rollback", str(folder), "--list"])
     assert roll_back_list == 0 and "*    2" in capsys.readouterr().out
 
@@ -225,6 +226,44 @@ def test_a_store_goes_on_from_the_version_that_it_went_back_to(first, tmp_path):
     assert held(folder) == NEW
     change(folder, OLD, keep=1)
     assert held(folder) == OLD and len(versions.listed(folder, "vectors")) == 1
+
+
+def test_several_processes_share_what_is_added(first, tmp_path):
+    shutil.copytree(first, tmp_path / "store")
+    items = list(NEW.items())
+    plan = {"dim": DIM, "encoder": "teacher-a", "source": "new", "n_rows": len(NEW), "shard_rows": 4}
+    one, other = (Target.of(tmp_path / "store", lambda start, stop: items[start:stop], plan) for _ in range(2))
+    one.write(encode, process_index=0, num_processes=2)
+    assert not one.is_whole and other.pending() == [1]
+    other.write(encode, process_index=1, num_processes=2)
+    assert one.is_whole and held(tmp_path / "store") == OLD
+    one.commit()
+    other.commit()
+    assert held(tmp_path / "store") == NEW and list(versions.listed(tmp_path / "store", "vectors")) == [1, 2]
+
+
+def test_a_store_that_was_changed_since_it_was_compared_is_not_changed_again(first, tmp_path):
+    folder = tmp_path / "store"
+    shutil.copytree(first, folder)
+    items = list(NEW.items())
+    plan = {"dim": DIM, "encoder": "teacher-a", "source": "new", "n_rows": len(NEW), "shard_rows": 4}
+    late = Target.of(folder, lambda start, stop: items[start:stop], plan)
+    late.write(encode)
+    change(folder, OLD | {"ad-8": "text 30"})
+    with pytest.raises(HlmError, match="expected version 1 of .*, which was compared with the texts, found 2"):
+        late.commit()
+    assert held(folder) == OLD | {"ad-8": "text 30"}
+
+
+def test_an_open_store_is_sent_to_a_worker_after_it_has_changed(first, tmp_path):
+    folder = tmp_path / "store"
+    shutil.copytree(first, folder)
+    reader = VectorStore.open(folder)
+    change(folder, NEW)
+    again = pickle.loads(pickle.dumps(reader))
+    assert again.ids.to_pylist() == list(OLD) and again.fingerprint == reader.fingerprint
+    changed = VectorStore.open(folder)
+    assert pickle.loads(pickle.dumps(changed)).ids.to_pylist() == changed.ids.to_pylist()
 
 
 def test_what_a_version_lost_is_told(first, tmp_path):
@@ -294,7 +333,6 @@ print(json.dumps([kills, kinds]))
 
 def test_an_index_in_lancedb_is_the_old_or_the_new_one_wherever_it_is_killed(tmp_path):
     """In a program that has not used LanceDB before it forks."""
-    pytest.importorskip("lancedb")
     names = [f"old-{row}" for row in range(300)]
     create_index(tmp_path / "base", make_store(tmp_path / "store", np.eye(300), ids=names), "lance:IVF_FLAT")
     script = LANCE_KILLED.format(tests=str(pathlib.Path(__file__).parents[1]))
