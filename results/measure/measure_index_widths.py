@@ -8,7 +8,7 @@ VECTORS, ONLINE and DATA are as of results/measure/measure_index.py. Each index 
 finds `target_recall` of what exact search finds at its own width. The recall that is written is of the exact neighbours
 at full width: it has both losses, the width's and the index's. One thread. What is built is kept under WORK.
 
-Prints both tables, and draws the plot beside `output`.
+Draws a plot beside `output`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = []
     for width in [*(one for one in sorted(config.widths) if one < full), full]:
         rows += at_width(config, store, normalised(queries, width, first_row=0), best)
-    report: dict[str, Any] = {"ads": len(store), "dim": full, "k": config.k, "found": rows}
+    report: dict[str, Any] = {"ads": len(store), "dim": full, "k": config.k, "machine_gib": MACHINE_GIB, "found": rows}
     report["to_1b"] = [row for one in rows if one["dim"] == full for row in scaled(one, len(store))]
     given = {name: value for name, value in asdict(config).items() if name not in FOLDERS}
     report |= {
@@ -79,7 +79,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     report["environment"] |= facts()
     write_json(config.output, report)
     plot(report, Path(config.output).with_suffix(".png"))
-    print(tables(report))
 
 
 def kinds(rows: int, width: int) -> list[str]:
@@ -139,23 +138,6 @@ def scaled(row: dict[str, Any], ads: int) -> list[dict[str, Any]]:
         one |= {"build_hours_on_one_core": row["build_s"] / ads * size / HOURS}
         found.append(one | {"machines": int(np.ceil(gib / (MACHINE_GIB * FILLED)))})
     return found
-
-
-def tables(report: dict[str, Any]) -> str:
-    """Both tables as Markdown."""
-    lines = ["| width | index | recall of full width | bytes an ad | p50 ms |", "|---:|---|---:|---:|---:|"]
-    for row in report["found"]:
-        figures = f"{row['recall']:.3f} | {row['bytes_an_ad']:,.0f} | {row['p50_ms']:.2f}"
-        lines.append(f"| {row['dim']} | `{row['factory']}` | {figures} |")
-    lines += [
-        "",
-        f"| ads | index | GiB | build, hours on one core | machines of {MACHINE_GIB} GiB |",
-        "|---:|---|---:|---:|---:|",
-    ]
-    for row in sorted(report["to_1b"], key=lambda row: (row["ads"], row["gib"])):
-        figures = f"{row['gib']:,.0f} | {row['build_hours_on_one_core']:,.1f} | {row['machines']:,}"
-        lines.append(f"| {row['ads']:,} | `{row['factory']}` | {figures} |")
-    return "\n".join(lines)
 
 
 def plot(report: dict[str, Any], path: Path) -> None:

@@ -114,6 +114,44 @@ def living(found: dict[str, Any]) -> str:
     )
 
 
+def beside(found: dict[str, Any]) -> str:
+    """HLM's choice and other engines, for each recall that was asked for."""
+    rows = [
+        [f"{one['recall_asked_for']:g}", one["engine"], one["what"], f"{one['recall']:.4f}"]
+        + [f"{one[name]:.2f}" for name in ("p50_ms", "p99_ms")]
+        + [f"{one['bytes_on_disk'] / found['ads']:,.0f}"]
+        for one in found["found"]
+    ]
+    header = ["recall asked for", "engine", "built as", "recall", "p50 ms", "p99 ms", "bytes an ad"]
+    left = "; ".join(f"{name}: {why}" for name, why in found["left_out"].items())
+    about = f"{found['ads']:,} ads of {found['dim']} values, k = {found['k']}. Left out: {left}."
+    return f"{markdown(header, rows)}\n\n{about}"
+
+
+def widened(found: dict[str, Any]) -> str:
+    """Recall, bytes and time of widths and kinds; what the full width comes to at more ads."""
+    rows = [
+        [
+            f"{one['dim']}",
+            f"`{one['factory']}`",
+            f"{one['recall']:.3f}",
+            f"{one['bytes_an_ad']:,.0f}",
+            f"{one['p50_ms']:.2f}",
+        ]
+        for one in found["found"]
+    ]
+    costs = markdown(
+        ["width", "index", f"recall of the {found['k']} nearest at full width", "bytes an ad", "p50 ms"], rows
+    )
+    rows = [
+        [f"{one['ads']:,}", f"`{one['factory']}`", f"{one['gib']:,.0f}"]
+        + [f"{one['build_hours_on_one_core']:,.1f}", f"{one['machines']:,}"]
+        for one in sorted(found["to_1b"], key=lambda one: (one["ads"], one["gib"]))
+    ]
+    header = ["ads", "index", "GiB", "hours to build on one core, at least", f"machines of {found['machine_gib']} GiB"]
+    return f"{costs}\n\nFrom bytes and seconds an ad as measured at {found['ads']:,}:\n\n{markdown(header, rows)}"
+
+
 def light(found: dict[str, Any]) -> str:
     rows = []
     for name, one in found["environments"].items():

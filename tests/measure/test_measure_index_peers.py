@@ -21,7 +21,7 @@ def script(name):
     return module
 
 
-peers, widths = script("measure_index_peers"), script("measure_index_widths")
+peers, widths, tables = (script(name) for name in ("measure_index_peers", "measure_index_widths", "tables"))
 PACKAGES = {"hnswlib": "hnswlib", "usearch": "usearch", "scalable-vs": "svs", "lancedb": "lancedb"}
 
 
@@ -47,12 +47,13 @@ def test_peers(words, tmp_path):
     }
     for row in report["found"]:
         assert row["recall"] > row["recall_asked_for"] - 0.2 and 0 < row["p50_ms"] <= row["p99_ms"]
+    assert "hlm | Flat" in tables.beside(report) and "Left out: pgvector" in tables.beside(report)
     assert report["ads"] == 200 and "/" not in json.dumps(report["settings"])
     with pytest.raises(HlmError, match="engines: expected some of hlm, hnswlib, .*, found faiss"):
         peers.main([*words, "--engines", "faiss"])
 
 
-def test_widths(words, tmp_path, capsys):
+def test_widths(words, tmp_path):
     widths.main([*words, "--widths", "8", "16", "--kinds", "Flat", "SQ8", "HNSW32"])
     report = json.loads((tmp_path / "out.json").read_text())
     found = {(row["dim"], row["factory"]): row for row in report["found"]}
@@ -63,5 +64,5 @@ def test_widths(words, tmp_path, capsys):
     one = next(row for row in report["to_1b"] if (row["ads"], row["factory"]) == (10**9, "Flat"))
     assert one["gib"] == pytest.approx(found[32, "Flat"]["bytes_an_ad"] * 1e9 / 2**30)
     assert one["machines"] == -(-one["gib"] // 48)
-    shown = capsys.readouterr().out
+    shown = tables.widened(report)
     assert "| 16 | `SQ8` | " in shown and "| 1,000,000,000 | `HNSW32` | " in shown
