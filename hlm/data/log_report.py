@@ -85,10 +85,13 @@ def _notes(about: Mapping[str, Any], config: PrepareLogsConfig) -> list[str]:
                 notes.append(f"Each of the {what} has {fewest[name]} or more users, too few to publish them.")
     if clicks:
         how = "clicks over expected clicks" if clicks["impressions"] else "the share of the clicks of a query's best ad"
-        how += ", expected by position" if clicks["positions"] else ""
+        by = " and a position-based model" if config.click_model == "pbm" else ""
+        how += f", expected by position{by}" if clicks["positions"] else ""
         notes.append(f"Pairs are graded by {how}{'; a conversion is a 3' if clicks['conversions'] else ''}.")
         if not clicks["impressions"]:
             notes.append("Nothing says which ads were shown and skipped: there are no zeros.")
+    if config.bid_queries:
+        notes.append(f"A bid keyword is a pair, too, with up to {config.bid_queries} log queries that it matches.")
     notes.append("Names and addresses of streets are not looked for; the number of users is what keeps them out.")
     return notes
 

@@ -67,7 +67,7 @@ class ReadyVectors:
         Raises:
             HlmError: a key without a vector, an id with two, another width, or a vector that is not finite or 0.
         """
-        encoded = keys.cast(pa.string()).dictionary_encode()
+        encoded = keys.cast(pa.large_string()).dictionary_encode()  # a log's texts may be more than 2 GiB
         wanted, what = encoded.dictionary, "id" if self.by_id else "text"
         with os_errors(Path(folder)), tempfile.TemporaryFile(dir=folder) as file:
             os.posix_fallocate(file.fileno(), 0, 2 * len(wanted) * dim)  # a full disk is no signal later
@@ -76,7 +76,11 @@ class ReadyVectors:
         with progress(what=f"read {Path(self.path).name}", unit="vector", total=self.rows) as bar:
             for names, vectors in self.blocks():
                 bar.update(len(names))
-                hits = pc.index_in(names, value_set=wanted).fill_null(-1).to_numpy(zero_copy_only=False)
+                hits = (
+                    pc.index_in(names.cast(pa.large_string()), value_set=wanted)
+                    .fill_null(-1)
+                    .to_numpy(zero_copy_only=False)
+                )
                 rows, first = np.unique(hits, return_index=True)
                 first, rows = first[rows >= 0], rows[rows >= 0]
                 if self.by_id and (filled[rows].any() or len(rows) < (hits >= 0).sum()):
@@ -301,7 +305,7 @@ def _ids_file(where: str, settings: ReadySettings, rows: int, has_ids: bool) -> 
         raise HlmError(f"{where}: expected a file of {what} beside {settings.path}, one a line, found none; name it as "
                        "`ids`")  # fmt: skip
     try:
-        lines = Path(settings.ids).read_text(encoding="utf-8").splitlines()
+        lines = Path(settings.ids).read_text(encoding="utf-8").removesuffix("\n").split("\n")  # as a text editor does
     except (OSError, UnicodeDecodeError) as error:
         raise HlmError(f"{where}: cannot read the {what} in {settings.ids} ({error}); correct ids") from error
     if len(lines) != rows:

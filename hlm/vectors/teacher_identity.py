@@ -71,8 +71,8 @@ class Part:
     def keys(self, ready: ReadyVectors) -> pa.Array:
         """What each row is called among ready vectors."""
         if ready.by_id and self.ids is not None:
-            return self.ids.combine_chunks()
-        return pa.array([text for _, text in self.records(0, self.rows)], type=pa.string())
+            return self.ids.cast(pa.large_string()).combine_chunks()
+        return pa.array((text for _, text in self.records(0, self.rows)), type=pa.large_string())
 
 
 @dataclass

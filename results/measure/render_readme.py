@@ -152,6 +152,7 @@ def details() -> str:
         ("memory", "Memory of alignment as the query log grows", tables.remembered),
         ("prepare", "Raw logs with every kind of dirt through hlm prepare", tables.prepared),
         ("index-70k", "From text to ads: 70,000 ads on one thread", tables.searched),
+        ("living", "A catalogue that changes while it is searched", tables.living),
         ("index-peers", "The index beside other engines, on one thread", tables.beside),
         ("index-widths", "Narrower and coarser vectors, and a billion ads", tables.widened),
         ("install", "What an install takes, and how fast it starts", tables.light),

@@ -91,6 +91,29 @@ def searched(found: dict[str, Any]) -> str:
     return f"{text}\n\n{markdown(header, rows)}\n\n{own}"
 
 
+def living(found: dict[str, Any]) -> str:
+    """Searches without and with changes, and swaps under readers."""
+    rows = [
+        [
+            name,
+            *(f"{one[what]:,}" for what in ("searches", "errors", "not_of_the_version_that_was_open", "short_lists")),
+            *(f"{one[what]:.1f}" for what in ("p50_ms", "p99_ms")),
+        ]
+        for name, one in (("nothing changes", found["quiet"]), ("ads change", found["changing"]))
+    ]
+    header = ["while", "searches", "errors", "of another version", "short lists", "p50 ms", "p99 ms"]
+    settings, changing, swaps = found["settings"], found["changing"], found["swaps"]
+    return (
+        f"{markdown(header, rows)}\n\n{settings['kind']} over {settings['rows']:,} vectors of {settings['dim']} values "
+        f"made around centres. {settings['clients']} clients send {settings['queries_per_second']:g} queries a second "
+        f"each, k = {settings['k']}. {changing['changes_a_minute']:,.0f} puts and deletes a minute come in "
+        f"{changing['commits']} commits. p99 is {found['p99_times_the_quiet_one']:.2f} times the quiet one, and a "
+        f"commit was searched after {1000 * changing['most_seconds_behind']:.0f} ms at the latest.\n\nFAISS's index "
+        f"was swapped {swaps['swaps']:,} times under four threads that opened and searched it: {swaps['answers']:,} "
+        f"answers, {swaps['torn']} not whole or of two versions, {swaps['errors']} errors."
+    )
+
+
 def beside(found: dict[str, Any]) -> str:
     """HLM's choice and other engines, for each recall that was asked for."""
     rows = [

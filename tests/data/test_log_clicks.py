@@ -65,6 +65,8 @@ def test_a_position_based_model_does_not_take_the_best_ads_for_the_position(tmp_
     coec, pbm = (by_rank(tmp_path / model, model) for model in ("coec", "pbm"))
     grades = {name: [found["big shoe", f"A{ad}"] for ad in range(4)] for name, found in (("coec", coec), ("pbm", pbm))}
     assert grades["pbm"] == [2, 1, 1, 1] and grades["coec"] != grades["pbm"]
+    reports = {model: next((tmp_path / model).rglob("report.txt")).read_text() for model in ("coec", "pbm")}
+    assert {model: "position-based" in text for model, text in reports.items()} == {"coec": False, "pbm": True}
 
 
 def test_positions_that_no_ad_links_are_not_compared():
@@ -217,4 +219,5 @@ def test_log_queries_that_a_bid_keyword_matches_are_pairs(tmp_path):
     assert {ad for query, ad in found if query == "shoe big and red"} == {"A2", "A4"}
     assert {ad for query, ad in found if query == "big red shoe"} == {"A2"}
     assert not any(query == "big shoehorn" for query, _ in found)
+    assert "with up to 10 log queries that it matches" in (tmp_path / "all/report.txt").read_text()
     assert {query for query, ad in pairs("two", bid_queries=2) if ad == "A2"} == {"a big shoe", "cheap big shoe"}

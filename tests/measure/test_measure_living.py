@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("lancedb")
+from results.measure import tables
+
 PATH = Path(__file__).resolve().parents[2] / "results/measure/measure_living.py"
 spec = importlib.util.spec_from_file_location("measure_living", PATH)
 measure_living = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
@@ -34,6 +35,7 @@ def test_it_runs_whole(tmp_path, monkeypatch):
         assert found["searches"] > 20 and not found["not_of_the_version_that_was_open"] and not found["short_lists"]
     changing = report["changing"]
     assert changing["commits"] == 3 and changing["deletes"] == 20 and changing["puts"] + changing["deletes"] == 90
+    assert "| ads change | " in tables.living(report) and "swapped 12 times under four threads" in tables.living(report)
     assert report["swaps"]["torn"] == 0 and report["swaps"]["answers"] > 0
     assert report["p99_times_the_quiet_one"] == pytest.approx(changing["p99_ms"] / report["quiet"]["p99_ms"])
 

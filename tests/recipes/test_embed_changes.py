@@ -60,8 +60,6 @@ def run(model, data, output, *more):
 
 @pytest.mark.parametrize("index", ["Flat", "lance:IVF_FLAT"])
 def test_only_what_changed_is_encoded_and_the_version_before_stays(tiny_bert, tmp_path, encoded, index):
-    if index.startswith("lance"):
-        pytest.importorskip("lancedb")
     shop, output = write(tmp_path / "shop", ADS), tmp_path / "out"
     run(tiny_bert, shop, output, "--index", index, "--shard_rows", "3")
     old, was = open_index(output / "index"), VectorStore.open(output / "corpus")
@@ -99,8 +97,6 @@ def test_only_what_changed_is_encoded_and_the_version_before_stays(tiny_bert, tm
 
 @pytest.mark.parametrize("index", ["Flat", "lance:IVF_SQ"])
 def test_an_index_follows_columns_that_change_without_encoding(tiny_bert, tmp_path, encoded, caplog, index):
-    if index.startswith("lance"):
-        pytest.importorskip("lancedb")
     shop, output = write(tmp_path / "shop", ADS), tmp_path / "out"
 
     def price(prices):
@@ -127,8 +123,6 @@ def test_an_index_follows_columns_that_change_without_encoding(tiny_bert, tmp_pa
 
 @pytest.mark.parametrize("index", ["IVF1,SQ8", "lance:IVF_FLAT"])
 def test_an_index_that_finds_less_is_not_taken(tiny_bert, tmp_path, monkeypatch, index):
-    if index.startswith("lance"):
-        pytest.importorskip("lancedb")
     shop, output = write(tmp_path / "shop", ADS), tmp_path / "out"
     run(tiny_bert, shop, output, "--index", index)
     before = open_index(output / "index")
@@ -144,7 +138,6 @@ def test_an_index_that_finds_less_is_not_taken(tiny_bert, tmp_path, monkeypatch,
 
 
 def test_an_index_that_somebody_else_changed_is_built_anew(tiny_bert, tmp_path):
-    pytest.importorskip("lancedb")
     shop, output = write(tmp_path / "shop", ADS), tmp_path / "out"
     run(tiny_bert, shop, output, "--index", "lance:FLAT")
     index = open_index(output / "index")

@@ -12,12 +12,10 @@ import pytest
 from stores import clustered, make_store
 
 from hlm.artefacts import HlmError
+from hlm.vectors import lance_index, lance_table
 from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.index import create_index, open_index
 from hlm.vectors.recall import exact_neighbours, recalls
-
-pytest.importorskip("lancedb")
-from hlm.vectors import lance_index, lance_table
 
 ROWS, DIM = 3000, 32
 COUNTRIES = ["de" if row % 100 == 0 else "fr" if row % 2 else "it's" for row in range(ROWS)]

@@ -67,6 +67,10 @@ def test_numpy_with_a_file_of_ids(tmp_path):
     (tmp_path / "ids.txt").write_text("\n".join(NAMES[row] for row in ORDER) + "\n")
     settings = {"path": str(tmp_path / "v.npy"), "ids": str(tmp_path / "ids.txt")}
     np.testing.assert_allclose(taken(settings, tmp_path), expected(WANTED), atol=1e-3)
+    texts = [f"pan\u2028{name}" for name in NAMES]  # a separator of lines that Python knows, and editors do not
+    (tmp_path / "texts.txt").write_text("\r\n".join(texts[row] for row in ORDER))
+    found = taken(settings | {"ids": str(tmp_path / "texts.txt")}, tmp_path, ["pan 007"], has_ids=False)
+    np.testing.assert_allclose(found, expected(["007"]), atol=1e-3)
     (tmp_path / "ids.txt").write_text("one\n")
     with pytest.raises(HlmError, match=r"expected 50 ids in .*ids.txt, one a vector, found 1 lines"):
         taken(settings, tmp_path)

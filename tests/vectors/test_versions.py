@@ -180,7 +180,6 @@ def test_readers_of_an_index_that_is_swapped_see_whole_versions(tmp_path):
 
 
 def test_readers_of_lancedb_see_whole_commits(tmp_path):
-    pytest.importorskip("lancedb")
     names = [f"0-{row}" for row in range(12)]
     index = create_index(tmp_path / "index", make_store(tmp_path / "store", np.eye(12), ids=names), "lance:FLAT")
 
@@ -334,7 +333,6 @@ print(json.dumps([kills, kinds]))
 
 def test_an_index_in_lancedb_is_the_old_or_the_new_one_wherever_it_is_killed(tmp_path):
     """In a program that has not used LanceDB before it forks."""
-    pytest.importorskip("lancedb")
     names = [f"old-{row}" for row in range(300)]
     create_index(tmp_path / "base", make_store(tmp_path / "store", np.eye(300), ids=names), "lance:IVF_FLAT")
     script = LANCE_KILLED.format(tests=str(pathlib.Path(__file__).parents[1]))
