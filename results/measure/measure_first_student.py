@@ -2,8 +2,8 @@
 
     python results/measure/measure_first_student.py --output results/first-student.json
 
-The files are those of `raw_logs.py`: a catalogue, a query log and clicks with every kind of dirt. The commands are those
-of docs/your-data.md, with the defaults of `hlm init` for a CPU.
+The files are those of `raw_logs.py`: a catalogue, a query log and clicks with every kind of dirt. The commands are
+those of docs/your-data.md, with the defaults of `hlm init` for a CPU.
 """
 
 from __future__ import annotations
