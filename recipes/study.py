@@ -18,6 +18,7 @@ import importlib.util
 import json
 import logging
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -162,7 +163,7 @@ def answer(
             scored = [lab.score(alternatives(variant), question["base"], seed) for seed in seeds]
         except HlmError as error:  # the others are not in vain: it is in the answer, on the page and in the end's error
             logger.error("%s was not run: %s", name, error)
-            missing[name] = str(error)
+            missing[name] = textwrap.shorten(str(error), 160, placeholder=" ...")
             continue
         unique = {one["folder"]: one for one in scored}.values()  # without training, seeds are one and the same
         systems[name] = [one["scores"] for one in unique]
