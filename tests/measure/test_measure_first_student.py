@@ -1,8 +1,6 @@
 """Every command of the measurement is run and timed; the steps themselves are tested in tests/test_your_data.py."""
 
 import json
-import subprocess
-from pathlib import Path
 
 import yaml
 
@@ -18,21 +16,21 @@ REPORT = {
 def test_every_command_is_timed(tmp_path, monkeypatch):
     ran = []
 
-    def run(command, *, cwd, env, **_):
-        ran.append(command[3:])
-        if command[3] == "init":
-            (cwd / "mine").mkdir()
-            (cwd / "mine/run.yaml").write_text("{like: esci_mini, steps: {}}")
-        if command[3] == "run":
-            assert yaml.safe_load((cwd / "mine/run.yaml").read_text())["steps"] == {"static": None}
-            (cwd / "runs/mine").mkdir(parents=True)
-            (cwd / "runs/mine/report.json").write_text(json.dumps(REPORT))
+    def hlm(words, folder):
+        ran.append(words)
+        if words[0] == "init":
+            (folder / "mine").mkdir()
+            (folder / "mine/run.yaml").write_text("{like: esci_mini, steps: {}}")
+        if words[0] == "run":
+            assert yaml.safe_load((folder / "mine/run.yaml").read_text())["steps"] == {"static": None}
+            (folder / "runs/mine").mkdir(parents=True)
+            (folder / "runs/mine/report.json").write_text(json.dumps(REPORT))
             timings = {"seconds": {"align": 3.04}, "peak_memory_gib": 1.5}
-            (cwd / "runs/mine/timings.json").write_text(json.dumps(timings))
-        assert Path(cwd, "ads.csv").is_file() and Path(cwd, "clicks.csv").is_file()
-        return subprocess.CompletedProcess(command, 0)
+            (folder / "runs/mine/timings.json").write_text(json.dumps(timings))
+        assert (folder / "ads.csv").is_file() and (folder / "clicks.csv").is_file()
+        return 0
 
-    monkeypatch.setattr(measure_first_student.subprocess, "run", run)
+    monkeypatch.setattr(measure_first_student, "hlm", hlm)
     output = tmp_path / "first-student.json"
     words = ["--lines", "2000", "--ads", "60", "--steps", '{"static": null}', "--output", str(output)]
     measure_first_student.main(words)
