@@ -11,9 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hlm.data.contract import load as load_data
     from hlm.data.logs import prepare
+    from hlm.embedding.embed import embed
     from hlm.encoders.loading import load_encoder
     from hlm.errors import HlmError
     from hlm.evaluation.evaluate import evaluate
+    from hlm.indexes.faiss_index import AdIndex
+    from hlm.indexes.index import open_index
+    from hlm.indexes.lineage import verify
+    from hlm.indexes.tune_index import tune_index
     from hlm.publishing.online_folder import export
     from hlm.publishing.release import publish
     from hlm.serving.micro_batches import AsyncQueryEncoder
@@ -22,12 +27,7 @@ if TYPE_CHECKING:
     from hlm.training.prune import prune
     from hlm.training.refine import refine
     from hlm.training.teacher import train_teacher
-    from hlm.vectors.embed import embed
-    from hlm.vectors.faiss_index import AdIndex
-    from hlm.vectors.index import open_index
-    from hlm.vectors.lineage import verify
     from hlm.vectors.store import VectorStore
-    from hlm.vectors.tune_index import tune_index
 
 __version__ = "0.1.0"
 __all__ = [
@@ -53,25 +53,25 @@ __all__ = [
 ]
 # Public name -> its module, and its name there where that is another. Loaded when asked for: `import hlm` stays light.
 _PLACES = {
-    "AdIndex": "vectors.faiss_index",
+    "AdIndex": "indexes.faiss_index",
     "AsyncQueryEncoder": "serving.micro_batches",
     "HlmError": "errors",
     "QueryEncoder": "serving.query_encoder",
     "VectorStore": "vectors.store",
     "align": "training.align",
-    "embed": "vectors.embed",
+    "embed": "embedding.embed",
     "evaluate": "evaluation.evaluate",
     "export": "publishing.online_folder",
     "load_data": "data.contract:load",
     "load_encoder": "encoders.loading",
-    "open_index": "vectors.index",
+    "open_index": "indexes.index",
     "prepare": "data.logs",
     "prune": "training.prune",
     "publish": "publishing.release",
     "refine": "training.refine",
     "train_teacher": "training.teacher",
-    "tune_index": "vectors.tune_index",
-    "verify": "vectors.lineage",
+    "tune_index": "indexes.tune_index",
+    "verify": "indexes.lineage",
 }
 
 # ONNX Runtime sends usage data to its maker unless told otherwise before it is imported, by a thread for whose end a

@@ -22,11 +22,11 @@ from hlm.endings import INTERRUPTED, NO_READER
 from hlm.extras import check_extra, extras_named
 from hlm.fields import optional, read_json
 from hlm.hub.cache import local_folder
+from hlm.indexes.lineage import open_fitting, read_student
 from hlm.planning.run_file import QUESTIONS, RUN_FILE, ask, one_step, write_run_file
 from hlm.planning.settings import Assumptions, check_folder, read_steps
 from hlm.recipe_files import recipes
 from hlm.step_table import STEPS
-from hlm.vectors.lineage import open_fitting, read_student
 
 # torch, faiss and datasets are imported where they are used: `hlm --help` and a refusal come at once.
 UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
@@ -283,13 +283,13 @@ def search(options: argparse.Namespace) -> None:
     catalogue = open_fitting(located_catalogue(options.index or options.vectors, kind), student, kind)
 
     from hlm.data.contract import titles
+    from hlm.indexes.index import Index
     from hlm.serving.query_encoder import QueryEncoder
-    from hlm.vectors.index import Index
 
     if isinstance(catalogue, Index):
         index = catalogue
     else:
-        from hlm.vectors.faiss_index import AdIndex
+        from hlm.indexes.faiss_index import AdIndex
 
         index = AdIndex.build(catalogue, dim=student["dim"])
     encoder = QueryEncoder.from_pretrained(source, revision=revision)
@@ -304,7 +304,7 @@ def verify(options: argparse.Namespace) -> None:
     read_student(student)  # what is no student is refused before a catalogue is downloaded
     target = located_catalogue(options.target)
 
-    from hlm.vectors import lineage
+    from hlm.indexes import lineage
 
     facts = lineage.verify(student, target)
     show(
@@ -321,7 +321,7 @@ def verify(options: argparse.Namespace) -> None:
 
 
 def rollback(options: argparse.Namespace) -> None:
-    from hlm.vectors.rollback import roll_back, shown_versions
+    from hlm.indexes.rollback import roll_back, shown_versions
 
     if not options.list:
         roll_back(options.folder, options.to)

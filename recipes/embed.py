@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hlm.config import given, run_recipe
+from hlm.embedding.embed import embed
 from hlm.steps import EmbedConfig
-from hlm.vectors.embed import embed
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hlm.config import given, run_recipe
+from hlm.indexes.tune_index import tune_index
 from hlm.steps import IndexConfig
-from hlm.vectors.tune_index import tune_index
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -35,9 +35,9 @@ from hlm.data.contract import RetrievalData, document_text, iterate, load
 from hlm.encoders.loading import encode, fingerprint, load_encoder, resolve, save_encoder
 from hlm.encoders.static import of_stock
 from hlm.identity import PATHS, as_config, up_to_date
+from hlm.indexes.faiss_index import AdIndex
 from hlm.training.dev_retrieval import DevRetrieval
 from hlm.training.inputs import kept_pairs
-from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.store import VectorStore
 
 

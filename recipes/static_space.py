@@ -25,9 +25,9 @@ from hlm.data.contract import iterate, load
 from hlm.demo.comparison import ad_texts, is_synthetic, stored_teacher
 from hlm.demo.examples import choose_examples
 from hlm.encoders.folder import GRAPHS
+from hlm.indexes.faiss_index import AdIndex
+from hlm.indexes.lineage import open_fitting, read_student
 from hlm.serving.query_encoder import QueryEncoder
-from hlm.vectors.faiss_index import AdIndex
-from hlm.vectors.lineage import open_fitting, read_student
 from hlm.vectors.store import VectorStore
 
 logger = logging.getLogger(__name__)

@@ -16,6 +16,8 @@ FLOORS = [
     {"data", "encoders", "hub"},
     {"planning"},  # reads encoders alone; embedding asks it for the width of a teacher before any weights load
     {"vectors", "serving"},
+    {"indexes"},
+    {"embedding"},
     {"evaluation", "demo"},
     {"training"},
     {"benchmark"},  # it times training too

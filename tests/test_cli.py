@@ -15,9 +15,9 @@ from hlm.artefacts import HlmError
 from hlm.cli import main
 from hlm.data.contract import load
 from hlm.encoders.loading import encode, fingerprint, load_encoder, save_encoder
+from hlm.indexes.faiss_index import AdIndex
 from hlm.serving import student_files
 from hlm.vectors import canaries
-from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.store import VectorStore, write_store
 
 

@@ -10,12 +10,12 @@ from test_readme import COMMANDS as README_COMMANDS
 from test_readme import commands_of, config_types
 
 from hlm import cli
+from hlm.embedding.given import needs_model, read_settings
 from hlm.planning.run_file import RunFile
 from hlm.recipe_files import init, sets
 from hlm.step_table import STEPS
 from hlm.steps import PARTS, EmbedConfig
 from hlm.teacher_settings import EndpointSettings, ReadySettings
-from hlm.vectors.given import needs_model, read_settings
 from recipes.quickstart import named_in
 
 ROOT = Path(__file__).resolve().parent.parent

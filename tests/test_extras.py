@@ -18,8 +18,8 @@ from packaging.utils import canonicalize_name
 import hlm
 from hlm.encoders.loading import encode, fingerprint, load_encoder, save_encoder
 from hlm.extras import EXTRAS, OF_A_CLUSTER
+from hlm.indexes.faiss_index import AdIndex
 from hlm.serving.export import export_model
-from hlm.vectors.faiss_index import AdIndex
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

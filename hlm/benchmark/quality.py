@@ -12,10 +12,10 @@ import numpy as np
 from hlm.artefacts import MANIFEST, HlmError
 from hlm.data.contract import RetrievalData
 from hlm.evaluation.metrics import dense_run, mean, per_query
+from hlm.indexes.exact import exact_search
+from hlm.indexes.faiss_index import AdIndex
+from hlm.indexes.index import Index
 from hlm.report_types import Quality, Report
-from hlm.vectors.exact import exact_search
-from hlm.vectors.faiss_index import AdIndex
-from hlm.vectors.index import Index
 from hlm.vectors.store import VectorStore
 
 Encode = Callable[[list[str]], np.ndarray]

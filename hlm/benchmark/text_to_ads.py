@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hlm.artefacts import MANIFEST, HlmError
 from hlm.fields import read_json
-from hlm.vectors.index import open_index
+from hlm.indexes.index import open_index
 
 if TYPE_CHECKING:
     import numpy as np

@@ -301,9 +301,9 @@ def load_demo(config: DemoConfig) -> Demo:
         HlmError: something is missing, or the index is of another teacher than the student's.
     """
     from hlm.data.contract import load
+    from hlm.indexes.faiss_index import AdIndex
+    from hlm.indexes.index import open_index
     from hlm.serving.query_encoder import QueryEncoder
-    from hlm.vectors.faiss_index import AdIndex
-    from hlm.vectors.index import open_index
     from hlm.vectors.store import VectorStore
 
     student = QueryEncoder.from_pretrained(config.place("student"), precision=config.precision)

@@ -37,7 +37,7 @@ def choose_examples(
         data: a `hlm.data.contract.RetrievalData`, with the judgements that were loaded.
         student: texts -> float32 (n, dim), L2-normalised.
         teacher: a text -> float32 (1, dim), L2-normalised, or None where it has no vector.
-        index: a `hlm.vectors.index.Index` of the teacher's ad vectors.
+        index: a `hlm.indexes.index.Index` of the teacher's ad vectors.
     """
     split = next((name for name in ("test", "dev") if data.qrels.get(name)), None)
     if split is None:

@@ -24,15 +24,15 @@ from hlm.evaluation.kept_runs import cached_run, check_runs, run_path, write_par
 from hlm.evaluation.metrics import Run, check_judgements, dense_run, relevance_threshold
 from hlm.evaluation.report import STUDENTS, build_report, command_line, environment, plot
 from hlm.evaluation.thresholds import calibrate
+from hlm.indexes.exact import StoreSearch, exact_search
+from hlm.indexes.faiss_index import AdIndex
+from hlm.indexes.index import Index, open_index
+from hlm.indexes.lineage import check_student
 from hlm.progress import progress
 from hlm.report_files import claimed_report, write_report
 from hlm.report_types import Report, Thresholds
 from hlm.settings import defaults_of, keywords
 from hlm.steps import EvaluateConfig, System
-from hlm.vectors.exact import StoreSearch, exact_search
-from hlm.vectors.faiss_index import AdIndex
-from hlm.vectors.index import Index, open_index
-from hlm.vectors.lineage import check_student
 from hlm.vectors.store import VectorStore, write_store
 
 logger = logging.getLogger(__name__)

@@ -13,9 +13,9 @@ from hlm.artefacts import MANIFEST, HlmError, read_manifest
 from hlm.encoders.loading import find_encoder
 from hlm.evaluation.fusion import check_weights
 from hlm.evaluation.report import STUDENTS, SYSTEMS
+from hlm.indexes.lineage import check_student
 from hlm.settings import closest, read_section
 from hlm.steps import EvaluateConfig, Fusion, System
-from hlm.vectors.lineage import check_student
 from hlm.vectors.store import VectorStore
 
 

@@ -14,9 +14,9 @@ import pytrec_eval
 
 from hlm.artefacts import HlmError
 from hlm.data.words import count_words
+from hlm.indexes.exact import StoreSearch
+from hlm.indexes.index import Index
 from hlm.report_types import Recovery
-from hlm.vectors.exact import StoreSearch
-from hlm.vectors.index import Index
 
 Run = dict[str, dict[str, float]]
 Qrels = dict[str, dict[str, int]]

@@ -17,6 +17,7 @@ import jinja2
 from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
 
 from hlm.artefacts import HlmError, read_manifest
+from hlm.indexes.lineage import read_student
 from hlm.publishing.card_facts import (
     data_name,
     dataset_facts,
@@ -28,7 +29,6 @@ from hlm.publishing.card_facts import (
 )
 from hlm.redaction import machine_names, public, public_command, public_manifest, refuse_secrets
 from hlm.report_types import LatencyReport, Report
-from hlm.vectors.lineage import read_student
 
 # In a checkout beside hlm/, in an installed package inside it.
 TEMPLATES = (Path(__file__).resolve().parents[2] / "model_cards", Path(__file__).resolve().parents[1] / "model_cards")

@@ -16,9 +16,9 @@ from typing import Any
 
 from hlm.artefacts import MANIFEST, HlmError, read_manifest
 from hlm.hub.changes import CARD
+from hlm.indexes.index import ENGINES
 from hlm.integrity import known_fingerprint
 from hlm.redaction import machine_names, public, public_manifest, refuse_secrets
-from hlm.vectors.index import ENGINES
 from hlm.vectors.shard_files import GONE
 
 RESULTS = ".eval_results/hlm.yaml"
@@ -192,7 +192,7 @@ def _json(value: Any) -> bytes:
 
 def _verify(folder: Path, kind: str) -> None:
     if kind == "student":
-        from hlm.vectors.lineage import verify_student
+        from hlm.indexes.lineage import verify_student
 
         verify_student(folder)
     elif kind == "teacher":
@@ -230,7 +230,7 @@ def _verify_dataset(folder: Path) -> None:
     """Tables are read and checked row by row, stores and index against their checksums, and all against each other."""
     from hlm.data.contract import load
     from hlm.data.tables import find_table
-    from hlm.vectors.index import open_index
+    from hlm.indexes.index import open_index
     from hlm.vectors.store import VectorStore
 
     stores = {path.parent.name: VectorStore.open(path.parent) for path in sorted(folder.glob(f"vectors/*/{MANIFEST}"))}

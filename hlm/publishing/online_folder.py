@@ -12,12 +12,12 @@ from hlm.data.contract import load
 from hlm.encoders.loading import encode, fingerprint, load_encoder, save_encoder
 from hlm.evaluation.metrics import dense_run, mean, overlap
 from hlm.identity import as_config, up_to_date
+from hlm.indexes.faiss_index import AdIndex
+from hlm.indexes.lineage import check_student
 from hlm.serving.export import export_model
 from hlm.serving.query_encoder import QueryEncoder
 from hlm.settings import keywords
 from hlm.steps import ExportConfig
-from hlm.vectors.faiss_index import AdIndex
-from hlm.vectors.lineage import check_student
 from hlm.vectors.store import VectorStore
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from hlm.publishing.files import folder_files
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    from hlm.vectors.index import Index
+    from hlm.indexes.index import Index
     from hlm.vectors.store import VectorStore
 
 __all__ = ["Published", "link_files", "local_folder", "publish_folder"]
@@ -130,7 +130,7 @@ def _as_folder(thing: Any, teacher: str | None) -> Iterator[tuple[Path, list[Pat
     if isinstance(thing, (str, Path)):
         yield Path(thing), []
         return
-    from hlm.vectors.index import Index
+    from hlm.indexes.index import Index
     from hlm.vectors.store import VectorStore
 
     with tempfile.TemporaryDirectory(prefix="hlm-") as temporary:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from hlm.artefacts import HlmError, read_manifest
 from hlm.hub.repository import Repository, collect
+from hlm.indexes.lineage import open_fitting, read_student, verify
 from hlm.publishing.publish import Published, publish_folder
 from hlm.publishing.staging import stage_dataset, stage_space, stage_student, stage_teacher
 from hlm.settings import keywords
 from hlm.steps import PublishConfig
-from hlm.vectors.lineage import open_fitting, read_student, verify
 
 TYPES = {"teacher": "model", "dataset": "dataset", "student": "model", "space": "space"}  # in the order of publishing
 

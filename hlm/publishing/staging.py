@@ -16,6 +16,9 @@ from hlm.data.contract import load
 from hlm.data.tables import find_table, read_rows
 from hlm.fields import read_json
 from hlm.hub.repository import Repository
+from hlm.indexes.faiss_index import AdIndex
+from hlm.indexes.index import ENGINES, KIND, engine_of
+from hlm.indexes.lineage import open_fitting, read_student
 from hlm.publishing.card_facts import system_of
 from hlm.publishing.cards import dataset_card, eval_results, student_card, teacher_card
 from hlm.publishing.files import RESULTS, folder_files, own_file
@@ -23,9 +26,6 @@ from hlm.publishing.publish import link_files
 from hlm.report_files import read_latency, read_report
 from hlm.steps import PublishConfig
 from hlm.vectors import versions
-from hlm.vectors.faiss_index import AdIndex
-from hlm.vectors.index import ENGINES, KIND, engine_of
-from hlm.vectors.lineage import open_fitting, read_student
 from hlm.vectors.store import VectorStore
 
 SPLITS = ("train", "dev", "test")

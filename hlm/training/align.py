@@ -20,6 +20,8 @@ from hlm.data.counts import counts_of, fingerprint_counts, weights_of
 from hlm.encoders.loading import add_head, encode, fingerprint, load_encoder, prompt_of, save_encoder
 from hlm.encoders.pruning import check_cascade, cut
 from hlm.identity import PATHS, as_config, up_to_date
+from hlm.indexes.exact import exact_search
+from hlm.indexes.lineage import named_teacher
 from hlm.outputs import resolved
 from hlm.settings import closest, keywords
 from hlm.steps import AlignConfig
@@ -37,8 +39,6 @@ from hlm.training.trainer import (
     set_dropout,
     train,
 )
-from hlm.vectors.exact import exact_search
-from hlm.vectors.lineage import named_teacher
 from hlm.vectors.store import VectorStore
 
 logger = logging.getLogger(__name__)

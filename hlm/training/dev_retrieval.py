@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from hlm.encoders.loading import encode
 from hlm.evaluation.metrics import Qrels, Scores, dense_run, mean, per_query
-from hlm.vectors.exact import StoreSearch
-from hlm.vectors.faiss_index import AdIndex
-from hlm.vectors.index import Index
+from hlm.indexes.exact import StoreSearch
+from hlm.indexes.faiss_index import AdIndex
+from hlm.indexes.index import Index
 
 logger = logging.getLogger(__name__)
 

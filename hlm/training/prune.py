@@ -17,12 +17,12 @@ from hlm.encoders.pruning import cut
 from hlm.encoders.static_words import static_student
 from hlm.encoders.vocabulary import check_vocabulary, choose_tokens, count_tokens, cut_vocabulary, share_kept
 from hlm.identity import as_config, up_to_date
+from hlm.indexes.lineage import named_teacher
 from hlm.planning.footprint import backbone_config
 from hlm.planning.plan import cascade
 from hlm.progress import progress
 from hlm.settings import keywords
 from hlm.steps import PruneConfig
-from hlm.vectors.lineage import named_teacher
 from hlm.vectors.store import VectorStore
 
 logger = logging.getLogger(__name__)

@@ -17,6 +17,8 @@ from transformers import TrainerCallback
 from hlm.data.contract import RetrievalData, load
 from hlm.encoders.loading import encode, fingerprint, load_encoder, prompt_of, save_encoder, sent
 from hlm.identity import PATHS, as_config, up_to_date
+from hlm.indexes.exact import exact_search
+from hlm.indexes.lineage import check_student, named_teacher
 from hlm.settings import keywords
 from hlm.steps import RefineConfig
 from hlm.training.batches import TokenTable
@@ -43,8 +45,6 @@ from hlm.training.trainer import (
     set_dropout,
     train,
 )
-from hlm.vectors.exact import exact_search
-from hlm.vectors.lineage import check_student, named_teacher
 from hlm.vectors.store import VectorStore
 
 logger = logging.getLogger(__name__)

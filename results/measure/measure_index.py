@@ -34,11 +34,11 @@ from hlm.config import parse, run_recipe
 from hlm.data.contract import load
 from hlm.encoders.loading import load_encoder
 from hlm.evaluation.report import command_line, environment
+from hlm.indexes import faiss_parts, tuning
+from hlm.indexes.faiss_index import AdIndex
+from hlm.indexes.recall import exact_neighbours, recalls, sample_of
 from hlm.machine import facts
 from hlm.serving.query_encoder import QueryEncoder
-from hlm.vectors import faiss_parts, tuning
-from hlm.vectors.faiss_index import AdIndex
-from hlm.vectors.recall import exact_neighbours, recalls, sample_of
 from hlm.vectors.store import VectorStore
 
 logger = logging.getLogger(__name__)
@@ -228,7 +228,7 @@ MEMORY = """
 import sys
 import faiss, numpy as np
 from hlm.machine import anonymous_mib
-from hlm.vectors.faiss_index import AdIndex
+from hlm.indexes.faiss_index import AdIndex
 
 AdIndex.from_vectors(np.eye(8), list("abcdefgh")).search(np.eye(8)[0], 3)  # what FAISS and Arrow themselves take
 for folder in sys.argv[2:]:

@@ -29,12 +29,12 @@ from hlm.artefacts import HlmError, write_json
 from hlm.config import parse, run_recipe
 from hlm.data.contract import load
 from hlm.evaluation.report import command_line, environment
+from hlm.indexes import tuning
+from hlm.indexes.index import create_index
+from hlm.indexes.index_parts import normalised
+from hlm.indexes.recall import exact_neighbours, recalls
 from hlm.machine import facts
 from hlm.serving.query_encoder import QueryEncoder
-from hlm.vectors import tuning
-from hlm.vectors.index import create_index
-from hlm.vectors.index_parts import normalised
-from hlm.vectors.recall import exact_neighbours, recalls
 from hlm.vectors.store import VectorStore
 
 logger = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ def svs(task: Task) -> Built:
 
 def lancedb(task: Task) -> Built:
     """As HLM's living engine asks it: IVF with RaBitQ codes, candidates scored again."""
-    from hlm.vectors.index import open_index
+    from hlm.indexes.index import open_index
 
     folder = task.work / "lance"
     if not (folder / "hlm.json").is_file():

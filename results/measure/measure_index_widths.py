@@ -29,11 +29,11 @@ from hlm.artefacts import write_json
 from hlm.config import parse, run_recipe
 from hlm.data.contract import load
 from hlm.evaluation.report import command_line, environment
+from hlm.indexes import tuning
+from hlm.indexes.index_parts import normalised
+from hlm.indexes.recall import exact_neighbours, recalls
 from hlm.machine import facts
 from hlm.serving.query_encoder import QueryEncoder
-from hlm.vectors import tuning
-from hlm.vectors.index_parts import normalised
-from hlm.vectors.recall import exact_neighbours, recalls
 from hlm.vectors.store import VectorStore
 
 logger = logging.getLogger(__name__)

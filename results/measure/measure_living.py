@@ -28,11 +28,11 @@ import numpy as np
 from hlm.artefacts import HlmError, write_json
 from hlm.config import parse, run_recipe
 from hlm.evaluation.report import command_line, environment
+from hlm.indexes.faiss_index import AdIndex
+from hlm.indexes.index import create_index, open_index
+from hlm.indexes.rollback import roll_back
 from hlm.machine import facts
 from hlm.vectors import versions
-from hlm.vectors.faiss_index import AdIndex
-from hlm.vectors.index import create_index, open_index
-from hlm.vectors.rollback import roll_back
 from hlm.vectors.store import VectorStore, write_store
 
 logger = logging.getLogger(__name__)

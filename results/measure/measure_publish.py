@@ -273,7 +273,7 @@ def differences(release: dict[str, Any], folders: dict[str, Path]) -> dict[str, 
     from hlm import QueryEncoder
     from hlm.data.contract import load
     from hlm.encoders.loading import encode, load_encoder
-    from hlm.vectors.faiss_index import AdIndex
+    from hlm.indexes.faiss_index import AdIndex
     from hlm.vectors.store import VectorStore
 
     def far(one: Any, other: Any) -> float:

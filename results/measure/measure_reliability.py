@@ -45,10 +45,10 @@ from hlm.data.sample_catalogue import write_catalogue
 from hlm.encoders.loading import load_encoder, resolve, save_encoder
 from hlm.evaluation.report import align as aligned
 from hlm.evaluation.report import command_line, environment
+from hlm.indexes.faiss_index import AdIndex
 from hlm.machine import facts
 from hlm.progress import progress
 from hlm.report_files import claimed_report
-from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.store import VectorStore, write_store
 
 logger = logging.getLogger(__name__)

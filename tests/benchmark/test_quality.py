@@ -7,7 +7,7 @@ import pytest
 
 from hlm.artefacts import HlmError
 from hlm.benchmark.quality import agreement, agreements, quality, same_encoders
-from hlm.vectors.faiss_index import AdIndex
+from hlm.indexes.faiss_index import AdIndex
 from hlm.vectors.store import VectorStore, write_store
 
 

@@ -8,7 +8,7 @@ import pytest
 from hlm.artefacts import HlmError
 from hlm.demo.comparison import Demo, DemoConfig, clean
 from hlm.demo.page import results, shown
-from hlm.vectors.faiss_index import AdIndex
+from hlm.indexes.faiss_index import AdIndex
 
 ROOT = Path(__file__).resolve().parents[2]
 

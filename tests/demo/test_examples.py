@@ -6,7 +6,7 @@ import pytest
 
 from hlm.data.contract import RetrievalData
 from hlm.demo.examples import choose_examples
-from hlm.vectors.faiss_index import AdIndex
+from hlm.indexes.faiss_index import AdIndex
 
 ADS = [f"ad{number:02d}" for number in range(40)]
 INDEX = AdIndex.from_vectors(np.eye(40, dtype=np.float32), ADS)

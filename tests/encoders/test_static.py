@@ -15,8 +15,8 @@ from hlm.encoders.loading import encode, fingerprint, load_encoder, save_encoder
 from hlm.encoders.pruning import parameter_counts
 from hlm.encoders.static import is_static_folder
 from hlm.encoders.static_words import static_student
+from hlm.indexes.lineage import verify_student
 from hlm.publishing.cards import student_card
-from hlm.vectors.lineage import verify_student
 
 LOG = ["red shoe", "red shoe with laces", "laces without shoe", "Shoetree", "camera"]
 TEXTS = ["red shoe", "a shoetree", "Red CAMERAS without laces", "ü 靴", "", "shoe without laces, red " * 40]

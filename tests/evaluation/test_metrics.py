@@ -18,7 +18,7 @@ from hlm.evaluation.metrics import (
     relevance_threshold,
     slices,
 )
-from hlm.vectors.faiss_index import AdIndex
+from hlm.indexes.faiss_index import AdIndex
 from hlm.vectors.store import VectorStore, write_store
 
 QRELS = {"q": {"a": 1, "b": 3, "c": 2, "d": 3, "e": 0}}

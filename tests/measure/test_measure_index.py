@@ -8,7 +8,7 @@ from pathlib import Path
 import faiss
 import torch
 
-from hlm.vectors.embed import embed
+from hlm.embedding.embed import embed
 
 PATH = Path(__file__).resolve().parents[2] / "results/measure/measure_index.py"
 spec = importlib.util.spec_from_file_location("measure_index", PATH)

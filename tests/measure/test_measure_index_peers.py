@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hlm.artefacts import HlmError
-from hlm.vectors.embed import embed
+from hlm.embedding.embed import embed
 
 
 def script(name):

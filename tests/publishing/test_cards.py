@@ -15,9 +15,9 @@ from hlm import redaction
 from hlm.artefacts import HlmError
 from hlm.encoders.loading import add_head, encode, fingerprint, load_encoder, save_encoder
 from hlm.encoders.lora import add_lora, merge_lora
+from hlm.indexes.faiss_index import AdIndex
 from hlm.publishing import cards
 from hlm.publishing.cards import dataset_card, eval_results, student_card, teacher_card
-from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.store import VectorStore, write_store
 
 TEXT = "cordless hedge trimmer"  # the query of every example

@@ -19,9 +19,9 @@ from hlm.data.contract import document_text, iterate, load
 from hlm.encoders.loading import encode, fingerprint, load_encoder, save_encoder
 from hlm.hub import changes as hub_changes
 from hlm.hub.repository import Repository, hub_errors
+from hlm.indexes.faiss_index import AdIndex
 from hlm.publishing.files import release_files
 from hlm.publishing.publish import link_files, local_folder, publish_folder
-from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.store import VectorStore, write_store
 
 # The Hub's client speaks HTTP by httpx, or by httpx2 in newer versions.

@@ -13,11 +13,11 @@ from embedding_server import KEY, embedding_server
 
 from hlm.artefacts import HlmError, read_manifest
 from hlm.data.contract import document_text, load, query_text
+from hlm.embedding import endpoint as endpoint_module
+from hlm.embedding.embed import embed
 from hlm.encoders.loading import encode, fingerprint, load_encoder, save_encoder
+from hlm.indexes.lineage import verify
 from hlm.publishing.cards import dataset_card, student_card
-from hlm.vectors import endpoint as endpoint_module
-from hlm.vectors.embed import embed
-from hlm.vectors.lineage import verify
 from hlm.vectors.store import VectorStore
 from recipes import align, evaluate, export, prune, refine
 

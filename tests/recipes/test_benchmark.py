@@ -18,9 +18,9 @@ from hlm.data.contract import document_text, load
 from hlm.encoders.loading import encode, fingerprint, load_encoder, save_encoder
 from hlm.encoders.pruning import prune
 from hlm.evaluation.metrics import dense_run, mean, per_query
+from hlm.indexes.faiss_index import AdIndex
 from hlm.machine import Counters
 from hlm.report_files import write_report
-from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.store import VectorStore, write_store
 from recipes import benchmark
 

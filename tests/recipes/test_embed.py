@@ -13,11 +13,11 @@ import pytest
 from hlm.artefacts import HlmError
 from hlm.config import parse
 from hlm.data.contract import document_text, load, query_text
+from hlm.embedding.embed import check, processes
+from hlm.embedding.ray_workers import ShardWriter
 from hlm.encoders.loading import encode, fingerprint, load_encoder
+from hlm.indexes.faiss_index import AdIndex
 from hlm.steps import EmbedConfig
-from hlm.vectors.embed import check, processes
-from hlm.vectors.faiss_index import AdIndex
-from hlm.vectors.ray_workers import ShardWriter
 from hlm.vectors.store import VectorStore
 from recipes import embed
 
@@ -80,7 +80,7 @@ def test_every_part_of_the_catalogue(tiny_bert, catalogue_200, tmp_path, caplog)
 
     before = content(tmp_path / "out")
     caplog.clear()
-    with caplog.at_level("INFO", logger="hlm.vectors.embed"):
+    with caplog.at_level("INFO", logger="hlm.embedding.embed"):
         run(tiny_bert, catalogue_200, tmp_path / "out", "--shard_rows", "64")
     assert [record.message.split(": ")[1] for record in caplog.records] == ["up to date"] * 3
     assert content(tmp_path / "out") == before
@@ -96,7 +96,7 @@ def test_goes_on_after_a_kill_with_the_same_bytes(tiny_bert, shop, tmp_path, mon
             raise KeyboardInterrupt
         return encode(model, texts, **options)
 
-    monkeypatch.setattr("hlm.vectors.embed.encode", failing)
+    monkeypatch.setattr("hlm.embedding.embed.encode", failing)
     with pytest.raises(KeyboardInterrupt):
         run(tiny_bert, shop, tmp_path / "killed", "--shard_rows", "2")
     run(tiny_bert, shop, tmp_path / "killed", "--shard_rows", "2")
@@ -117,7 +117,7 @@ def test_ids_of_unlabelled_queries(tiny_bert, shop, tmp_path):
 
 def test_long_shards_are_encoded_in_steps(tiny_bert, shop, tmp_path, monkeypatch):
     run(tiny_bert, shop, tmp_path / "one", "--parts", "corpus")
-    monkeypatch.setattr("hlm.vectors.embed.TEXTS_PER_STEP", 2)
+    monkeypatch.setattr("hlm.embedding.embed.TEXTS_PER_STEP", 2)
     run(tiny_bert, shop, tmp_path / "steps", "--parts", "corpus")
     one, steps = (VectorStore.open(tmp_path / name / "corpus") for name in ("one", "steps"))
     close(steps.gather(range(5)), one.gather(range(5)))

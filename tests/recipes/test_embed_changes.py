@@ -7,14 +7,15 @@ import pytest
 
 from hlm.artefacts import HlmError
 from hlm.data.contract import document_text, load
+from hlm.embedding import embed as embed_module
+from hlm.embedding import embed_index
 from hlm.encoders import loading
 from hlm.encoders.loading import encode, load_encoder
+from hlm.indexes.index import open_index
+from hlm.indexes.rollback import roll_back
 from hlm.publishing.files import release_files
 from hlm.publishing.staging import link_current
-from hlm.vectors import embed as embed_module
-from hlm.vectors import embed_index, versions
-from hlm.vectors.index import open_index
-from hlm.vectors.rollback import roll_back
+from hlm.vectors import versions
 from hlm.vectors.store import VectorStore
 from recipes import embed
 

@@ -25,8 +25,8 @@ from hlm.data.contract import document_text, load
 from hlm.encoders.loading import encode, fingerprint, load_encoder
 from hlm.evaluation.inputs import find_inputs
 from hlm.evaluation.metrics import dense_run
+from hlm.indexes.faiss_index import AdIndex
 from hlm.steps import System
-from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.store import VectorStore, write_store
 from recipes import evaluate
 

@@ -5,7 +5,7 @@ import torch
 
 from hlm.artefacts import HlmError, read_manifest
 from hlm.encoders.loading import encode, load_encoder
-from hlm.vectors.lineage import check_student
+from hlm.indexes.lineage import check_student
 from recipes import embed, peers, prune
 
 

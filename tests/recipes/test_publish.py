@@ -171,7 +171,7 @@ from hlm import QueryEncoder, cli
 from hlm.data.contract import load
 from hlm.encoders.loading import encode, load_encoder
 from hlm.publishing.publish import local_folder
-from hlm.vectors.faiss_index import AdIndex
+from hlm.indexes.faiss_index import AdIndex
 from hlm.vectors.store import VectorStore
 
 home, base, texts, far = Path(sys.argv[1]), sys.argv[2], ["red shoe", "steel kettle 1 litre", "lamp"], {}

@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPES = {"teacher": teacher, "embed": embed, "align": align, "refine": refine}
 STEPS = {
     "teacher": "hlm.training.teacher",
-    "embed": "hlm.vectors.embed",
+    "embed": "hlm.embedding.embed",
     "align": "hlm.training.align",
     "refine": "hlm.training.refine",
 }

@@ -22,7 +22,7 @@ from hlm.data.contract import iterate, load
 from hlm.demo.comparison import Demo, DemoConfig, load_demo
 from hlm.demo.page import failure, results, table
 from hlm.demo.plots import latency_charts, quality_charts
-from hlm.vectors.faiss_index import AdIndex
+from hlm.indexes.faiss_index import AdIndex
 from hlm.vectors.store import VectorStore
 
 gradio = pytest.importorskip("gradio", reason="the demo needs the extra 'space'")

@@ -16,9 +16,9 @@ from browser import SCRIPT, hostile_run, opening, serious
 
 from hlm.artefacts import HlmError
 from hlm.data.contract import iterate, load
+from hlm.indexes.faiss_index import AdIndex
 from hlm.serving.export import export
 from hlm.serving.query_encoder import QueryEncoder
-from hlm.vectors.faiss_index import AdIndex
 from hlm.vectors.store import VectorStore
 
 ROOT = Path(__file__).resolve().parents[2]

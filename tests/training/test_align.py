@@ -11,10 +11,10 @@ import torch
 from hlm.artefacts import HlmError
 from hlm.data.contract import load
 from hlm.data.counts import counts_of, fingerprint_counts, weights_of
+from hlm.embedding.embed import embed
 from hlm.steps import AlignConfig
 from hlm.training.align import Queries, align, objective, rows_of_kinds
 from hlm.training.losses import cosine_alignment, kernel_alignment, kl_distillation, l2_alignment
-from hlm.vectors.embed import embed
 from hlm.vectors.store import VectorStore, write_store
 
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from hlm.artefacts import HlmError, fingerprint_file, read_manifest
 from hlm.encoders.loading import encode, fingerprint, load_encoder, save_encoder
+from hlm.indexes.faiss_index import AdIndex
+from hlm.indexes.lineage import verify
 from hlm.vectors import canaries
-from hlm.vectors.faiss_index import AdIndex
-from hlm.vectors.lineage import verify
 from hlm.vectors.store import VectorStore
 from recipes import embed
 

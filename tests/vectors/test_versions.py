@@ -17,10 +17,10 @@ from stores import make_store
 
 from hlm import cli, outputs
 from hlm.artefacts import HlmError, fingerprint_texts
+from hlm.indexes.faiss_index import AdIndex
+from hlm.indexes.index import create_index, open_index
+from hlm.indexes.rollback import roll_back
 from hlm.vectors import shard_files, store_versions, versions
-from hlm.vectors.faiss_index import AdIndex
-from hlm.vectors.index import create_index, open_index
-from hlm.vectors.rollback import roll_back
 from hlm.vectors.store import VectorStore
 from hlm.vectors.store_versions import Target, compact
 
@@ -290,7 +290,8 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import numpy as np
 from killed import killed_at_each, forked
-from hlm.vectors import lance_index, lance_table, versions
+from hlm.indexes import lance_index, lance_table
+from hlm.vectors import versions
 from lancedb.merge import LanceMergeInsertBuilder
 from lancedb.table import LanceTable, Tags
 import os
