@@ -26,7 +26,7 @@ paper's figures are precision@100 of models of billions of parameters: signs can
 
 Every variant of a set shares data, teacher and ad vectors, unless it says otherwise. Seeds are those of the students'
 training; the teacher is one. Checkpoints, and alternatives where a variant has several, were chosen on dev. Test was
-searched once for each variant; `test_read` in the JSON says when.
+searched once for each variant; `test_read` in the JSON says when. Where there is one seed, no seed could disagree.
 """
 FULL, QUICK = "Answered in full", "Run by --quick alone"
 QUICK_ABOUT = (
@@ -60,7 +60,8 @@ def _scope(full: dict[str, Any], quick: dict[str, Any]) -> str:
             for set_name, found in question["sets"].items():
                 seeds = ", ".join(map(str, found["seeds"]))
                 ran = f"{len(found['variants'])} of {len(found['variants']) + len(found['missing'])}"
-                rows.append([name, set_name, how, seeds, str(found["queries"]), ran])
+                one = ", one seed" if how == "full" and len(found["seeds"]) == 1 else ""
+                rows.append([name, set_name, how + one, seeds, str(found["queries"]), ran])
     return "## What was run\n\n" + _table(["question", "set", "run", "seeds", "test queries", "variants"], rows)
 
 

@@ -2,8 +2,8 @@
 
     python results/measure/measure_first_student.py --output results/first-student.json
 
-The files are those of `raw_logs.py`: a catalogue, a query log and clicks with every kind of dirt. The commands are those
-of docs/your-data.md, with the defaults of `hlm init` for a CPU.
+The files are those of `raw_logs.py`: a catalogue, a query log and clicks with every kind of dirt. The commands are
+those of docs/your-data.md, with the defaults of `hlm init` for a CPU.
 """
 
 from __future__ import annotations
@@ -67,11 +67,8 @@ def measured(folder: Path, lines: int, ads: int, config: MeasureFirstStudentConf
             own = {"steps": config.steps, "backbone": config.backbone}
             (folder / "mine/run.yaml").write_text(changed((folder / "mine/run.yaml").read_text(), own))
         started = time.monotonic()
-        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        command = [sys.executable, "-m", "hlm.cli", *words.split()]
-        done = subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.DEVNULL)
-        if done.returncode:
-            raise RuntimeError(f"hlm {words} ended with {done.returncode}")
+        if status := hlm(words.split(), folder):
+            raise RuntimeError(f"hlm {words} ended with {status}")
         seconds[name] = round(time.monotonic() - started, 1)
     report = read_json(folder / "runs/mine/report.json")
     timings = read_json(folder / "runs/mine/timings.json")
@@ -85,6 +82,14 @@ def measured(folder: Path, lines: int, ads: int, config: MeasureFirstStudentConf
         "ndcg@10": {name: found["ndcg@10"] for name, found in report["systems"].items()},
         "recovery": {name: found["ndcg@10"] for name, found in report["recovery_by_system"].items()},
     }
+
+
+def hlm(words: list[str], folder: Path) -> int:
+    """The exit status of `hlm` with these words, run in this folder."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "hlm.cli", *words]
+    environment = os.environ | {"PYTHONPATH": path}
+    return subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, check=False).returncode
 
 
 def changed(text: str, own: dict[str, Any]) -> str:
