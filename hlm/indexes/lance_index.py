@@ -71,6 +71,7 @@ class LanceIndex(Index):
         self._database = lance_table.connected(folder)  # its cache is kept from version to version
         self._writing: contextlib.ExitStack | None = None
         self._state: list[int] | None = None
+        self._asked: tuple[np.ndarray, int] | None = None  # the last search's first query, and k
         self._pin(facts)
 
     def _pin(self, facts: Facts) -> None:
@@ -92,10 +93,14 @@ class LanceIndex(Index):
         self.encoder, self.source, self.factory = facts.encoder, facts.source, facts.factory
         self.canaries, self.measured, self.made_of = facts.canaries, facts.measured, facts.made_of
         self._schema = pa.schema([entry for entry in schema if entry.name != "vector"])
-        self._facts = facts
+        if self._asked is not None:  # files are opened before somebody waits for them
+            (query, k), cells = self._asked, lance_table.cells_of(facts.factory, count)
+            probed = min(cells, lance_table.default_nprobe(cells) * self._effort)
+            lance_table.nearest(table, query, min(k, count), None, probed, lance_table.REFINE_FACTOR * self._effort)
         # In one step, for those who search meanwhile: what is open, and how many rows pass which filter.
         passing: dict[str, int] = {}
         self._open = facts, table, passing
+        self._facts = facts  # last, so that nobody is told of a version that is not searched yet
 
     def __len__(self) -> int:
         return self._facts.count
@@ -182,8 +187,8 @@ class LanceIndex(Index):
         return read_steadily(place, lambda: cls(place, read_facts(place, cls.engine, expect_encoder)))
 
     def refresh(self) -> bool:
-        """Opens the version that is current by now; searches that are running end in the former one. It costs a look at
-        a file where nothing has changed, so a server may call it before every search.
+        """Opens the version that is current by now, searches it once, and swaps it in; until then other threads search
+        the former one. A server calls it in a thread of its own. Where nothing has changed it costs a look at a file.
 
         Returns:
             Whether it is another one.
@@ -220,6 +225,8 @@ class LanceIndex(Index):
         self._check_process()
         rows, (facts, table, passing) = checked_queries(queries, self.dim), self._open
         k = min(whole_number("k", k, least=1), facts.count)
+        if len(rows):
+            self._asked = rows[:1], k
         cells = lance_table.cells_of(facts.factory, facts.count)
         effort = self._effort
         probed = lance_table.default_nprobe(cells) * effort

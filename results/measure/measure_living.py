@@ -3,9 +3,9 @@
     python results/measure/measure_living.py --work WORK --output results/living.json --minutes 5
 
 Builds an index in LanceDB of synthetic vectors. Then it lets clients, each a process that sends queries at a steady
-rate, search it: first alone, then while another process puts and deletes ads and commits once a second. A client opens
-the newest version before each search. Every id names the commit that put it, so that an answer tells by itself whether
-it is of the version that was open. Then FAISS's index is swapped under threads that open and search it.
+rate, search it: first alone, then while another process puts and deletes ads and commits once a second. In each client
+a thread opens the newest version five times a second. Every id names the commit that put it, so that an answer tells by
+itself whether it is of the version that was open. Then FAISS's index is swapped under threads that open and search it.
 
 Writes `output`: time of a search without and with changes; errors, answers that are not of the version that was open,
 how long after a commit its version was still not searched, and what the swaps did.
@@ -127,13 +127,15 @@ def client(folder: Path, config: MeasureLivingConfig, seed: int, ready: Any, end
     found: dict[str, Any] = {"ms": [], "errors": [], "not_of_the_version": 0, "short": 0, "seen": []}
     for query in vectors_of(rng, centres, 20):  # what is read once is read before
         index.search(query, config.k)
+    errors: list[str] = found["errors"]
+    threading.Thread(target=keep_fresh, args=(index, ended, errors), daemon=True).start()
     ready.wait(timeout=300)
     due = time.time() + rng.random() / config.queries_per_second
     while not ended.is_set():
         time.sleep(max(0.0, due - time.time()))
         query, started = vectors_of(rng, centres, 1)[0], time.perf_counter()
+        version = index.version  # it may become a newer one before the search begins, never an older one
         try:
-            index.refresh()
             ids = index.search(query, config.k)[1]
         except HlmError as error:
             found["errors"].append(str(error))
@@ -141,10 +143,19 @@ def client(folder: Path, config: MeasureLivingConfig, seed: int, ready: Any, end
         found["ms"].append(1e3 * (time.perf_counter() - started))
         if ids is not None:
             found["short"] += len(ids) < min(config.k, len(index))
-            found["not_of_the_version"] += not all(is_of(name, index.version) for name in ids)
-            found["seen"].append((time.time(), index.version))
+            newest = range(version, index.version + 1)
+            found["not_of_the_version"] += not any(all(is_of(name, one) for name in ids) for one in newest)
+            found["seen"].append((time.time(), version))
         due = max(due + 1 / config.queries_per_second, time.time())  # a late client does not catch up
     answers.put(found)
+
+
+def keep_fresh(index: Any, ended: Any, errors: list[str]) -> None:
+    while not ended.wait(0.2):
+        try:
+            index.refresh()
+        except HlmError as error:
+            errors.append(str(error))
 
 
 def is_of(name: str, version: int) -> bool:
