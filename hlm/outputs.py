@@ -255,16 +255,15 @@ def _refuse_foreign(target: Path, kind: str | None) -> None:
             f"expected an empty folder or {wanted} at {target}, found an artefact of kind '{found}'; nothing there was "
             "touched: name another output"
         )
+    if any((target / VERSIONS).glob(f"[0-9]*/{MANIFEST}")):
+        return  # what is written becomes a version beside the others, and replaces nothing
     records = json.loads((target / MANIFEST).read_text(encoding="utf-8")).get("files")
     if isinstance(records, dict):
         files = (path.relative_to(target) for path in target.rglob("*") if path.is_file() or path.is_symlink())
         others = sorted(
             str(path)
             for path in files
-            if path.as_posix() not in records
-            and str(path) != MANIFEST
-            and path.parts[0] != VERSIONS
-            and not any(_ours(part) for part in path.parts)
+            if path.as_posix() not in records and str(path) != MANIFEST and not any(_ours(part) for part in path.parts)
         )
         if others:
             raise HlmError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +42,22 @@ def write_index(config: EmbedConfig, columns: pa.Table | None) -> None:
     store, folder = VectorStore.open(Path(config.output) / "corpus"), Path(config.output) / "index"
     engine, factory = engine_and_factory(kind)
     wanted = {"encoder": store.encoder, "factory": factory, "dim": config.index_dim or store.dim, "engine": engine}
-    stamp = None if columns is None else fingerprint_texts(map(repr, columns.to_pylist()))
-    check = _checked(folder, store, config.output, factory, stamp)
+    stamp = None if columns is None else fingerprint_texts(_as_texts(columns))
+    before, found = None, {}
     if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder, KIND)
         found = {"encoder": manifest["inputs"].get("encoder"), "factory": manifest["config"].get("factory")}
         found |= {"dim": manifest.get("dim"), "engine": manifest.get("engine", OLDEST)}
         same = manifest["inputs"].get("source") == store.source
+        before = optional(manifest, dict, "measured", where=folder / MANIFEST) if wanted == found else None
         if wanted == found and same and (manifest.get("made_of") or {}).get(STAMP) == stamp:
             if store.canaries:
                 canaries.keep(folder, KIND, store.canaries)
             logger.info("%s: up to date", folder)
             return
-        if wanted == found and ENGINES[engine].lives and refresh(open_index(folder), store, columns, check, keep):
-            return
+    check = _checked(store, config.output, stamp, before)
+    if wanted == found and ENGINES[engine].lives and refresh(open_index(folder), store, columns, check, keep):
+        return
     create_index(folder, store, kind, dim=config.index_dim, columns=columns, check=check, keep=keep)
     logger.info("%s: %s over %d ads", folder, factory, len(store))
 
@@ -76,7 +78,10 @@ def refresh(
     fresh, gone = found
     rows = fresh
     if columns is not None:
-        rows = np.union1d(fresh, store.rows_of(_differing(index.ads(), columns)))
+        try:
+            rows = np.union1d(fresh, store.rows_of(_differing(index.ads(), columns)))
+        except pa.ArrowException:  # a column is of another type by now
+            return False
     index.delete(gone)
     for start in range(0, len(rows), ROWS_AT_ONCE):
         part = rows[start : start + ROWS_AT_ONCE]
@@ -100,18 +105,27 @@ def _differing(old: pa.Table, new: pa.Table) -> list[str]:
     return new["_id"].filter(pa.array(differs)).to_pylist()
 
 
-def _checked(folder: Path, store: VectorStore, output: str, factory: str, stamp: str | None) -> Callable[[Index], None]:
+def _as_texts(columns: pa.Table) -> Iterator[str]:
+    for batch in columns.to_batches(max_chunksize=ROWS_AT_ONCE):
+        yield from map(repr, batch.to_pylist())
+
+
+def _checked(
+    store: VectorStore, output: str, stamp: str | None, before: dict[str, Any] | None
+) -> Callable[[Index], None]:
     """Counts and measures an index before it is taken, and makes it search harder where that finds more: `check` of
-    `create_index`."""
-    before = None
-    if (folder / MANIFEST).is_file():
-        before = optional(read_manifest(folder, KIND), dict, "measured", where=folder / MANIFEST)
+    `create_index`.
+
+    Args:
+        stamp: of the columns.
+        before: what was measured of the version before, of the same kind.
+    """
 
     def check(index: Index) -> None:
         if len(index) != len(store):
             raise HlmError(f"expected an index of the {len(store)} ads of {store.folder}, found one of {len(index)}")
         index.made_of = {**store.parts, **({STAMP: stamp} if stamp else {})}
-        if factory.upper() == "FLAT":
+        if index.factory.upper() == "FLAT":
             return
         part, queries = queries_beside(output, store)
         sample, of = sample_of(queries, 0, dim=index.dim), f"vectors of {part}"
@@ -119,12 +133,12 @@ def _checked(folder: Path, store: VectorStore, output: str, factory: str, stamp:
         while found["recall"] < WANTED_RECALL and index.search_harder():
             found = measured(index, store, sample, MEASURED_K, of)
         index.measured = found
-        least = (before or {}).get("recall", 0.0) - LOST_RECALL
+        alike = before is not None and all(before.get(name) == found[name] for name in ("k", "of"))
+        least = before["recall"] - LOST_RECALL if before is not None and alike else 0.0
         if found["recall"] < least:
             raise HlmError(
-                f"expected an index that finds {least:.4f} of the exact neighbours, as the one at {folder} and the "
-                f"noise of a sample have it, found {found['recall']:.4f}; the old one stays: build a finer one into "
-                "another folder, or delete this one"
+                f"expected an index that finds {least:.4f} of the exact neighbours, as the one before and the noise of "
+                f"a sample have it, found {found['recall']:.4f}; the old one stays: name a finer kind of index"
             )
 
     return check

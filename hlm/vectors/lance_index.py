@@ -48,7 +48,9 @@ QUERIES_AT_ONCE, IDS_AT_ONCE = 64, 10_000
 FEW, MORE = 20_000, 4
 # Rows that were put are searched one by one until they are in the index. A commit puts them there from so many on.
 NOT_INDEXED = 10_000
-COMMITS = 200  # each leaves a file; as many are put together
+# Each commit leaves files, which every search reads: after 200 of them one took several times as long. So many are put
+# together, which takes as long as ten commits.
+COMMITS = 32
 MOST_EFFORT = 16
 
 

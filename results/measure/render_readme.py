@@ -151,6 +151,7 @@ def details() -> str:
         ("compare", "Training and embedding beside the sentence-transformers scripts they replace", tables.compared),
         ("memory", "Memory of alignment as the query log grows", tables.remembered),
         ("prepare", "Raw logs with every kind of dirt through hlm prepare", tables.prepared),
+        ("first-student", "From raw files to a first student and a dry run", tables.first_students),
         ("index-70k", "From text to ads: 70,000 ads on one thread", tables.searched),
         ("living", "A catalogue that changes while it is searched", tables.living),
         ("index-peers", "The index beside other engines, on one thread", tables.beside),

@@ -91,6 +91,20 @@ def searched(found: dict[str, Any]) -> str:
     return f"{text}\n\n{markdown(header, rows)}\n\n{own}"
 
 
+def first_students(found: dict[str, Any]) -> str:
+    """Minutes of each command from raw files to a dry run, and what the student keeps."""
+    names = list(found["runs"][0]["seconds"])
+    rows = []
+    for run in found["runs"]:
+        minutes = [run["seconds"][name] / 60 for name in names]
+        kept = run["recovery"]["student"]
+        recovery = f"{kept['value']:.1%} ({kept['ci95'][0]:.1%} to {kept['ci95'][1]:.1%})"
+        figures = [*(f"{one:.1f}" for one in minutes), f"{sum(minutes):.1f}", str(run["queries"]), recovery]
+        rows.append([f"{run['lines']:,}", f"{run['ads']:,}", *figures])
+    header = ["log lines", "ads", *(f"{name}, minutes" for name in names), "in all", "test queries"]
+    return markdown([*header, "the student's recovery of ndcg@10"], rows)
+
+
 def living(found: dict[str, Any]) -> str:
     """Searches without and with changes, and swaps under readers."""
     rows = [

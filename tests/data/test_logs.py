@@ -245,8 +245,10 @@ def test_a_stray_quote_costs_its_own_line_alone(tmp_path):
 ON_THE_HUB = """
 import sys
 from pathlib import Path
+import pyarrow.parquet as pq
 from huggingface_hub import HfApi
 import hlm
+from hlm.data.contract import load
 
 api, home = HfApi(), Path(sys.argv[1])
 api.create_repo("acme/logs", repo_type="dataset", private=True)
@@ -259,6 +261,16 @@ try:
     hlm.prepare(home / "other", [f"{address}/nothing.csv"], clicks=[f"{address}/part-*.csv"])
 except hlm.HlmError as error:
     print(error)
+ads = pq.read_table(home / "out/corpus.parquet")
+for part in range(2):
+    pq.write_table(ads.slice(part * 5, 5 + part * len(ads)), home / f"corpus-{part}.parquet")
+api.create_repo("acme/ads", repo_type="dataset", private=True)
+api.upload_folder(repo_id="acme/ads", repo_type="dataset", folder_path=home, allow_patterns=["corpus-*.parquet"])
+(home / "listed").mkdir()
+(home / "listed/queries.jsonl").write_text('{"_id": "q", "text": "lamp"}')
+(home / "listed/corpus.urls").write_text("hf://datasets/acme/ads/corpus-*.parquet")
+corpus = load(str(home / "listed"), splits=()).corpus
+print(len(corpus), "streamed", corpus["_id"][:] == ads["_id"].to_pylist())
 """
 
 
@@ -274,4 +286,5 @@ def test_files_on_the_hub_are_read_with_the_token_of_the_environment(tmp_path):
         written = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
         assert hub.tokens["acme"].encode() not in written
     assert "expected a file that can be read at hf://datasets/acme/logs/nothing.csv" in done.stdout
+    assert done.stdout.endswith("12 streamed True\n")  # the catalogue, in two files of Parquet
     assert {query for query, _ in all_grades(tmp_path / "out")} == set(MANY)

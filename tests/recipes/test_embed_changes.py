@@ -14,6 +14,7 @@ from hlm.publishing.staging import link_current
 from hlm.vectors import embed as embed_module
 from hlm.vectors import embed_index, versions
 from hlm.vectors.index import open_index
+from hlm.vectors.rollback import roll_back
 from hlm.vectors.store import VectorStore
 from recipes import embed
 
@@ -132,9 +133,15 @@ def test_an_index_that_finds_less_is_not_taken(tiny_bert, tmp_path, monkeypatch,
     with pytest.raises(HlmError, match=r"expected an index that finds .* of the exact neighbours.*the old one stays"):
         run(tiny_bert, shop, output, "--index", index)
     assert len(open_index(output / "index")) == 5 and len(VectorStore.open(output / "corpus")) == 6
+    run(tiny_bert, shop, output, "--index", "HNSW32")  # another kind is not compared
+    assert open_index(output / "index").factory == "HNSW32" and len(before.search(np.eye(1, before.dim)[0], 9)[1]) == 5
     monkeypatch.undo()
     run(tiny_bert, shop, output, "--index", index)
-    assert len(open_index(output / "index")) == 6
+    assert len(open_index(output / "index")) == 6 and open_index(output / "index").factory == before.factory
+    roll_back(output / "index")
+    assert open_index(output / "index").factory == "HNSW32"
+    roll_back(output / "index")
+    assert len(open_index(output / "index")) == 5 and open_index(output / "index").factory == before.factory
 
 
 def test_an_index_that_somebody_else_changed_is_built_anew(tiny_bert, tmp_path):
