@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from hlm.artefacts import atomic_file
 from hlm.evaluation.study import CONFIRMED, METRIC, NOT_CONFIRMED, NOT_TESTABLE
+from hlm.recipe_files import STUDY, recipes
 
 ABOUT = """# The study
 
@@ -62,7 +63,10 @@ def _scope(full: dict[str, Any], quick: dict[str, Any]) -> str:
                 ran = f"{len(found['variants'])} of {len(found['variants']) + len(found['missing'])}"
                 one = ", one seed" if how == "full" and len(found["seeds"]) == 1 else ""
                 rows.append([name, set_name, how + one, seeds, str(found["queries"]), ran])
-    return "## What was run\n\n" + _table(["question", "set", "run", "seeds", "test queries", "variants"], rows)
+    table = _table(["question", "set", "run", "seeds", "test queries", "variants"], rows)
+    shipped = {path.stem for path in (recipes() / "configs" / STUDY).glob("*.yaml")}
+    left = ", ".join(sorted(shipped - {*full, *quick}))
+    return f"## What was run\n\n{table}" + (f"\n\nNot run yet: {left}." if left else "")
 
 
 def _verdicts(questions: dict[str, Any]) -> str:
