@@ -4,10 +4,9 @@ import numpy as np
 from stores import clustered, make_store
 
 from hlm.evaluation.metrics import dense_run
-from hlm.indexes import recall
+from hlm.indexes import exact, recall
 from hlm.indexes.exact import StoreSearch, exact_search
 from hlm.indexes.faiss_index import AdIndex
-from hlm.indexes import exact
 
 
 def test_a_store_too_large_for_memory_is_searched_from_the_disk(tmp_path, monkeypatch):
