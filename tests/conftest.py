@@ -29,6 +29,11 @@ from transformers import (
     Qwen3Model,
 )
 
+# A shell starts what runs in the background deaf to these, and so is what tests start and end by them.
+for number, heard in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, heard)
+
 LONGEST = ("test_two_processes.py", "test_wheel.py", "test_gpu_check.py", "test_compare.py", "test_measure_publish.py",
            "test_publish.py", "test_recipes.py", "test_checkpoints.py", "test_export.py")  # fmt: skip
 LAYERS, HIDDEN, FFN = 6, 32, 64
