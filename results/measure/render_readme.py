@@ -180,7 +180,7 @@ def command(found: Mapping[str, Any]) -> str:
         return ""
     script, _, arguments = line.partition(" ")
     here = Path("results/measure") / Path(script).name
-    return f"`python {here if (ROOT / here).is_file() else script} {arguments}`"
+    return f"`{f'python {here if (ROOT / here).is_file() else script} {arguments}'.strip()}`"
 
 
 def timing(results: dict[str, Any]) -> str:

@@ -92,17 +92,19 @@ def searched(found: dict[str, Any]) -> str:
 
 
 def first_students(found: dict[str, Any]) -> str:
-    """Minutes of each command from raw files to a dry run, and what the student keeps."""
-    names = list(found["runs"][0]["seconds"])
+    """Minutes from raw files to a student, its report, and a dry run; what the student keeps."""
     rows = []
     for run in found["runs"]:
-        minutes = [run["seconds"][name] / 60 for name in names]
+        before = run["seconds"]["prepare"] + run["seconds"]["init"]
+        took = list(run["steps"].items())
+        until = {last: before + sum(s for _, s in took[: [n for n, _ in took].index(last) + 1]) for last, _ in took}
         kept = run["recovery"]["student"]
         recovery = f"{kept['value']:.1%} ({kept['ci95'][0]:.1%} to {kept['ci95'][1]:.1%})"
-        figures = [*(f"{one:.1f}" for one in minutes), f"{sum(minutes):.1f}", str(run["queries"]), recovery]
-        rows.append([f"{run['lines']:,}", f"{run['ads']:,}", *figures])
-    header = ["log lines", "ads", *(f"{name}, minutes" for name in names), "in all", "test queries"]
-    return markdown([*header, "the student's recovery of ndcg@10"], rows)
+        times = [run["seconds"]["prepare"], until["refine"], until["export"], sum(run["seconds"].values())]
+        minutes = [f"{seconds / 60:.1f}" for seconds in times]
+        rows.append([f"{run['lines']:,}", f"{run['ads']:,}", *minutes, str(run["queries"]), recovery])
+    header = ["log lines", "ads", "data, minutes", "student", "report and online folder", "timings and dry run"]
+    return markdown([*header, "test queries", "recovery of ndcg@10"], rows)
 
 
 def living(found: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ def test_every_command_is_timed(tmp_path, monkeypatch):
             assert yaml.safe_load((folder / "mine/run.yaml").read_text())["steps"] == {"static": None}
             (folder / "runs/mine").mkdir(parents=True)
             (folder / "runs/mine/report.json").write_text(json.dumps(REPORT))
-            timings = {"seconds": {"align": 3.04}, "peak_memory_gib": 1.5}
+            timings = {"seconds": {"align": 30.04, "refine": 60, "export": 30}, "peak_memory_gib": 1.5}
             (folder / "runs/mine/timings.json").write_text(json.dumps(timings))
         assert (folder / "ads.csv").is_file() and (folder / "clicks.csv").is_file()
         return 0
@@ -37,7 +37,10 @@ def test_every_command_is_timed(tmp_path, monkeypatch):
     assert [words[0] for words in ran] == ["prepare", "init", "run", "publish"] and ran[-1][-1] == "--dry-run"
     found = json.loads(output.read_text())
     (one,) = found["runs"]
-    assert one["steps"] == {"align": 3.0} and one["ndcg@10"] == {"bm25": 0.5, "student": 0.6}
-    assert "| 2,000 | 60 |" in tables.first_students(found) and "98.0% (95.0% to 101.0%)" in tables.first_students(
+    assert one["steps"] == {"align": 30.0, "refine": 60, "export": 30} and one["ndcg@10"] == {
+        "bm25": 0.5,
+        "student": 0.6,
+    }
+    assert "| 2,000 | 60 | 0.0 | 1.5 | 2.0 | 0.0 | 40 |" in tables.first_students(
         found
-    )
+    ) and "98.0% (95.0% to 101.0%)" in tables.first_students(found)
