@@ -227,8 +227,8 @@ def make(folder: Path, *, total: int, ads: int, planted: int = 0, seed: int = 0)
             if number % 2 == 0:
                 click_rows.writerow([when, user, query, ad, position, clicked])
             if number % 5000 == 4999:
-                log.write(f'{when},"broken\n')
-                log.write(f"{when},{user},too,many,cells\n")
+                log.write(f'{when},"broken\r\n')
+                log.write(f"{when},{user},too,many,cells\r\n")
     return secrets
 
 
