@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, TypeAlias
 
@@ -55,6 +55,7 @@ COMPARE = {
     ">": pc.greater,
     ">=": pc.greater_equal,
 }
+ANY_OF, IS = "any of", "is"  # what else a condition may ask of a column
 
 
 def mask_of(where: Conditions, ads: pa.Table) -> np.ndarray:
@@ -94,20 +95,56 @@ def mask_of(where: Conditions, ads: pa.Table) -> np.ndarray:
 
 def _expression(conditions: Mapping[str, Any], ads: pa.Table) -> pc.Expression:
     expressions = []
+    for name, sign, values in conditions_of(conditions, ads):
+        column = pc.field(name)
+        if sign in COMPARE:
+            expressions.append(COMPARE[sign](column, values[0]))
+        elif sign == ANY_OF:
+            expressions.append(column.isin(values) if values else pc.scalar(False))  # of no values no type is known
+        else:
+            expressions.append(column == values[0])
+    return functools.reduce(operator.and_, expressions) if expressions else pc.scalar(True)
+
+
+def conditions_of(conditions: Mapping[str, Any], ads: pa.Table) -> Iterator[tuple[str, str, list[pa.Scalar]]]:
+    """Each column with what is asked of it: a sign of `COMPARE` and one value, `ANY_OF` and values, or `IS` and one.
+
+    Raises:
+        HlmError: as `mask_of`.
+    """
     for name, wanted in conditions.items():
         check_column(name, ads)
-        column = pc.field(name)
         if isinstance(wanted, Mapping):
             for sign, value in wanted.items():
                 if sign not in COMPARE:
                     raise HlmError(f"where: {name}: expected one of {' '.join(COMPARE)}, found {shown(sign)}")
-                expressions.append(COMPARE[sign](column, checked_value(name, value, ads)))
+                yield name, sign, [checked_value(name, value, ads)]
         elif isinstance(wanted, list | tuple | AbstractSet):
-            values = [checked_value(name, value, ads) for value in wanted]
-            expressions.append(column.isin(values) if values else pc.scalar(False))  # of no values no type is known
+            yield name, ANY_OF, [checked_value(name, value, ads) for value in wanted]
         else:
-            expressions.append(column == checked_value(name, wanted, ads))
-    return functools.reduce(operator.and_, expressions) if expressions else pc.scalar(True)
+            yield name, IS, [checked_value(name, wanted, ads)]
+
+
+def ids_of(where: Any, engine: str) -> list[str]:
+    """The ids of a filter that is no mapping, for an engine that knows no rows.
+
+    Args:
+        engine: what the message calls it.
+
+    Raises:
+        HlmError: an expression of PyArrow, a mask of rows, or no ids.
+    """
+    if isinstance(where, Selection | pc.Expression | str | bytes) or getattr(where, "dtype", None) == np.bool_:
+        raise HlmError(
+            f"where: expected ids or conditions such as {{'country': 'de', 'price': {{'<': 10}}}} of an index in "
+            f"{engine}, found {shown(where)}; rows have no fixed order there: write it as one of these"
+        )
+    if isinstance(where, AbstractSet | Sequence | pa.Array | pa.ChunkedArray | np.ndarray):
+        try:
+            return list(pa.array(list(where), pa.string()).to_pylist())
+        except (pa.ArrowException, TypeError) as error:
+            raise HlmError(f"where: expected ids as texts, found {shown(where)} ({error})") from error
+    raise HlmError(f"where: expected ids or conditions on columns, found {shown(where)}")
 
 
 def check_column(name: str, ads: pa.Table) -> None:

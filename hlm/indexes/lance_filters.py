@@ -5,16 +5,13 @@ from __future__ import annotations
 import datetime
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from hlm.artefacts import HlmError
 from hlm.fields import shown
-from hlm.indexes.filters import COMPARE, Selection, Where, check_column, checked_value
+from hlm.indexes.filters import COMPARE, Where, conditions_of, ids_of
 
 SIGNS = {sign: {"==": "=", "!=": "<>"}.get(sign, sign) for sign in COMPARE}
 
@@ -29,41 +26,22 @@ def sql_of(where: Where, schema: pa.Schema) -> str:
     Raises:
         HlmError: an expression of PyArrow or a mask of rows, which LanceDB does not take; or what `mask_of` refuses.
     """
-    if isinstance(where, Mapping):
-        ads = schema.empty_table()
-        conditions = [one for name, wanted in where.items() for one in _conditions(name, wanted, ads)]
-        return " AND ".join(conditions) or "true"
-    if isinstance(where, Selection | pc.Expression | str | bytes) or getattr(where, "dtype", None) == np.bool_:
-        raise HlmError(
-            "where: expected ids or conditions such as {'country': 'de', 'price': {'<': 10}} of an index in LanceDB, "
-            f"found {shown(where)}; rows have no fixed order there: write it as one of these"
+    if not isinstance(where, Mapping):
+        return is_one_of(quoted("_id"), ids_of(where, "LanceDB"))
+    ads, conditions = schema.empty_table(), []
+    for name, sign, scalars in conditions_of(where, ads):
+        values = [scalar.as_py() for scalar in scalars]
+        column = _column(name, values, ads)
+        conditions.append(
+            f"{column} {SIGNS[sign]} {literal(values[0])}" if sign in SIGNS else is_one_of(column, values)
         )
-    if isinstance(where, AbstractSet | Sequence | pa.Array | pa.ChunkedArray | np.ndarray):
-        try:
-            return is_one_of(quoted("_id"), pa.array(list(where), pa.string()).to_pylist())
-        except (pa.ArrowException, TypeError) as error:
-            raise HlmError(f"where: expected ids as texts, found {shown(where)} ({error})") from error
-    raise HlmError(f"where: expected ids or conditions on columns, found {shown(where)}")
+    return " AND ".join(conditions) or "true"
 
 
 def is_one_of(column: str, values: Iterable[Any]) -> str:
     """The condition that a column's value is among these; of no values nothing passes."""
     texts = ", ".join(map(literal, values))
     return f"{column} IN ({texts})" if texts else "false"
-
-
-def _conditions(name: str, wanted: Any, ads: pa.Table) -> Iterable[str]:
-    check_column(name, ads)
-    if isinstance(wanted, Mapping):
-        for sign, value in wanted.items():
-            if sign not in SIGNS:
-                raise HlmError(f"where: {name}: expected one of {' '.join(SIGNS)}, found {shown(sign)}")
-            yield f"{_column(name, [value], ads)} {SIGNS[sign]} {literal(checked_value(name, value, ads).as_py())}"
-    elif isinstance(wanted, list | tuple | AbstractSet):
-        values = [checked_value(name, value, ads).as_py() for value in wanted]
-        yield is_one_of(_column(name, values, ads), values)
-    else:
-        yield from _conditions(name, [wanted], ads)
 
 
 def _column(name: str, values: Sequence[Any], ads: pa.Table) -> str:

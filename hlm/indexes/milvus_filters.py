@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from hlm.artefacts import HlmError
 from hlm.fields import shown
-from hlm.indexes.filters import COMPARE, Selection, Where, check_column, checked_value
+from hlm.indexes.filters import COMPARE, Where, conditions_of, ids_of
 
 NOTHING = "_id in []"
 
@@ -29,43 +26,22 @@ def expression_of(where: Where, schema: pa.Schema) -> str:
     Raises:
         HlmError: an expression of PyArrow or a mask of rows, which Milvus does not take; or what `mask_of` refuses.
     """
-    if isinstance(where, Mapping):
-        ads = schema.empty_table()
-        conditions = [one for name, wanted in where.items() for one in _conditions(name, wanted, ads)]
-        return " and ".join(conditions) or f"not ({NOTHING})"
-    if isinstance(where, Selection | pc.Expression | str | bytes) or getattr(where, "dtype", None) == np.bool_:
-        raise HlmError(
-            "where: expected ids or conditions such as {'country': 'de', 'price': {'<': 10}} of an index in Milvus, "
-            f"found {shown(where)}; rows have no fixed order there: write it as one of these"
-        )
-    if isinstance(where, AbstractSet | Sequence | pa.Array | pa.ChunkedArray | np.ndarray):
-        try:
-            return is_one_of("_id", pa.array(list(where), pa.string()).to_pylist())
-        except (pa.ArrowException, TypeError) as error:
-            raise HlmError(f"where: expected ids as texts, found {shown(where)} ({error})") from error
-    raise HlmError(f"where: expected ids or conditions on columns, found {shown(where)}")
+    if not isinstance(where, Mapping):
+        return is_one_of("_id", ids_of(where, "Milvus"))
+    ads, conditions = schema.empty_table(), []
+    for name, sign, scalars in conditions_of(where, ads):
+        values = [scalar.as_py() for scalar in scalars]
+        whole = pa.types.is_integer(ads.schema.field(name).type)
+        if sign in COMPARE:
+            conditions.append(_compared(name, sign, values[0], whole))
+        else:  # what is no whole number is in no column of such
+            conditions.append(is_one_of(name, [int(v) for v in values if v == math.floor(v)] if whole else values))
+    return " and ".join(conditions) or f"not ({NOTHING})"
 
 
 def is_one_of(column: str, values: Iterable[Any]) -> str:
     """The expression that a column's value is among these; of no values nothing passes."""
     return f"{column} in [{', '.join(map(literal, values))}]"
-
-
-def _conditions(name: str, wanted: Any, ads: pa.Table) -> Iterable[str]:
-    check_column(name, ads)
-    whole = pa.types.is_integer(ads.schema.field(name).type)
-    if isinstance(wanted, Mapping):
-        for sign, value in wanted.items():
-            if sign not in COMPARE:
-                raise HlmError(f"where: {name}: expected one of {' '.join(COMPARE)}, found {shown(sign)}")
-            yield _compared(name, sign, checked_value(name, value, ads).as_py(), whole)
-    elif isinstance(wanted, list | tuple | AbstractSet):
-        values = [checked_value(name, value, ads).as_py() for value in wanted]
-        if whole:  # what is no whole number is in no such column
-            values = [int(value) for value in values if value == math.floor(value)]
-        yield is_one_of(name, values)
-    else:
-        yield from _conditions(name, [wanted], ads)
 
 
 def _compared(name: str, sign: str, value: Any, whole: bool) -> str:
