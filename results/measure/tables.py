@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 
@@ -96,11 +97,11 @@ def first_students(found: dict[str, Any]) -> str:
     rows = []
     for run in found["runs"]:
         before = run["seconds"]["prepare"] + run["seconds"]["init"]
-        took = list(run["steps"].items())
-        until = {last: before + sum(s for _, s in took[: [n for n, _ in took].index(last) + 1]) for last, _ in took}
+        until = dict(zip(run["steps"], accumulate(run["steps"].values()), strict=True))
         kept = run["recovery"]["student"]
         recovery = f"{kept['value']:.1%} ({kept['ci95'][0]:.1%} to {kept['ci95'][1]:.1%})"
-        times = [run["seconds"]["prepare"], until["refine"], until["export"], sum(run["seconds"].values())]
+        students = [before + until["refine"], before + until["export"]]
+        times = [run["seconds"]["prepare"], *students, sum(run["seconds"].values())]
         minutes = [f"{seconds / 60:.1f}" for seconds in times]
         rows.append([f"{run['lines']:,}", f"{run['ads']:,}", *minutes, str(run["queries"]), recovery])
     header = ["log lines", "ads", "data, minutes", "student", "report and online folder", "timings and dry run"]
