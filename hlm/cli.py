@@ -23,7 +23,7 @@ from hlm.extras import check_extra, extras_named
 from hlm.fields import optional, read_json
 from hlm.hub.cache import local_folder
 from hlm.indexes.lineage import open_fitting, read_student
-from hlm.planning.run_file import QUESTIONS, RUN_FILE, ask, one_step, write_run_file
+from hlm.planning.run_file import QUESTIONS, RAW, RUN_FILE, ask, data_of, one_step, write_run_file
 from hlm.planning.settings import Assumptions, check_folder, read_steps
 from hlm.recipe_files import recipes
 from hlm.step_table import STEPS
@@ -170,15 +170,21 @@ def add_runners(commands: Any) -> None:
     command = commands.add_parser("init", help="a folder of your own, for `hlm run`", allow_abbrev=False)
     command.add_argument("folder", help="made where it is missing; nothing in it is overwritten")
     command.add_argument("--data", metavar="ID", help="a folder or Hub id (default: a sample catalogue)")
+    for name in RAW:
+        command.add_argument(f"--{name}", metavar="FILE", nargs="+", help=f"raw files in its place: {RAW[name]}")
     command.add_argument("--hardware", metavar="NAME", help="cpu, or GPUs such as 8xH100 (default: cpu)")
     command.add_argument("--p99-ms", metavar="MS", help="latency budget of one query (default: 15)")
-    command.add_argument("--min-score", metavar="GRADE", help="lowest grade of a good ad (default: the set's)")
+    command.add_argument(
+        "--min-score", metavar="GRADE", help="lowest grade of a good ad (default: the set's; of raw files 1)"
+    )
     command.add_argument("--like", metavar="NAME", help="write out a set of configs instead, one file a step")
     command.set_defaults(run=init)
 
     command = commands.add_parser("run", help="runs all steps of a folder that `hlm init` made", allow_abbrev=False)
     command.add_argument("folder", help="with run.yaml, or one YAML file a step")
     command.add_argument("--processes", default="1", metavar="N", help="to launch each training step on")
+    command.add_argument("--publish", metavar="NAME", help="afterwards publish it for this user or organisation")
+    command.add_argument("--dry-run", action="store_true", help="of --publish: print what it would send, send nothing")
     command.set_defaults(run=run_all)
 
 
@@ -218,18 +224,28 @@ def init(options: argparse.Namespace) -> None:
 
     folder = options.folder.rstrip("/")
     answers = {name: getattr(options, name) for name in (*QUESTIONS, "min_score")}
+    raw: dict[str, list[str]] = {name: found for name in RAW if (found := getattr(options, name))}
     if options.like:
-        if any(answers.values()):
+        if any(answers.values()) or raw:
             raise HlmError("expected --like, or what goes into run.yaml, found both; leave --like out")
-        written = recipe_files.init(options.folder, options.like)
-        show(f"{len(written)} files in {folder}; all steps: hlm run {folder}")
+        files = recipe_files.init(options.folder, options.like)
+        show(f"{len(files)} files in {folder}; all steps: hlm run {folder}")
         return
-    answers = ask(answers)
-    show(f"{write_run_file(options.folder, **answers)}; all steps: hlm run {folder}")
+    if raw:
+        check_extra("logs", "hlm init with raw files")
+        from hlm.config import log_to_stderr  # transformers comes with it
+
+        log_to_stderr()
+    written = write_run_file(options.folder, raw=raw, **(answers if raw else ask(answers)))
+    if raw:
+        show((data_of(written) / "report.txt").read_text(encoding="utf-8"))
+    show(f"{written}; all steps: hlm run {folder}")
 
 
 def run_all(options: argparse.Namespace) -> None:
-    run_script("quickstart", "--configs", options.folder, "--processes", options.processes)
+    words = ["--publish", options.publish] if options.publish else []
+    words += ["--dry-run"] if options.dry_run else []
+    run_script("quickstart", "--configs", options.folder, "--processes", options.processes, *words)
 
 
 def doctor(options: argparse.Namespace) -> None:

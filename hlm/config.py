@@ -100,17 +100,7 @@ def run_recipe(main: Callable[[], object]) -> None:
     an `HlmError` and for what the system refuses (a full disk, no permission), 130 after Ctrl-C, 141 where the reader
     of the output went away. What other libraries show and a user can do nothing about is switched off.
     """
-    is_main = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(
-        level=logging.WARNING if is_main else logging.ERROR,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        datefmt="%Y-%m-%d %H:%M:%S",
-        handlers=[AboveBars()],
-        force=True,
-    )
-    # Our own loggers speak at INFO; HTTP clients and the like would drown them at that level.
-    for name in ("hlm", "recipes", "__main__"):
-        logging.getLogger(name).setLevel(logging.INFO if is_main else logging.ERROR)
+    log_to_stderr(is_main=os.environ.get("RANK", "0") == "0")
     quiet_others()
     gc.freeze()  # what is imported stays: to visit it all for garbage at the end takes a second
     for stream in (sys.stdout, sys.stderr):
@@ -125,6 +115,19 @@ def run_recipe(main: Callable[[], object]) -> None:
             tell_launcher(line)
             print(line, *_of_the_launcher(), sep="\n", file=sys.stderr, flush=True)
         raise SystemExit(status) from error
+
+
+def log_to_stderr(*, is_main: bool = True) -> None:
+    """Our own loggers speak at INFO, others, which would drown them at that level, at WARNING."""
+    logging.basicConfig(
+        level=logging.WARNING if is_main else logging.ERROR,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        datefmt="%Y-%m-%d %H:%M:%S",
+        handlers=[AboveBars()],
+        force=True,
+    )
+    for name in ("hlm", "recipes", "__main__"):
+        logging.getLogger(name).setLevel(logging.INFO if is_main else logging.ERROR)
 
 
 def _of_the_launcher() -> list[str]:

@@ -64,8 +64,11 @@ def main(argv: list[str] | None = None) -> int:
         "--configs", default="recipes/configs/quickstart", help="folder with one YAML a step, or with run.yaml alone"
     )
     parser.add_argument("--processes", type=int, default=1, help="processes to launch each training step on")
+    parser.add_argument("--publish", metavar="NAME", help="afterwards publish it for this user or organisation")
+    parser.add_argument("--dry-run", action="store_true", help="of --publish: print what it would send, send nothing")
     options = parser.parse_args(argv)
     jobs = read_jobs(Path(options.configs))
+    publish = publish_words(Path(options.configs), options.publish, options.dry_run)
     home = jobs[-1].output if jobs[-1].step.is_report else jobs[-1].output.parent  # beside what the steps make
     skipped: list[Job] = []
     records: dict[str, dict[str, Any]] = {}
@@ -97,7 +100,32 @@ def main(argv: list[str] | None = None) -> int:
         write_timings(home, records, whole=not skipped)
     else:
         print("\nnothing had changed")
-    return 0
+    if not publish:
+        return 0
+    with Supervisor() as supervisor:
+        status, _ = supervisor.run(publish)
+        return 128 + supervisor.signals[0] if supervisor.signals else status if status >= 0 else 128 - status
+
+
+def publish_words(configs: Path, namespace: str | None, dry_run: bool) -> list[str]:
+    """The command that publishes the run; empty where nobody asked for it.
+
+    Raises:
+        HlmError: there are no settings of that step, or a dry run of nothing is asked for.
+    """
+    if namespace is None:
+        if dry_run:
+            raise HlmError(
+                "--dry-run: expected --publish NAME beside it, found none; say who would own the repositories"
+            )
+        return []
+    if (configs / RUN_FILE).is_file():
+        configs = configs_of(configs / RUN_FILE)
+    config = configs / "publish.yaml"
+    if not config.is_file():
+        raise HlmError(f"--publish: expected settings at {config}, found none; make them with hlm init")
+    words = [*command(STEPS["publish"], config, 1), "--namespace", namespace]
+    return [*words, "--dry-run"] if dry_run else words
 
 
 def read_jobs(configs: Path) -> list[Job]:

@@ -27,6 +27,15 @@ from hlm.step_table import STEPS
 RUN_FILE = "run.yaml"
 ON_CPU = "esci_mini"  # the set for data of one's own on a CPU
 MAKE_DATA = ("make_catalogue", "prepare")
+# What `hlm prepare` makes a dataset of, where `hlm init` is given it.
+RAW = {
+    "catalogue": "the ads",
+    "log": "queries",
+    "clicks": "clicks on ads",
+    "judgements": "grades that people gave",
+    "columns": "what their columns are, where names do not say it: title=name,_id=sku",
+}
+FEW_THREES = 1  # the least good grade of a log's pairs: few of them have a 3
 PAPER_P99_MS = 15.0  # the latency budget of HARNESS-LM
 LARGE_GIB = 78  # a GPU that Qwen3-Embedding-8B trains on: one H100, `hlm plan`
 
@@ -211,32 +220,50 @@ def write_run_file(
     hardware: str | None = None,
     p99_ms: str | float | None = None,
     min_score: str | int | None = None,
+    raw: dict[str, list[str]] | None = None,
 ) -> Path:
     """Writes `run.yaml` from three answers, and the lowest grade of a good ad.
 
     Args:
         data: a folder or Hub id in the data contract; None: the sample catalogue of the quickstart. Of a folder without
             train judgements queries are derived.
+        raw: settings of `hlm prepare`, in place of `data`: the dataset is made first, in the folder of the run, and
+            every grade of it makes a good ad unless `min_score` says otherwise. On a terminal it asks whether the
+            columns are the right ones.
         hardware: "cpu", or GPUs such as "8xH100"; None: CPU.
         p99_ms: the latency budget; None: the paper's, 15 ms.
         min_score: None: that of the set of configs.
 
     Raises:
-        HlmError: GPUs that are not known, a budget or grade that is no number, or there is such a file already.
+        HlmError: GPUs that are not known, a budget or grade that is no number, or there is such a file already; data
+            and raw files; or what is wrong with these.
     """
     target = resolved(folder) / RUN_FILE
     if os.path.lexists(target):
         raise HlmError(f"expected no {RUN_FILE} yet in {target.parent}, found one; change it, or name another folder")
-    like = _set_for(data, hardware)
-    derived = data is not None and os.path.isdir(data) and not _has_train(Path(data))
+    home = f"runs/{re.sub(r'[^A-Za-z0-9_.-]+', '-', resolved(folder).name)}"
     budget = coerce(p99_ms, float | None, "--p99-ms") or PAPER_P99_MS
+    least = _whole(min_score, "--min-score")
+    if raw:
+        if data:
+            raise HlmError(f"expected --data or raw files, found both; leave out --data, or --{' --'.join(raw)}")
+        data, least = f"{home}/data", FEW_THREES if least is None else least
+    like = _set_for(data, hardware)
+    if raw:
+        from hlm.data.logs import prepare  # DuckDB comes with it
+
+        try:
+            prepare(output=data, **raw, ask=input if sys.stdin.isatty() and sys.stdout.isatty() else None)
+        except HlmError as error:
+            raise HlmError(f"{error} (more settings: hlm prepare {data}; then name it with --data)") from error
+    derived = data is not None and os.path.isdir(data) and not _has_train(Path(data))
     timed = (sets()[like] / "benchmark.yaml").is_file()
     values: dict[str, Any] = {
         "like": like,
-        "output": f"runs/{re.sub(r'[^A-Za-z0-9_.-]+', '-', resolved(folder).name)}",
+        "output": home,
         "catalogue" if derived else "data": data,
         "backbone": None,
-        "min_score": _whole(min_score, "--min-score"),
+        "min_score": least,
         "p99_ms": budget if timed else None,
         "steps": {"teacher": {"bf16": False}} if like == ON_CPU and not computes_in_bf16() else {},
     }
@@ -249,6 +276,12 @@ def write_run_file(
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return target
+
+
+def data_of(run_file: Path) -> Path:
+    """The folder of the dataset that `run.yaml` names."""
+    run = read_run_file(run_file)
+    return Path(run.data or run.catalogue or "")
 
 
 def _whole(value: str | int | None, where: str) -> int | None:

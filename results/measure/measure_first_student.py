@@ -2,8 +2,8 @@
 
     python results/measure/measure_first_student.py --output results/first-student.json
 
-The files are those of `raw_logs.py`: a catalogue, a query log and clicks with every kind of dirt. The commands are
-those of docs/your-data.md, with the defaults of `hlm init` for a CPU.
+The files are those of `raw_logs.py`: a catalogue, and with every kind of dirt a query log and clicks, or one file of
+OpenSearch's UBI in their place. The two commands are those of docs/your-data.md, with the defaults for a CPU.
 """
 
 from __future__ import annotations
@@ -27,20 +27,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from results.measure import raw_logs
 
 ROOT = Path(__file__).resolve().parents[2]
+FILES = {"csv": "--log queries.csv --clicks clicks.csv", "ubi": "--log ubi.ndjson --clicks ubi.ndjson"}
 # What is typed, in order.
 COMMANDS = {
-    "prepare": "prepare data --catalogue ads.csv --log queries.csv --clicks clicks.csv",
-    "init": "init mine --data data --hardware cpu --p99-ms 15 --min-score 1",
-    "run": "run mine",
-    "publish": "publish mine --namespace somebody --dry-run",
+    "init": "init mine --catalogue ads.csv {files} --hardware cpu --p99-ms 15",
+    "run": "run mine --publish somebody --dry-run",
 }
 
 
 @dataclass
 class MeasureFirstStudentConfig:
     output: str = field(default="results/first-student.json", metadata={"help": "file for the figures"})
-    lines: list[int] = field(default_factory=lambda: [50_000, 2_000_000], metadata={"help": "of each query log"})
-    ads: list[int] = field(default_factory=lambda: [500, 20_000], metadata={"help": "in each catalogue"})
+    lines: list[int] = field(
+        default_factory=lambda: [50_000, 2_000_000, 2_000_000], metadata={"help": "of each query log"}
+    )
+    ads: list[int] = field(default_factory=lambda: [500, 20_000, 20_000], metadata={"help": "in each catalogue"})
+    files: list[str] = field(
+        default_factory=lambda: ["csv", "csv", "ubi"], metadata={"help": f"each log's: {' or '.join(FILES)}"}
+    )
     steps: dict[str, Any] = field(default_factory=dict, metadata={"help": "of run.yaml: other settings than the set's"})
     backbone: str | None = field(default=None, metadata={"help": "of run.yaml: another teacher than the set's"})
 
@@ -48,9 +52,9 @@ class MeasureFirstStudentConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     (config,) = parse(MeasureFirstStudentConfig, argv=argv)
     runs = []
-    for lines, ads in zip(config.lines, config.ads, strict=True):
+    for lines, ads, files in zip(config.lines, config.ads, config.files, strict=True):
         with tempfile.TemporaryDirectory(prefix="hlm-first-") as folder:
-            runs.append(measured(Path(folder), lines, ads, config))
+            runs.append(measured(Path(folder), lines, ads, files, config))
             print(runs[-1], flush=True)
     from hlm.evaluation.report import command_line, environment  # torch comes with it: not beside what is timed
 
@@ -58,23 +62,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_json(config.output, about | {"config": asdict(config), "runs": runs})
 
 
-def measured(folder: Path, lines: int, ads: int, config: MeasureFirstStudentConfig) -> dict[str, Any]:
+def measured(folder: Path, lines: int, ads: int, files: str, config: MeasureFirstStudentConfig) -> dict[str, Any]:
     """One catalogue and log, made, and taken through all commands."""
-    raw_logs.make(folder, total=lines, ads=ads, planted=min(1000, lines // 10))
+    make = raw_logs.make_ubi if files == "ubi" else raw_logs.make
+    make(folder, total=lines, ads=ads, planted=min(1000, lines // 10))
     seconds = {}
     for name, words in COMMANDS.items():
         if name == "run" and (config.steps or config.backbone):
             own = {"steps": config.steps, "backbone": config.backbone}
             (folder / "mine/run.yaml").write_text(changed((folder / "mine/run.yaml").read_text(), own))
         started = time.monotonic()
-        if status := hlm(words.split(), folder):
-            raise RuntimeError(f"hlm {words} ended with {status}")
+        typed = words.format(files=FILES[files])
+        if status := hlm(typed.split(), folder):
+            raise RuntimeError(f"hlm {typed} ended with {status}")
         seconds[name] = round(time.monotonic() - started, 1)
     report = read_json(folder / "runs/mine/report.json")
     timings = read_json(folder / "runs/mine/timings.json")
     return {
         "lines": lines,
         "ads": ads,
+        "files": files,
         "seconds": seconds,
         "steps": {name: round(took, 1) for name, took in timings["seconds"].items()},
         "peak_memory_gib": timings["peak_memory_gib"],

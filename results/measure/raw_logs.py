@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from hlm.data.sample_catalogue import row as sample_ad
 
@@ -203,14 +205,44 @@ def lines(ads: int, total: int, seed: int) -> Iterator[tuple[str, str, str, str,
         yield when, user, query, f"ad{(ad if rng.random() < 0.7 else rng.randrange(ads)):07d}", position, clicked
 
 
+class Line(NamedTuple):
+    """What one user searched for and was shown; `number` counts the lines of the log, and is None of a planted one."""
+
+    number: int | None
+    when: str
+    user: str
+    query: str
+    ad: str
+    position: int
+    clicked: int
+
+    @property
+    def shows(self) -> bool:
+        """Whether the ad shown is known: of every second line, and of what was planted."""
+        return self.number is None or self.number % 2 == 0
+
+
+def planted_into(secrets: Sequence[str], ads: int, total: int, seed: int) -> Iterator[Line]:
+    """The log's lines, and evenly among them every secret by more users than are asked for."""
+    every = max(1, total // max(1, len(secrets)))
+    left = iter(secrets)
+    for number, (when, user, query, ad, position, clicked) in enumerate(lines(ads, total, seed)):
+        if number % every == 0 and (secret := next(left, None)) is not None:
+            for other in range(6):
+                yield Line(None, when, f"user{other}", secret, ad, 1, 1)
+        yield Line(number, when, user, query, ad, position, clicked)
+
+
+def secrets_of(planted: int, seed: int) -> list[str]:
+    rng = random.Random(f"planted {seed}")
+    return [personal_query(rng) for _ in range(planted)]
+
+
 def make(folder: Path, *, total: int, ads: int, planted: int = 0, seed: int = 0) -> list[str]:
     """Writes ads.csv, queries.csv and clicks.csv; returns the personal queries that were planted into the last two."""
     folder.mkdir(parents=True, exist_ok=True)
     catalogue(folder, ads, seed)
-    rng = random.Random(f"planted {seed}")
-    secrets = [personal_query(rng) for _ in range(planted)]
-    every = max(1, total // max(1, planted))
-    left = iter(secrets)
+    secrets = secrets_of(planted, seed)
     with (
         open(folder / "queries.csv", "w", encoding="utf-8", newline="") as log,
         open(folder / "clicks.csv", "w", encoding="utf-8", newline="") as clicks,
@@ -218,17 +250,30 @@ def make(folder: Path, *, total: int, ads: int, planted: int = 0, seed: int = 0)
         log_rows, click_rows = csv.writer(log), csv.writer(clicks)
         log_rows.writerow(["timestamp", "user_id", "search_term"])
         click_rows.writerow(["timestamp", "user_id", "search_term", "sku", "position", "clicked"])
-        for number, (when, user, query, ad, position, clicked) in enumerate(lines(ads, total, seed)):
-            if planted and number % every == 0 and (secret := next(left, None)) is not None:
-                for other in range(6):  # by more users than are asked for
-                    log_rows.writerow([when, f"user{other}", secret])
-                    click_rows.writerow([when, f"user{other}", secret, ad, 1, 1])
-            log_rows.writerow([when, user, query])
-            if number % 2 == 0:
-                click_rows.writerow([when, user, query, ad, position, clicked])
-            if number % 5000 == 4999:
-                log.write(f'{when},"broken\r\n')
-                log.write(f"{when},{user},too,many,cells\r\n")
+        for line in planted_into(secrets, ads, total, seed):
+            log_rows.writerow([line.when, line.user, line.query])
+            if line.shows:
+                click_rows.writerow(line[1:])
+            if line.number is not None and line.number % 5000 == 4999:
+                log.write(f'{line.when},"broken\r\n')
+                log.write(f"{line.when},{line.user},too,many,cells\r\n")
+    return secrets
+
+
+def make_ubi(folder: Path, *, total: int, ads: int, planted: int = 0, seed: int = 0) -> list[str]:
+    """Writes ads.csv, and the same log as one ubi.ndjson of queries and events; returns the personal queries in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    catalogue(folder, ads, seed)
+    secrets = secrets_of(planted, seed)
+    with open(folder / "ubi.ndjson", "w", encoding="utf-8") as file:
+        for place, line in enumerate(planted_into(secrets, ads, total, seed)):
+            stamp = f"{line.when.replace(' ', 'T')}.000Z"
+            about = {"query_id": f"q{place}", "client_id": line.user, "timestamp": stamp}
+            file.write(json.dumps({"user_query": line.query, **about}) + "\n")
+            shown = {"object": {"object_id": line.ad}, "position": {"ordinal": line.position}}
+            actions = ("impression", "click")[: 1 + line.clicked] if line.shows else ()
+            for action in actions:
+                file.write(json.dumps({"action_name": action, **about, "event_attributes": shown}) + "\n")
     return secrets
 
 

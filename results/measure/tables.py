@@ -96,14 +96,15 @@ def first_students(found: dict[str, Any]) -> str:
     """Minutes from raw files to a student, its report, and a dry run; what the student keeps."""
     rows = []
     for run in found["runs"]:
-        before = run["seconds"]["prepare"] + run["seconds"]["init"]
+        before = run["seconds"]["init"]
         until = dict(zip(run["steps"], accumulate(run["steps"].values()), strict=True))
         kept = run["recovery"]["student"]
         recovery = f"{kept['value']:.1%} ({kept['ci95'][0]:.1%} to {kept['ci95'][1]:.1%})"
         students = [before + until["refine"], before + until["export"]]
-        times = [run["seconds"]["prepare"], *students, sum(run["seconds"].values())]
+        times = [before, *students, sum(run["seconds"].values())]
         minutes = [f"{seconds / 60:.1f}" for seconds in times]
-        rows.append([f"{run['lines']:,}", f"{run['ads']:,}", *minutes, str(run["queries"]), recovery])
+        log = f"{run['lines']:,}{' of UBI' * (run['files'] == 'ubi')}"
+        rows.append([log, f"{run['ads']:,}", *minutes, str(run["queries"]), recovery])
     header = ["log lines", "ads", "data, minutes", "student", "report and online folder", "timings and dry run"]
     return markdown([*header, "test queries", "recovery of ndcg@10"], rows)
 

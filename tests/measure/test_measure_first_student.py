@@ -27,20 +27,33 @@ def test_every_command_is_timed(tmp_path, monkeypatch):
             (folder / "runs/mine/report.json").write_text(json.dumps(REPORT))
             timings = {"seconds": {"align": 30.04, "refine": 60, "export": 30}, "peak_memory_gib": 1.5}
             (folder / "runs/mine/timings.json").write_text(json.dumps(timings))
-        assert (folder / "ads.csv").is_file() and (folder / "clicks.csv").is_file()
+        log = words[words.index("--log") + 1] if words[0] == "init" else "ads.csv"
+        assert (folder / log).stat().st_size > 1000
         return 0
 
     monkeypatch.setattr(measure_first_student, "hlm", hlm)
     output = tmp_path / "first-student.json"
-    words = ["--lines", "2000", "--ads", "60", "--steps", '{"static": null}', "--output", str(output)]
+    words = [
+        "--lines",
+        "2000",
+        "3000",
+        "--ads",
+        "60",
+        "70",
+        "--files",
+        "csv",
+        "ubi",
+        "--steps",
+        '{"static": null}',
+        "--output",
+        str(output),
+    ]
     measure_first_student.main(words)
-    assert [words[0] for words in ran] == ["prepare", "init", "run", "publish"] and ran[-1][-1] == "--dry-run"
+    assert [words[0] for words in ran] == ["init", "run"] * 2 and ran[-1][-1] == "--dry-run"
     found = json.loads(output.read_text())
-    (one,) = found["runs"]
-    assert one["steps"] == {"align": 30.0, "refine": 60, "export": 30} and one["ndcg@10"] == {
-        "bm25": 0.5,
-        "student": 0.6,
-    }
-    assert "| 2,000 | 60 | 0.0 | 1.5 | 2.0 | 0.0 | 40 |" in tables.first_students(
-        found
-    ) and "98.0% (95.0% to 101.0%)" in tables.first_students(found)
+    one, other = found["runs"]
+    assert one["steps"] == {"align": 30.0, "refine": 60, "export": 30}
+    assert one["ndcg@10"] == {"bm25": 0.5, "student": 0.6} and other["files"] == "ubi"
+    table = tables.first_students(found)
+    assert "| 2,000 | 60 | 0.0 | 1.5 | 2.0 | 0.0 | 40 |" in table and "| 3,000 of UBI | 70 |" in table
+    assert "98.0% (95.0% to 101.0%)" in table

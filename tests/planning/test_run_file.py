@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import raw_shop
 import yaml
 
 from hlm import cli
@@ -158,6 +159,37 @@ def test_init_asks_on_a_terminal_alone(monkeypatch, capsys):
     assert cli.main(["init", "fast", "--p99-ms", "fast"]) == 2 and not Path("fast").exists()
     assert cli.main(["init", "good", "--min-score", "good"]) == 2 and "--min-score" in capsys.readouterr().err
     assert cli.main(["init", "gpu", "--hardware", "8xH100"]) == 2 and "--data" in capsys.readouterr().err
+
+
+def test_init_makes_the_data_of_raw_files(monkeypatch, capsys):
+    judged = "query,sku,grade\n" + "".join(f"{query},{ad},3\n" for query, ad in raw_shop.MANY.items())
+    files = raw_shop.write(Path("raw"), ads=raw_shop.ADS, clicks=raw_shop.clicks_of(), judgements=judged)
+    raw = ["--catalogue", files[0], "--clicks", files[1], "--judgements", files[2]]
+    for words, refusal in (
+        (["--data", "data", *raw], "leave out --data, or --catalogue --clicks"),
+        (["--like", "quickstart", *raw], "leave --like out"),
+        (["--p99-ms", "fast", *raw], "--p99-ms"),
+        (raw[:4], "more settings: hlm prepare runs/mine/data; then name it with --data"),
+        (raw[2:], "catalogue"),
+        (["--catalogue", "none.csv", *raw[2:]], "none.csv"),
+    ):
+        assert cli.main(["init", "mine", *words]) == 2 and refusal in capsys.readouterr().err
+        assert not Path("mine").exists() and not Path("runs/mine/data/hlm.json").exists()
+    assert cli.main(["init", "mine", *raw, "--columns", "clicks.user=user"]) == 0
+    out = capsys.readouterr().out
+    assert "What was dropped" in out and "hlm run mine" in out
+    written = yaml.safe_load(Path("mine", RUN_FILE).read_text())
+    assert (written["data"], written["min_score"], written["like"]) == ("runs/mine/data", 1, "esci_mini")
+    assert Path("runs/mine/data/qrels/train.parquet").is_file()
+    # A second one finds its data up to date; what people say of grades is theirs; a terminal is asked.
+    Path("mine", RUN_FILE).unlink()
+    assert cli.main(["init", "mine", *raw, "--columns", "clicks.user=user", "--min-score", "3"]) == 0
+    assert yaml.safe_load(Path("mine", RUN_FILE).read_text())["min_score"] == 3
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(builtins, "input", lambda question: "n")
+    assert cli.main(["init", "other", *raw]) == 2 and "expected the right ones" in capsys.readouterr().err
+    assert not Path("other").exists() and not Path("runs/other/data/hlm.json").exists()
 
 
 def test_a_teacher_elsewhere_leaves_the_backbone_to_the_student():

@@ -81,10 +81,10 @@ def house(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run() -> tuple[int, list[str]]:
+def run(*words: str) -> tuple[int, list[str]]:
     """Exit status and the steps that ran."""
     Path("log").write_text("")
-    status = quickstart.main(["--configs", "configs"])
+    status = quickstart.main(["--configs", "configs", *words])
     return status, Path("log").read_text().split()
 
 
@@ -131,6 +131,27 @@ def test_what_changed_runs_again(house, change, again):
     change()
     assert run() == (0, again)
     assert run() == (0, [])
+
+
+def test_what_was_run_can_be_published_after_it(house, capfd):
+    publish = ("--publish", "somebody", "--dry-run")
+    for words, refusal in ((publish, "publish.yaml, found none"), (publish[2:], "expected --publish NAME")):
+        with pytest.raises(HlmError, match=refusal):
+            run(*words)
+        assert Path("log").read_text() == ""  # before any step
+    Path("configs/publish.yaml").write_text("student: runs/x/aligned\n")
+    Path("recipes/publish.py").write_text(
+        "import sys\n"
+        "print(*sys.argv[1:])\n"
+        "open('log', 'a').write('publish\\n')\n"
+        "sys.exit(5 if 'nobody' in sys.argv else 0)\n"
+    )
+    assert run() == (0, ALL)
+    assert run(*publish) == (0, ["publish"])
+    assert "--config configs/publish.yaml --namespace somebody --dry-run" in capfd.readouterr().out
+    assert run("--publish", "nobody") == (5, ["publish"])
+    Path("configs/align.yaml").write_text(SETTINGS["align"] + "fail: 3\n")
+    assert run(*publish) == (3, ["align"])
 
 
 def test_a_failed_step_ends_the_run_and_the_next_goes_on_there(house, capfd):
