@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -54,6 +55,8 @@ START = "start.json"  # what a run measured on dev before its first step
 # Arguments that say where and how to report, or how fast, not what is computed: they may change between a run and its
 # resumption.
 REPORTING = {"output_dir", "run_name", "logging_dir", "logging_steps", "report_to", "disable_tqdm", "save_total_limit"}
+# Those that are mappings and change the weights; others, such as accelerator_config, follow from the machine.
+MAPPINGS = {"learning_rate_mapping", "lr_scheduler_kwargs"}
 REPORTING |= {f"dataloader_{name}" for name in ("num_workers", "prefetch_factor", "persistent_workers", "pin_memory")}
 
 
@@ -115,7 +118,11 @@ def recorded(args: TrainingArguments) -> dict[str, Any]:
     values = {name: value for name, value in args.to_dict().items() if not is_secret(name)}
     default = TrainingArguments(output_dir=args.output_dir).to_dict()
     changed = {name: value for name, value in values.items() if value != default.get(name) and name not in REPORTING}
-    return {name: value for name, value in changed.items() if isinstance(value, str | int | float | bool | None)}
+    return {
+        name: value
+        for name, value in changed.items()
+        if name in MAPPINGS or isinstance(value, str | int | float | bool | None)
+    }
 
 
 class RecipeTrainer(SentenceTransformerTrainer):
@@ -146,6 +153,13 @@ class RecipeTrainer(SentenceTransformerTrainer):
         self.keys, self.group, self.step_loss = keys, group, step_loss
         leave_out_masks(model)  # every batch comes from `pad_rows`
         self.extra_state = extra_state or {}
+        names = [name for name, _ in model.named_parameters()]
+        for pattern in args.learning_rate_mapping:
+            if not any(re.search(pattern, name) for name in names):
+                raise HlmError(
+                    f"learning_rate_mapping: expected patterns of parameters' names, found '{pattern}', which none of "
+                    f"them has; some are {', '.join(names[:: max(1, len(names) // 4)])}"
+                )
         super().__init__(
             model=model,
             args=args,

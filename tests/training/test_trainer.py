@@ -235,6 +235,23 @@ def test_another_teacher_is_no_start_for_alignment(run, tiny_bert, tmp_path):
     align.main([*words("align", run, tmp_path / "copied"), "--student", str(tmp_path / "copy")])  # the remedy
 
 
+def test_a_learning_rate_of_the_embeddings_alone_is_followed_and_remembered(run, tmp_path):
+    given = [*words("align", run, tmp_path / "aligned"), "--learning_rate", "0", "--weight_decay", "0"]
+    align.main([*given, "--learning_rate_mapping", '{"word_embeddings": 0.01}'])
+    before = load_encoder(str(run / "teacher"))[0].auto_model.state_dict()
+    after = load_encoder(str(tmp_path / "aligned"))[0].auto_model.state_dict()
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        "embeddings.word_embeddings.weight"
+    }
+    manifest = json.loads((tmp_path / "aligned" / MANIFEST).read_text())
+    assert manifest["config"]["training"]["learning_rate_mapping"] == {"word_embeddings": 0.01}
+    with pytest.raises(HlmError, match="learning_rate_mapping: expected patterns of parameters' names, found 'words'"):
+        align.main([*given, "--learning_rate_mapping", '{"words": 0.01}'])
+    align.main([*given, "--learning_rate_mapping", '{"word_embeddings": 0.02}'])  # not up to date
+    again = load_encoder(str(tmp_path / "aligned"))[0].auto_model.state_dict()
+    assert not torch.equal(*(state["embeddings.word_embeddings.weight"] for state in (after, again)))
+
+
 def test_the_teacher_itself_in_another_dtype_is_its_own_start(run, tmp_path):
     vectors = tmp_path / "vectors"
     embed.main(
