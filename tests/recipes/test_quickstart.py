@@ -1,7 +1,6 @@
 """The script that runs all steps: their order, what is skipped, what is not, and how a failure ends it.
 
-The steps here are real processes of a few lines; the recipes themselves run in test_recipes.py.
-"""
+The steps here are real processes of a few lines; the recipes themselves run in test_recipes.py."""
 
 import dataclasses
 import json
@@ -113,18 +112,7 @@ def test_steps_run_in_order_and_once(house, capfd, monkeypatch):
         (lambda: Path("runs/x/report.json").unlink(), ["evaluate"]),
         (lambda: Path("runs/x/.steps/align.json").write_text("{"), ["align"]),
     ],
-    ids=[
-        "yaml",
-        "last",
-        "script",
-        "library",
-        "another room",
-        "outside",
-        "by hand",
-        "artefact gone",
-        "report gone",
-        "record broken",
-    ],
+    ids="yaml,last,script,library,another room,outside,by hand,artefact gone,report gone,record broken".split(","),
 )
 def test_what_changed_runs_again(house, change, again):
     run()
@@ -140,12 +128,8 @@ def test_what_was_run_can_be_published_after_it(house, capfd):
             run(*words)
         assert Path("log").read_text() == ""  # before any step
     Path("configs/publish.yaml").write_text("student: runs/x/aligned\n")
-    Path("recipes/publish.py").write_text(
-        "import sys\n"
-        "print(*sys.argv[1:])\n"
-        "open('log', 'a').write('publish\\n')\n"
-        "sys.exit(5 if 'nobody' in sys.argv else 0)\n"
-    )
+    script = "import sys; print(*sys.argv[1:]); open('log', 'a').write('publish'); sys.exit(5 * ('nobody' in sys.argv))"
+    Path("recipes/publish.py").write_text(script)
     assert run() == (0, ALL)
     assert run(*publish) == (0, ["publish"])
     assert "--config configs/publish.yaml --namespace somebody --dry-run" in capfd.readouterr().out
@@ -339,9 +323,8 @@ def test_a_stopped_run_stops_its_step_and_goes_on_with_it(long_step):
 
 @linux
 def test_a_signal_that_was_ignored_stays_ignored(long_step):
-    process = started(
-        long_step, stdout=subprocess.DEVNULL, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    )
+    deaf = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
+    process = started(long_step, stdout=subprocess.DEVNULL, **deaf)
     pids_of(long_step)
     process.send_signal(signal.SIGHUP)  # as nohup has it
     (long_step / "go on").touch()
@@ -350,10 +333,9 @@ def test_a_signal_that_was_ignored_stays_ignored(long_step):
 
 @linux
 def test_what_a_failed_step_left_running_is_ended(long_step, capfd):
-    (long_step / "recipes/teacher.py").write_text(
-        LONG.replace('while not pathlib.Path("go on").exists():', "sys.exit(5)\nif 0:")
-    )
-    assert quickstart.main(["--configs", "configs"]) == 5
+    fails = LONG.replace('while not pathlib.Path("go on").exists():', "sys.exit(5)\nif 0:")
+    (long_step / "recipes/teacher.py").write_text(fails)
+    assert run()[0] == 5
     assert not runs(pids_of(long_step)[1])
 
 
@@ -382,39 +364,36 @@ def test_an_output_that_is_anothers_is_refused_before_any_step(house):
     for folder, file, step in (("aligned", "thesis.txt", "align"), (".", "report.png", "evaluate")):
         Path("runs/x", folder).mkdir(parents=True)
         Path("runs/x", folder, file).write_text("somebody's")
-        Path("log").write_text("")
         with pytest.raises(HlmError, match=rf"step {step} \(configs/{step}.yaml\): .*{file}"):
-            quickstart.main(["--configs", "configs"])
+            run()
         assert Path("log").read_text() == "" and Path("runs/x", folder, file).read_text() == "somebody's"
         shutil.rmtree("runs")
     Path("runs").touch()
     with pytest.raises(HlmError, match="records of the steps at runs/x/.steps, found Not a directory"):
-        quickstart.main(["--configs", "configs"])
+        run()
     Path("runs").unlink()
     (house / "configs/embed.yaml").write_text("output: runs/x/vectors\n")
     for part in ("corpus", "index"):
         Path("runs/x/vectors", part).mkdir(parents=True)
         Path("runs/x/vectors", part, "thesis.txt").touch()
         with pytest.raises(HlmError, match=f"step embed .*vectors/{part}.*thesis.txt"):
-            quickstart.main(["--configs", "configs"])
+            run()
         shutil.rmtree("runs")
     (house / "configs/embed.yaml").unlink()
     Path("runs/x/teacher").mkdir(parents=True)
     Path("runs/x/teacher/hlm.json").write_text('{"kind": "student"}')
     with pytest.raises(HlmError, match="step teacher.*'teacher'.*'student'"):
-        quickstart.main(["--configs", "configs"])
+        run()
 
 
 def test_a_home_or_a_long_text_in_a_yaml_is_read_as_such(house, monkeypatch):
     monkeypatch.setenv("HOME", str(house))
-    (house / "configs/teacher.yaml").write_text(
-        "backbone: ~/base.txt\nprompt: " + "long " * 200 + "\noutput: ~/runs/t\n"
-    )
+    text = f"backbone: ~/base.txt\nprompt: {'long ' * 200}\noutput: ~/runs/t\n"
+    (house / "configs/teacher.yaml").write_text(text)
     for name in ("align", "evaluate", "benchmark"):
         (house / f"configs/{name}.yaml").unlink()
-    (house / "recipes/teacher.py").write_text(
-        "import os\n" + RECIPE.replace('(values["output"])', '(os.path.expanduser(values["output"]))')
-    )
+    script = RECIPE.replace('(values["output"])', '(os.path.expanduser(values["output"]))')
+    (house / "recipes/teacher.py").write_text("import os\n" + script)
     assert run() == (0, ["make_catalogue", "teacher"]) and run() == (0, [])
     (house / "base.txt").write_text("other weights")
     assert run() == (0, ["teacher"])
