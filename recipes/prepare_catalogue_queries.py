@@ -25,6 +25,7 @@ from typing import Any
 from hlm.artefacts import MANIFEST, HlmError, atomic_folder, claimed, fingerprint_file, read_manifest, write_manifest
 from hlm.config import parse, run_recipe
 from hlm.data.contract import RetrievalData, iterate, load
+from hlm.data.crossed import cross
 from hlm.data.keywords import Catalogue, Keyword
 from hlm.data.spelling import canonical, normalise, spellings, words_of
 from hlm.data.tables import find_table, read_rows
@@ -33,6 +34,7 @@ from hlm.progress import progress
 logger = logging.getLogger(__name__)
 
 GIVEN = ("log", "general")  # kinds of unlabelled queries that people typed
+CROSSED = "crossed"
 
 
 @dataclass
@@ -54,6 +56,10 @@ class PrepareConfig:
         metadata={"help": "derived queries to choose checkpoints by; none where the source has dev"},
     )
     unlabelled_queries: int = field(default=40_000, metadata={"help": "distinct derived queries for alignment"})
+    crossed_queries: int = field(
+        default=0,
+        metadata={"help": "further unlabelled queries, each crossed from two that are there; for small students"},
+    )
     max_positives: int = field(default=16, metadata={"help": "products judged relevant to one training query"})
     dev_max_relevant: int = field(
         default=200, metadata={"help": "a dev query lists all its products; those with more are left out"}
@@ -65,6 +71,8 @@ class PrepareConfig:
         for name in ("train_queries", "dev_queries", "unlabelled_queries", "max_positives", "passes"):
             if getattr(self, name) < 1:
                 raise HlmError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if self.crossed_queries < 0:
+            raise HlmError(f"crossed_queries: expected 0 or more, found {self.crossed_queries}")
 
 
 class _Rows:
@@ -100,9 +108,12 @@ def prepare(config: PrepareConfig, output: Path) -> None:
     logger.info("%d product types, synonyms %s", len(catalogue.types), catalogue.synonyms or "none")
     train, dev, unlabelled = derive(catalogue, data, config)
     given = dict(zip(GIVEN, (_log_queries(data), _general_queries(config, data)), strict=True))
+    queries = [*unlabelled, *itertools.chain(*given.values())]
+    crossed = _crossed(config, data, queries, dev)
     with atomic_folder(output, "dataset") as folder:
-        _write(folder, data, config, train, dev, [*unlabelled, *itertools.chain(*given.values())])
+        _write(folder, data, config, train, dev, [*queries, *crossed])
         counts = {"train": len(train), "dev": len(dev), "unlabelled": len(unlabelled)}
+        counts |= {CROSSED: len(crossed)} if config.crossed_queries else {}
         counts |= {name: len(found) for name, found in given.items() if found or name == "general"}
         write_manifest(folder, "dataset", inputs=inputs, config=asdict(config), queries=counts)
     logger.info("wrote %s: %s", config.output, counts)
@@ -203,6 +214,21 @@ def _general_queries(config: PrepareConfig, data: RetrievalData) -> list[Keyword
 
 def _log_queries(data: RetrievalData) -> list[Keyword]:
     return _distinct(data.unlabelled["text"], "log", data) if data.unlabelled else []
+
+
+def _crossed(config: PrepareConfig, data: RetrievalData, queries: list[Keyword], dev: list[Keyword]) -> list[Keyword]:
+    typed = [query.text for query in queries if query.kind in GIVEN]
+    found = cross(
+        typed,
+        [query.text for query in queries if query.kind not in GIVEN],
+        config.crossed_queries,
+        known={normalise(query.text) for query in queries},
+        judged=judged_spellings(data).union(*(spellings(query.text) for query in dev)),
+        rng=random.Random(f"crossed {config.seed}"),
+    )
+    if len(found) < config.crossed_queries:
+        logger.warning("the queries gave only %d crossed ones", len(found))
+    return [Keyword(text, CROSSED, ()) for text in found]
 
 
 def _distinct(texts: Iterable[str], kind: str, data: RetrievalData) -> list[Keyword]:

@@ -10,6 +10,7 @@ import pytest
 
 from hlm.artefacts import HlmError, read_manifest
 from hlm.data.contract import load
+from hlm.data.crossed import cross
 from hlm.data.keywords import Catalogue
 from hlm.data.spelling import canonical, normalise, spellings
 from recipes import prepare_catalogue_queries, prepare_esci
@@ -243,6 +244,45 @@ def test_a_catalogue_becomes_training_data(shop, tmp_path, monkeypatch):
     before = (output / "hlm.json").stat().st_mtime_ns
     prepare(shop, output, "--general_queries", str(general))
     assert (output / "hlm.json").stat().st_mtime_ns == before
+
+
+def test_queries_are_crossed_for_small_students(shop, tmp_path, caplog):
+    general = tmp_path / "general.jsonl"
+    general.write_text('{"text": "garden chair of oak"}\n{"text": "tall oak lamp"}\n')
+    output = tmp_path / "out"
+    prepare(shop, output, "--general_queries", str(general), "--crossed_queries", "300")
+    data = load(str(output))
+    crossed = [row["text"] for row in data.unlabelled if row["kind"] == "crossed"]
+    others = {normalise(row["text"]) for row in data.unlabelled if row["kind"] != "crossed"}
+    assert len(crossed) == len(set(crossed)) == 300 and not set(crossed) & others
+    assert {row["derived"] for row in data.unlabelled if row["kind"] == "crossed"} == {True}
+    # Each begins with words of what people typed; most have a word of a derived query as well.
+    typed = set("garden chair of oak tall lamp".split())
+    assert all(set(text.split()) & typed for text in crossed) and "oak lamp" in crossed
+    assert sum(bool(set(text.split()) - typed) for text in crossed) > 150
+    held_out = {
+        spelling for split in ("dev", "test") for _, text in data.split_queries(split) for spelling in spellings(text)
+    }
+    assert not held_out & {spelling for text in crossed for spelling in spellings(text)}
+    assert read_manifest(output, "dataset")["queries"]["crossed"] == 300
+    with pytest.raises(HlmError, match="crossed_queries: expected 0 or more"):
+        prepare(shop, tmp_path / "none", "--crossed_queries", "-1")
+
+
+def test_crossing_ends_where_there_is_nothing_new():
+    found = cross(["red lamp"], [], 50, known={"red lamp"}, judged=spellings("lamps"), rng=random.Random(0))
+    assert set(found) <= {
+        "red",
+        "lamp red",
+        "red red",
+        "lamp lamp",
+        "red lamp lamp",
+        "red red lamp",
+        "red lamp red lamp",
+    }
+    assert 3 < len(found) < 50 and "lamp" not in found
+    assert cross([], [], 5, known=set(), judged=set(), rng=random.Random(0)) == []
+    assert cross([], ["a b", "c d"], 5, known=set(), judged=set(), rng=random.Random(0)) != []
 
 
 def test_dev_judgements_and_queries_of_ones_own_stay(shop, tmp_path, monkeypatch):
