@@ -44,6 +44,16 @@ class Table(NamedTuple):
     note: str = ""
 
 
+class Report(NamedTuple):
+    """What both files say."""
+
+    title: str
+    notes: list[str]
+    tables: list[Table]
+    lengths: list[tuple[str, float]]  # words of a query, share of the searches
+    curve: list[tuple[int, float]]  # most frequent queries, share of the searches that they have
+
+
 def write_reports(
     connection: duckdb.DuckDBPyConnection,
     folder: Path,
@@ -57,11 +67,15 @@ def write_reports(
         about: what the manifest says: counts, dropped, robots, fewest_users, split, clicks.
         read: table -> (its file's name, role -> column).
     """
-    notes, tables = _notes(about, config), _tables(connection, about, read)
-    lengths, curve = _lengths(connection), _curve(connection)
-    title = f"The data of {Path(config.output).resolve().name}"
-    (folder / "report.txt").write_text(_text(title, notes, tables, lengths, curve), encoding="utf-8")
-    (folder / "report.html").write_text(_page(title, notes, tables, lengths, curve), encoding="utf-8")
+    report = Report(
+        title=f"The data of {Path(config.output).resolve().name}",
+        notes=_notes(about, config),
+        tables=_tables(connection, about, read),
+        lengths=_lengths(connection),
+        curve=_curve(connection),
+    )
+    (folder / "report.txt").write_text(_text(report), encoding="utf-8")
+    (folder / "report.html").write_text(_page(report), encoding="utf-8")
 
 
 def _notes(about: Mapping[str, Any], config: PrepareLogsConfig) -> list[str]:
@@ -172,15 +186,9 @@ def _shown(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else "" if value is None else str(value)
 
 
-def _text(
-    title: str,
-    notes: Sequence[str],
-    tables: Sequence[Table],
-    lengths: Sequence[tuple[str, float]],
-    curve: Sequence[tuple[int, float]],
-) -> str:
-    lines = [title, "", *notes]
-    for table in tables:
+def _text(report: Report) -> str:
+    lines = [report.title, "", *report.notes]
+    for table in report.tables:
         rows = [table.head, *([_shown(cell) for cell in row] for row in table.rows)]
         widths = [max(len(row[n]) for row in rows) for n in range(len(table.head))]
         lines += ["", table.title, *([table.note] if table.note else [])]
@@ -188,23 +196,17 @@ def _text(
             cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
             lines.append("  " + "  ".join(cells).rstrip())
     lines += ["", "Words of a query, by searches"]
-    lines += [f"  {words:>3}  {share:6.1%}  {'#' * round(50 * share)}" for words, share in lengths]
+    lines += [f"  {words:>3}  {share:6.1%}  {'#' * round(50 * share)}" for words, share in report.lengths]
     lines += ["", "Searches of the most frequent queries"]
-    lines += [f"  {n:>11,}  {share:6.1%}" for n, share in curve]
+    lines += [f"  {n:>11,}  {share:6.1%}" for n, share in report.curve]
     return "\n".join(lines) + "\n"
 
 
-def _page(
-    title: str,
-    notes: Sequence[str],
-    tables: Sequence[Table],
-    lengths: Sequence[tuple[str, float]],
-    curve: Sequence[tuple[int, float]],
-) -> str:
-    parts = [f"<h1>{escape(title)}</h1>", *(f"<p>{escape(note)}</p>" for note in notes)]
-    for number, table in enumerate(tables):
+def _page(report: Report) -> str:
+    parts = [f"<h1>{escape(report.title)}</h1>", *(f"<p>{escape(note)}</p>" for note in report.notes)]
+    for number, table in enumerate(report.tables):
         if number == 4:  # after the numbers of head and tail
-            parts += [_bars(lengths), _line_plot(curve)]
+            parts += [_bars(report.lengths), _line_plot(report.curve)]
         parts.append(f"<h2>{escape(table.title)}</h2>")
         parts += [f'<p class="soft">{escape(table.note)}</p>'] if table.note else []
         numbers = [isinstance(cell, int) for cell in table.rows[0]] if table.rows else []
@@ -218,7 +220,7 @@ def _page(
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>\n{body}\n</main></body></html>\n"
+        f"<title>{escape(report.title)}</title><style>{STYLE}</style></head><body><main>\n{body}\n</main></body></html>\n"
     )
 
 

@@ -80,7 +80,7 @@ def embed(config: EmbedConfig) -> Path:
         if config.index and tasks == 1:  # tasks of an array would meet at its lock
             check_output(output / "index", "index")
     if asked or ready:
-        write_given(config, process, asked, ready)
+        embed_given(config, process, asked, ready)
         return output
     if config.ray_workers:
         sizes = {part: len(table) for part, table in tables_of(config, process)[0].items()}
@@ -95,7 +95,7 @@ def embed(config: EmbedConfig) -> Path:
     return output
 
 
-def write_given(
+def embed_given(
     config: EmbedConfig, process: PartialState, asked: Endpoint | None, ready: dict[str, ReadySettings]
 ) -> None:
     """The stores and the index of a teacher behind an endpoint, or whose vectors are ready."""

@@ -40,7 +40,7 @@ def static_student(teacher: SentenceTransformer, texts: Iterable[str], words: in
     """
     if words < 1:
         raise HlmError(f"static: expected 1 word or more, found {words}")
-    described = _word_tokenizer(teacher)
+    described = _word_tokenizer(json.loads(teacher.tokenizer.backend_tokenizer.to_str()))
     tokenizer = Tokenizer.from_str(json.dumps(described))
     counts = _count_words(tokenizer, texts)
     if not counts:
@@ -60,9 +60,14 @@ def static_student(teacher: SentenceTransformer, texts: Iterable[str], words: in
     return student.eval()
 
 
-def _word_tokenizer(teacher: SentenceTransformer) -> dict[str, Any]:
+def most_tokens(described: dict[str, Any], words: int) -> int:
+    """How many tokens `static_student` makes at most, from the teacher's tokenizer.json: words of the log that are
+    tokens of the teacher's are counted twice, and characters that are none are left out."""
+    return 1 + words + (len(_known(_word_tokenizer(described)["model"]["vocab"])) or words)
+
+
+def _word_tokenizer(described: dict[str, Any]) -> dict[str, Any]:
     """tokenizer.json of kind WordPiece without special tokens: the teacher's own, or BERT's way to cut words."""
-    described: dict[str, Any] = json.loads(teacher.tokenizer.backend_tokenizer.to_str())
     settings = described["model"]
     if settings["type"] != "WordPiece" or settings["continuing_subword_prefix"] != PREFIX:
         plain = Tokenizer(models.WordPiece({UNKNOWN: 0}, unk_token=UNKNOWN))
@@ -85,9 +90,13 @@ def _count_words(tokenizer: Tokenizer, texts: Iterable[str]) -> Counter[str]:
     return counts
 
 
+def _known(own: Iterable[str]) -> list[str]:
+    return [token for token in own if token != UNKNOWN and not UNUSED.fullmatch(token)]
+
+
 def _pieces(own: Iterable[str], counts: Counter[str], most: int) -> list[str]:
     """Pieces of words beside every character: the teacher's, or where it has none the log's most frequent ones."""
-    known = [token for token in own if token != UNKNOWN and not UNUSED.fullmatch(token)]
+    known = _known(own)
     characters = sorted({character for word in counts for character in word})
     single = [*characters, *(PREFIX + character for character in characters)]
     if known:

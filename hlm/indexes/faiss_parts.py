@@ -156,7 +156,7 @@ def _limits(size: int) -> Iterator[None]:
 
 
 def parts(index: faiss.Index) -> Iterator[faiss.Index]:
-    """The index and those it wraps, outermost first."""
+    """The parts that a search goes through for its candidates, outermost first: what refines them is left out."""
     index = faiss.downcast_index(index)
     yield index
     if isinstance(index, faiss.IndexPreTransform):

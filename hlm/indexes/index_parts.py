@@ -70,15 +70,19 @@ def facts_of(folder: Path, manifest: dict[str, Any], engine: str, expect_encoder
         version=versions.number_of(manifest, where),
         config=manifest["config"],
     )
-    if expect_encoder is not None and facts.encoder != expect_encoder:
-        raise HlmError(
-            f"expected an index of vectors made by encoder {expect_encoder}, found one of encoder {facts.encoder} at "
-            f"{folder}; build the index from that encoder's store, or use the student that was aligned to "
-            f"{facts.encoder}"
-        )
+    check_encoder(facts.encoder, expect_encoder, folder)
     if files := ENGINES[engine].files:
         check_files(facts.home, field(manifest, dict, "files", where=where), files)
     return facts
+
+
+def check_encoder(found: str, expected: str | None, place: str | Path) -> None:
+    """Refuses an index at `place` of another encoder's vectors than expected; None expects any."""
+    if expected is not None and found != expected:
+        raise HlmError(
+            f"expected an index of vectors made by encoder {expected}, found one of encoder {found} at {place}; build "
+            f"the index from that encoder's store, or use the student that was aligned to {found}"
+        )
 
 
 def write_facts(

@@ -24,7 +24,7 @@ from hlm.fields import whole_number
 from hlm.indexes import milvus_table
 from hlm.indexes.filters import Where
 from hlm.indexes.index import Index
-from hlm.indexes.index_parts import checked_ids, checked_queries, joined, normalised
+from hlm.indexes.index_parts import check_encoder, checked_ids, checked_queries, joined, normalised
 from hlm.indexes.milvus_filters import NOTHING, expression_of
 from hlm.indexes.milvus_table import ID, VECTOR, Address, errors
 from hlm.vectors.store import VectorStore
@@ -145,12 +145,7 @@ class MilvusIndex(Index):
                 f"expected an index at {folder}, found no alias '{address.name}'; build it, or correct the name"
             )
         index = _opened(address, collection, client)
-        if expect_encoder is not None and index.encoder != expect_encoder:
-            raise HlmError(
-                f"expected an index of vectors made by encoder {expect_encoder}, found one of encoder {index.encoder} "
-                f"at {folder}; build the index from that encoder's store, or use the student that was aligned to "
-                f"{index.encoder}"
-            )
+        check_encoder(index.encoder, expect_encoder, folder)
         return index
 
     def search(

@@ -68,18 +68,20 @@ def encoder_width(name_or_path: str, *, revision: str | None = None) -> int:
     """
     source = resolve(str(name_or_path))
 
-    def found(file: str) -> Path | None:
-        try:
-            path = Path(source) / file if Path(source).is_dir() else hub_file(source, file, revision=revision)
-        except HlmError:
-            return None  # out of reach: `backbone_config` says what is missing
-        return path if path and path.is_file() else None
-
-    modules = found(MODULES)
+    modules = file_of(source, MODULES, revision)
     heads = EncoderFolder(modules.parent).heads() if modules else []
-    if heads and (head := found(f"{heads[-1]}/config.json")):
+    if heads and (head := file_of(source, f"{heads[-1]}/config.json", revision)):
         return field(read_json(head), int, "out_features", where=head, least=1)
     return backbone_config(name_or_path).hidden_size
+
+
+def file_of(source: str, file: str, revision: str | None = None) -> Path | None:
+    """One file of a folder or of a repository on the Hub; None: it has none, or is out of reach."""
+    try:
+        path = Path(source) / file if Path(source).is_dir() else hub_file(source, file, revision=revision)
+    except HlmError:
+        return None
+    return path if path and path.is_file() else None
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,13 @@ class Shape:
             parameters=total,
             embeddings=total - body,
         )
+
+    @classmethod
+    def static(cls, tokens: int, width: int) -> Shape:
+        """The shape of a static student: a table of tokens, and no layer."""
+        none = dict.fromkeys(("layers", "heads", "kv_heads", "head_dim", "ffn", "norms"), 0)
+        table = tokens * width
+        return cls(**none, hidden=width, linears=(), gated=False, qk_norm=False, parameters=table, embeddings=table)
 
     @cached_property
     def layer_weights(self) -> int:
@@ -239,7 +248,7 @@ def training_memory(
         copies += 2 * shape.layers * shape.layer_weights * len(calls)  # frozen weights are cast anew in every pass
     ends = 8 + (4 * shape.hidden * (2 if shape.gated and not precision.lora_rank else 1))
     largest = max(rows * sequence for rows, sequence in calls)
-    if checkpointing:
+    if checkpointing and shape.layers:
         parts["activations"] = tokens * (shape.layers * shape.hidden * precision.weight_bytes + ends)
         parts["one layer again"] = max(layer) + copies // shape.layers
     else:
@@ -252,6 +261,8 @@ def training_memory(
 def _working(shape: Shape, precision: Precision, checkpointing: bool) -> int:
     """Bytes a token that come and go within one layer at the peak: measured in real steps, tests hold them to it."""
     hidden, ffn = shape.hidden, shape.ffn
+    if not shape.layers:  # gradients of the vectors that were looked up, in both precisions under autocast
+        return (6 if precision.autocast else 4) * hidden
     if precision.lora_rank and precision.autocast:
         if shape.gated:
             return max(4 * ffn, 8 * hidden) if checkpointing else 16 * hidden

@@ -145,7 +145,7 @@ def remedy(training: Training, usable: int, gpus: int, sharded: bool) -> str:
     found = []
     if value := training.largest(usable, gpus, sharded):
         found.append(f"{training.knob}: {value}")
-    if not training.checkpointing:
+    if not training.checkpointing and training.shape.layers:
         again = replace(training, checkpointing=True)
         if value := again.largest(usable, gpus, sharded):
             found.append(f"gradient_checkpointing: true with {again.knob}: {value}")

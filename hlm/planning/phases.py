@@ -31,6 +31,7 @@ class Phase:
     disk: dict[str, int] = field(default_factory=dict)
     alone: bool = False  # every GPU does the same
     search_flops: float = 0.0  # in fp32, of all GPUs
+    lookups: float = 0.0  # rows of a table read, of all GPUs, by what has no layers to compute
     steps: int | None = None
     step_seconds: float = 0.0  # no step is faster
     training: Training | None = None
@@ -161,6 +162,27 @@ def embed_phase(shape: Shape, step: Mapping[str, Any], sizes: Assumptions, dim: 
     return Phase("embed", "encode", memory, flops, sizes.teacher_utilisation, disk=disk)
 
 
+def prune_phase(before: Shape, after: Shape, step: Mapping[str, Any], sizes: Assumptions) -> Phase:
+    """The cut alone, in one process. Layers and FFN units are scored on queries; a static student's tokens are encoded
+    by the model that it is made of."""
+    if after.layers:
+        rows, longest = 64, sizes.longest_query
+        passes = int(step["method"] == "norm_ratio" and not step["layers"] and step["keep"] is not None)
+        passes += step["ffn"] is not None
+        read = passes * min(step["calibration"], sizes.unlabelled or sizes.queries)
+        tokens = padded(sizes.query_tokens, longest)
+    else:
+        longest = int(sizes.longest_query + sizes.prompt_tokens)
+        rows, read = max(1, 4096 // longest), after.embeddings // after.hidden
+        tokens = padded(sizes.query_tokens + sizes.prompt_tokens, longest)
+    memory = inference_memory(before, rows if read else 0, longest, "float32")
+    if after.layers:  # what is cut is a copy, made when the calibration is done
+        memory["working"] = max(memory["working"], memory["weights"])
+    flops = forward_flops(before, read, tokens)
+    disk = {"student": 4 * after.parameters}
+    return Phase("prune", "cut", memory, flops, sizes.teacher_utilisation, disk=disk, alone=True)
+
+
 def student_training(
     shape: Shape, step: Mapping[str, Any], sizes: Assumptions, loss: Callable[[int], int], prompt: bool = False
 ) -> Training:
@@ -191,6 +213,7 @@ def student_phase(
         flops,
         sizes.student_utilisation,
         disk=disk,
+        lookups=0.0 if shape.layers else rows * tokens,
         steps=steps,
         step_seconds=sizes.step_seconds,
         training=training,

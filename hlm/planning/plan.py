@@ -8,19 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
 
 from hlm.artefacts import HlmError
-from hlm.encoders.families import check_layers
-from hlm.encoders.loading import resolve
-from hlm.encoders.pruning import check_cascade, cut_config
-from hlm.encoders.static import is_static_folder
-from hlm.planning.footprint import Shape, backbone_config
+from hlm.planning.footprint import backbone_config
 from hlm.planning.hardware import GIB, Gpu, refuse
 from hlm.planning.phases import (
     Phase,
@@ -28,12 +23,15 @@ from hlm.planning.phases import (
     align_phase,
     align_training,
     embed_phase,
+    prune_phase,
     refine_phase,
     refine_training,
     teacher_phases,
     teacher_training,
 )
 from hlm.planning.settings import Assumptions
+from hlm.planning.students import Model, after_cut, cascade, model_at
+from hlm.step_table import STEPS
 
 logger = logging.getLogger(__name__)
 
@@ -48,53 +46,98 @@ class Plan:
     phases: list[Phase]
     index: dict[str, int]
     host: int  # bytes of memory of one process: the exact index that checkpoints are chosen by
+    notes: list[str]  # what is not known beforehand, of these steps
 
 
 def make_plan(folder: str, steps: Mapping[str, dict[str, Any]], sizes: Assumptions, count: int = 1) -> Plan:
     """The plan of these steps on `count` GPUs.
 
     Raises:
-        HlmError: no teacher to train, a cascade or an FFN that grows, a dimension above the teacher's, an unknown
-            backbone.
+        HlmError: no teacher to train, a cut or a cascade that cannot be made, a dimension above the teacher's, an
+            unknown backbone.
     """
     if "teacher" not in steps:
         raise HlmError(f"expected teacher.yaml in {folder}, found none; a teacher elsewhere cannot be planned for")
-    teacher_config = backbone_config(steps["teacher"]["backbone"])
-    teacher = Shape.of(teacher_config)
-    rank = steps["teacher"]["lora_rank"]
-    models = {"teacher": (teacher.parameters, teacher.parameters - teacher.embeddings, teacher.lora_parameters(rank))}
-    phases = teacher_phases(teacher, steps["teacher"], sizes, count)
-    made = {steps["teacher"]["output"]: teacher_config}
-    dim = width = teacher.hidden
-    if "embed" in steps:
-        dim = check_dim(steps["embed"]["dim"], teacher.hidden)
-        phases.append(embed_phase(teacher, steps["embed"], sizes, dim))
-    if "prune" in steps:
-        model, cut = made.get(steps["prune"]["model"]), steps["prune"]
-        stage = {"layers": cut["layers"] or cut["keep"], "ffn": cut["ffn"]}
-        ((_, shape, config),) = cascade(model or backbone_config(cut["model"]), [stage])
-        models["pruned"] = (shape.parameters, shape.parameters - shape.embeddings, 0)
-        made[cut["output"]] = config
-    if "align" in steps:
-        config = made.get(steps["align"]["student"]) or backbone_config(steps["align"]["student"])
-        stages = cascade(config, steps["align"]["cascade"] or [{}])
-        for number, (stage, shape, _) in enumerate(stages, 1):
-            name = f"align {number}: {shape.layers} layers, FFN {shape.ffn}"
-            models[name] = (shape.parameters, shape.parameters - shape.embeddings, 0)
-            phases.append(align_phase(name, shape, stage, steps["align"], sizes, count))
-            width = min(shape.hidden, dim)
-        made[steps["align"]["output"]] = stages[-1][2]
-    if "refine" in steps:
-        shape = Shape.of(made.get(steps["refine"]["student"]) or backbone_config(steps["refine"]["student"]))
-        width = min(shape.hidden, dim)
-        models["student"] = (shape.parameters, shape.parameters - shape.embeddings, 0)
-        phases.append(refine_phase(shape, steps["refine"], sizes, count, dim))
+    settings = steps["teacher"]
+    teacher = Model(settings["backbone"], backbone_config(settings["backbone"]))
+    models = {"teacher": (*teacher.counts[:2], teacher.shape.lora_parameters(settings["lora_rank"]))}
+    phases = teacher_phases(teacher.shape, settings, sizes, count)
+    plan = Plan(str(folder), sizes, models, phases, index={}, host=0, notes=[])
+    made = {settings["output"]: teacher}
+    dim = teacher.shape.hidden
     embed = steps.get("embed", {})
-    indexes = [("Flat", width), ("SQ8", width)]
+    if embed:
+        dim = check_dim(embed["dim"], dim)
+        plan.phases.append(embed_phase(teacher.shape, embed, sizes, dim))
+    widths = []
+    for name, settings in steps.items():
+        script = STEPS[name].script
+        if script in STUDENTS:
+            source = settings["model" if script == "prune" else "student"]
+            model = STUDENTS[script](plan, name, settings, made.get(source) or model_at(source), count, dim)
+            made[settings["output"]] = model
+            widths += [] if script == "prune" else [min(model.shape.hidden, dim)]
+    widths = list(dict.fromkeys(widths)) or [teacher.shape.hidden]
+    indexes = [(factory, width) for width in widths for factory in ("Flat", "SQ8")]
     if embed.get("index"):
         indexes.insert(0, (embed["index"], check_dim(embed["index_dim"], dim)))
-    index = {f"{name}, {size} wide": index_bytes(sizes.documents, size, name) for name, size in indexes}
-    return Plan(str(folder), sizes, models, phases, index, 4 * sizes.documents * width)
+    plan.index = {f"{name}, {size} wide": index_bytes(sizes.documents, size, name) for name, size in indexes}
+    plan.host = 4 * sizes.documents * max(widths)
+    return plan
+
+
+def _cut(plan: Plan, name: str, step: dict[str, Any], model: Model, count: int, dim: int) -> Model:
+    """Adds a cut without training to the plan; returns what is left of the model, as the others here do."""
+    cut = after_cut(model, step)
+    plan.models["pruned" if name == "prune" else name] = cut.counts
+    plan.phases.append(replace(prune_phase(model.shape, cut.shape, step, plan.assumptions), step=name))
+    if cut.config is None:
+        tokens, width = cut.table
+        plan.notes.append(
+            f"{name}: a table of at most {tokens:,} tokens beside single characters, {width} wide; which words of the "
+            "log are tokens already is not known before they are counted; a text costs a lookup a token, and no FLOPs"
+        )
+    elif "min_count" in step["vocabulary"]:
+        plan.notes.append(
+            f"{name}: how many tokens {{min_count: {step['vocabulary']['min_count']}}} keeps is not known before the "
+            f"log is counted: the whole table of {cut.config.vocab_size:,} is taken"
+        )
+    return cut
+
+
+def _aligned(plan: Plan, name: str, step: dict[str, Any], model: Model, count: int, dim: int) -> Model:
+    for number, (stage, cut) in enumerate(stages_of(model, step["cascade"]), 1):
+        shape, model = cut.shape, cut
+        label = f"{name} {number}: {shape.layers} layers, FFN {shape.ffn}"
+        if not shape.layers:
+            label = f"{name}: {cut.table[0]:,} tokens, no layers"
+        plan.models[label] = cut.counts
+        plan.phases.append(replace(align_phase(label, shape, stage, step, plan.assumptions, count), step=name))
+    return model
+
+
+def _refined(plan: Plan, name: str, step: dict[str, Any], model: Model, count: int, dim: int) -> Model:
+    plan.models["student" if name == "refine" else name] = model.counts
+    plan.phases.append(replace(refine_phase(model.shape, step, plan.assumptions, count, dim), step=name))
+    return model
+
+
+STUDENTS = {"prune": _cut, "align": _aligned, "refine": _refined}  # script -> what plans its steps
+
+
+def stages_of(model: Model, stages: list[dict[str, Any]]) -> list[tuple[dict[str, Any], Model]]:
+    """(stage, model after it) of every stage of a cascade; without one the model stays as it is, in one stage.
+
+    Raises:
+        HlmError: a static student, which has nothing to cut; or as `cascade`.
+    """
+    if model.config is not None:
+        return [(stage, Model(model.source, config)) for stage, _, config in cascade(model.config, stages or [{}])]
+    if stages:
+        raise HlmError(
+            "cascade: expected none for a static student, which has no layers to cut, found one; leave it out"
+        )
+    return [({}, model)]
 
 
 def check_dim(dim: int | None, most: int, name: str = "dim") -> int:
@@ -109,32 +152,6 @@ def check_dim(dim: int | None, most: int, name: str = "dim") -> int:
             f"nearest that works is {min(max(dim, 1), most)}"
         )
     return dim or most
-
-
-def cascade(config: PretrainedConfig, stages: list[dict[str, Any]]) -> list[tuple[dict, Shape, PretrainedConfig]]:
-    """(stage, shape, config) after every stage of a cascade over this backbone; no weights are needed.
-
-    Raises:
-        HlmError: a stage that grows, in layers or FFN units, beyond the backbone or the stage before; layer numbers
-            that the stage before does not have.
-    """
-    check_cascade(stages)
-    found = []
-    for number, stage in enumerate(stages, 1):
-        layers, ffn = stage.get("layers"), stage.get("ffn")
-        if isinstance(layers, list):
-            try:
-                check_layers(config, layers)
-            except HlmError as error:
-                raise HlmError(f"cascade, stage {number}: {error}") from error
-            layers = len(layers)
-        try:
-            shape = Shape.of(config, layers, ffn)
-        except HlmError as error:
-            raise HlmError(f"cascade, stage {number}: {error}") from error
-        config = cut_config(config, shape.layers, shape.ffn)
-        found.append((stage, shape, config))
-    return found
 
 
 def index_bytes(rows: int, dim: int, factory: str) -> int:
@@ -202,16 +219,12 @@ def check_step(
     Raises:
         HlmError: with the numbers and the nearest setting that works.
     """
-    source = settings["backbone" if step == "teacher" else "student"]
-    if is_static_folder(resolve(str(source))):
-        if settings.get("cascade"):
-            raise HlmError(f"cascade: expected none for {source}, found one; a static student has nothing to cut")
-        return
-    config = backbone_config(source)
+    model = model_at(str(settings["backbone" if step == "teacher" else "student"]))
+    stages = settings.get("cascade") or []
     try:
-        shape = Shape.of(config)
+        shape = model.shape
     except HlmError as error:
-        if any(set(stage) & {"layers", "ffn"} for stage in settings.get("cascade") or []):
+        if any(set(stage) & {"layers", "ffn"} for stage in stages):
             raise
         logger.info("%s: what it takes is not known beforehand (%s)", step, error)
         return
@@ -222,10 +235,9 @@ def check_step(
     if step == "teacher":
         found = [("teacher", partial(teacher_training, shape, settings, sizes, gpus))]
     elif step == "align":
-        stages = cascade(config, settings["cascade"] or [{}])
         found = [
-            (f"align, stage {number}", partial(align_training, shape, settings, sizes))
-            for number, (_, shape, _) in enumerate(stages, 1)
+            (f"align, stage {number}", partial(align_training, cut.shape, settings, sizes))
+            for number, (_, cut) in enumerate(stages_of(model, stages), 1)
         ]
     else:
         found = [("refine", partial(refine_training, shape, settings, sizes, gpus))]

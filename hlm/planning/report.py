@@ -9,6 +9,7 @@ from typing import Any
 from hlm.planning.hardware import CONTEXT_BYTES, FRAGMENTED, GIB, Gpu, machines_of
 from hlm.planning.phases import ID_BYTES, PADDING, SEARCH_FLOPS, Phase
 from hlm.planning.plan import Plan
+from hlm.step_table import STEPS
 
 
 def size(count: float) -> str:
@@ -30,18 +31,22 @@ def hardware_name(count: int, gpu: Gpu | None) -> str:
 
 def launches(plan: Plan, count: int = 1) -> dict[str, str]:
     """Step -> the command that runs it on `count` GPUs, of as many machines as the plan's `gpus` names. With several,
-    it is run on every one of them, each with a rank of its own and the address of the first."""
+    it is run on every one of them, each with a rank of its own and the address of the first. Steps of one process are
+    left out."""
     machines = machines_of(plan.assumptions.gpus) if plan.assumptions.gpus else 1
     whole = "single" if count == 1 else "ddp" if machines == 1 else "multinode"
     found = {}
     for step in dict.fromkeys(phase.step for phase in plan.phases):
+        if not STEPS[step].parallel:
+            continue
         sharded = step == "teacher" and plan.assumptions.fsdp and count > 1
         words = [f"--config_file recipes/configs/accelerate/{'fsdp' if sharded else whole}.yaml"]
         words += [f"--num_processes {count}"] if count > 1 else []
         if machines > 1:
             words += [f"--num_machines {machines} --machine_rank RANK"]
             words += ["--main_process_ip ADDRESS --main_process_port 29500"]
-        found[step] = f"accelerate launch {' '.join(words)} recipes/{step}.py --config {plan.folder}/{step}.yaml"
+        found[step] = f"accelerate launch {' '.join(words)} recipes/{STEPS[step].script}.py"
+        found[step] += f" --config {plan.folder}/{step}.yaml"
     return found
 
 
@@ -78,6 +83,7 @@ def as_dict(plan: Plan, count: int = 1, gpu: Gpu | None = None) -> dict[str, Any
                 "steps": phase.steps,
                 "flops": phase.flops,
                 "search_flops": phase.search_flops,
+                "lookups": phase.lookups,
                 "hours": phase.hours(count, gpu) if gpu else None,
                 "disk_bytes": phase.disk,
             }
@@ -88,12 +94,13 @@ def as_dict(plan: Plan, count: int = 1, gpu: Gpu | None = None) -> dict[str, Any
         "index_bytes": plan.index,
         "host_bytes_a_process": plan.host,
         "assumptions": asdict(plan.assumptions),
+        "notes": plan.notes,
     }
 
 
 def alternatives(phase: Phase, count: int, fsdp: bool) -> dict[str, int]:
     """Bytes a GPU of the same training step with checkpointing, and with gradient caching, turned the other way."""
-    if (training := phase.training) is None:
+    if (training := phase.training) is None or not training.shape.layers:
         return {}
     other = "without" if training.checkpointing else "with"
     found = {
@@ -124,7 +131,7 @@ def text(plan: Plan, count: int = 1, gpu: Gpu | None = None) -> str:
                 title(phase),
                 size(phase.peak),
                 fits,
-                f"{phase.flops / 1e15:,.1f}",
+                "lookups" if phase.lookups else f"{phase.flops / 1e15:,.1f}",
                 hours,
                 f"{phase.steps:,}" if phase.steps else "",
                 phase.smallest(),
@@ -154,7 +161,7 @@ def text(plan: Plan, count: int = 1, gpu: Gpu | None = None) -> str:
     lines += table([("", "size"), *((name, size(value)) for name, value in plan.index.items())])
     lines.append(f"  host memory of each process for choosing checkpoints (exact search): {size(plan.host)}")
     lines += ["", "Assumptions"]
-    for line in assumptions(plan):
+    for line in [*assumptions(plan), *plan.notes]:
         lines += textwrap.wrap(line, 118, initial_indent="  ", subsequent_indent="    ")
     return "\n".join(lines) + "\n"
 

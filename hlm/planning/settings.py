@@ -12,7 +12,7 @@ from hlm.planning.run_file import RUN_FILE, expanded
 from hlm.settings import defaults_of, hints_of, read_yaml
 from hlm.step_table import STEPS
 
-PLANNED = ("teacher", "embed", "prune", "align", "refine")
+PLANNED = ("teacher", "embed", "prune", "align", "refine")  # the scripts whose steps are planned
 # What a plan reads of the training arguments, beside the steps' own settings.
 TRAINING = (
     "per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps bf16 fp16 "
@@ -72,7 +72,8 @@ def check_folder(folder: str | Path) -> Path:
 
 
 def read_steps(folder: str | Path, training: type) -> dict[str, dict[str, Any]]:
-    """What a plan needs of every step's YAML in `folder`; steps without a file are left out.
+    """What a plan needs of every step's YAML in `folder`, in the order of the table of steps; steps without a file are
+    left out.
 
     Args:
         training: the dataclass of the training arguments, `hlm.training.trainer.TrainingArguments`: their names and
@@ -87,7 +88,7 @@ def read_steps(folder: str | Path, training: type) -> dict[str, dict[str, Any]]:
     """
     folder = check_folder(folder)
     with expanded(folder) as configs:
-        paths = {step: configs / f"{step}.yaml" for step in PLANNED}
+        paths = {name: configs / f"{name}.yaml" for name, step in STEPS.items() if step.script in PLANNED}
         return {step: _read_step(path, step, training) for step, path in paths.items() if path.is_file()}
 
 

@@ -10,16 +10,15 @@ from typing import Any
 
 from sentence_transformers import SentenceTransformer
 
-from hlm.artefacts import HlmError, claimed
+from hlm.artefacts import claimed
 from hlm.data.contract import RetrievalData, iterate, load
 from hlm.encoders.loading import fingerprint, load_encoder, save_encoder
 from hlm.encoders.pruning import cut
 from hlm.encoders.static_words import static_student
-from hlm.encoders.vocabulary import check_vocabulary, choose_tokens, count_tokens, cut_vocabulary, share_kept
+from hlm.encoders.vocabulary import choose_tokens, count_tokens, cut_vocabulary, share_kept
 from hlm.identity import as_config, up_to_date
 from hlm.indexes.lineage import named_teacher
-from hlm.planning.footprint import backbone_config
-from hlm.planning.plan import cascade
+from hlm.planning.students import after_cut, model_at
 from hlm.progress import progress
 from hlm.settings import keywords
 from hlm.steps import PruneConfig
@@ -49,11 +48,7 @@ def prune(config: PruneConfig) -> Path:
 
 
 def _prune(config: PruneConfig) -> None:
-    if config.static is not None and (config.layers or config.keep or config.ffn or config.vocabulary):
-        raise HlmError("static: expected it alone, found layers, keep, ffn or vocabulary beside it; leave them out")
-    layers = config.layers or config.keep
-    cascade(backbone_config(config.model), [{"layers": layers, "ffn": config.ffn}])  # before any weights load
-    check_vocabulary(config.vocabulary)
+    after_cut(model_at(config.model), vars(config))  # refuses what cannot be made, before any weights load
     splits = REPORTED if config.vocabulary else ()
     data = load(config.data, splits=splits, skip_bad_rows=config.skip_bad_rows)
     store = VectorStore.open(Path(config.vectors) / "corpus")
@@ -70,7 +65,7 @@ def _prune(config: PruneConfig) -> None:
         save_encoder(model, config.output, "student", **identity, **named_teacher(store))
         return
     texts = (data.unlabelled or data.queries)[: config.calibration]["text"]
-    model = cut(model, layers, config.ffn, config.method, list(texts))
+    model = cut(model, config.layers or config.keep, config.ffn, config.method, list(texts))
     facts = named_teacher(store)
     if config.vocabulary:
         model, facts["vocabulary"] = _with_fewer_tokens(model, data, config.vocabulary)
