@@ -62,9 +62,10 @@ class _Lines(plain_tqdm):
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         if msg is not None:
             return  # it would be wiped off the screen
-        line = "{desc}: {n_fmt} of {total_fmt}{unit}s, {remaining} left"
+        units = f"{self.unit[:-1]}ies" if self.unit.endswith("y") else f"{self.unit}s"
+        line = f"{{desc}}: {{n_fmt}} of {{total_fmt}}{units}, {{remaining}} left"
         if not self.total:
-            line = "{desc}: {n_fmt}{unit}s in {elapsed}"
+            line = f"{{desc}}: {{n_fmt}}{units} in {{elapsed}}"
         logger.info(self.format_meter(**self.format_dict | {"bar_format": line}))
 
 

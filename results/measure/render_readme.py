@@ -40,6 +40,7 @@ SHORT = {
     "esci_mini": ["ndcg@10", "precision@10", "overlap@10"],
 }
 SHORT_LATENCY = ["system", "backend", "p50 ms", "p99 ms", "queries/s", "peak MiB"]
+SEARCHED = "From text to ads: a million ads on one thread"
 # results/latency-<name>.json -> what it is
 LATENCY = {
     "quickstart": "The quickstart's student online, beside its teacher",
@@ -129,6 +130,8 @@ def block() -> str:
         path = ROOT / "results" / f"latency-{name.replace('_', '-')}.json"
         if path.is_file():
             parts.append(latency_table(read_latency(path), SHORT_LATENCY))
+    if (found := read("index-1m")) is not None:
+        parts += [f"### {SEARCHED}", tables.text_to_ads(found)]
     return "\n\n".join(filter(None, parts)) or "Not measured yet."
 
 
@@ -152,9 +155,11 @@ def details() -> str:
         ("memory", "Memory of alignment as the query log grows", tables.remembered),
         ("prepare", "Raw logs with every kind of dirt through hlm prepare", tables.prepared),
         ("first-student", "From raw files to a first student and a dry run", tables.first_students),
+        ("index-1m", SEARCHED, tables.searched),
         ("index-70k", "From text to ads: 70,000 ads on one thread", tables.searched),
         ("living", "A catalogue that changes while it is searched", tables.living),
         ("index-peers", "The index beside other engines, on one thread", tables.beside),
+        ("index-build", "Building the index of ten million ads in 4 GiB", tables.grown),
         ("index-widths", "Narrower and coarser vectors, and a billion ads", tables.widened),
         ("install", "What an install takes, and how fast it starts", tables.light),
         ("gpu", "The published shapes on one GPU", tables.on_gpu),

@@ -59,13 +59,21 @@ def prepared(found: dict[str, Any]) -> str:
     )
 
 
-def searched(found: dict[str, Any]) -> str:
-    """From text to ads by each side; filters, ours and FAISS's own; memory of an opened index."""
+def text_to_ads(found: dict[str, Any]) -> str:
+    """From text to ads by each side: recall, milliseconds, and how many times faster than what others' pages show."""
     sides, rows = found["text_to_ads"], []
     crowded = {name for name, one in sides.items() if one["latency_ms"]["over"] == "all"}
     for name, one in sides.items():
-        times = [("-" if {name, of} & crowded else f"{by:.1f}x") for of, by in one["times_faster_than"].items()]
-        rows.append([name, f"{one['recall']:.4f}", f"{one['p50_ms']:.2f}{'!' if name in crowded else ''}", *times])
+        ratios = {of: f"{by:.1f}x" if by >= 1 else f"{by:.2f}x" for of, by in one["times_faster_than"].items()}
+        times = ["-" if {name, of} & crowded else by for of, by in ratios.items()]
+        rows.append(
+            [
+                name.replace("hlm + hlm_", "hlm, asked for "),
+                f"{one['recall']:.4f}",
+                f"{one['p50_ms']:.2f}{'!' if name in crowded else ''}",
+                *times,
+            ]
+        )
     beside = [f"faster than {name}" for name in next(iter(sides.values()))["times_faster_than"]]
     about = found["queries_are"]
     chosen = ", ".join(f"{name} is {one['factory']}" for name, one in found["chosen"].items())
@@ -79,17 +87,26 @@ def searched(found: dict[str, Any]) -> str:
             " Times marked ! were taken while others took the CPUs, and have no ratios: long calls lose more to others "
             "than short ones. Recall and bytes do not depend on it."
         )
+    return text
+
+
+def searched(found: dict[str, Any]) -> str:
+    """`text_to_ads`; filters, ours and FAISS's own; memory of an opened index."""
     rows = [
-        [name, *(f"{one[side][what]:.3f}" for side in ("ours", "faiss") for what in ("recall", "short_lists"))]
+        [
+            name,
+            *(f"{one[side][what]:.3f}" for side in ("ours", "faiss") for what in ("recall", "short_lists")),
+            f"{one['ours']['p99_ms']:.1f}",
+        ]
         for name, one in found["filters"].items()
     ]
-    header = ["filter, index", "recall", "short lists", "FAISS's own recall", "FAISS's own short lists"]
+    header = ["filter, index", "recall", "short lists", "FAISS's own recall", "FAISS's own short lists", "p99 ms"]
     memory = [
         [name, f"{one['mapped_bytes_a_vector']:,.0f}", f"{one['read_bytes_a_vector']:,.0f}"]
         for name, one in found["memory"].items()
     ]
     own = markdown(["anonymous bytes a vector", "as HLM opens it", "as FAISS reads it"], memory)
-    return f"{text}\n\n{markdown(header, rows)}\n\n{own}"
+    return f"{text_to_ads(found)}\n\n{markdown(header, rows)}\n\n{own}"
 
 
 def first_students(found: dict[str, Any]) -> str:
@@ -144,6 +161,30 @@ def beside(found: dict[str, Any]) -> str:
     left = "; ".join(f"{name}: {why}" for name, why in found["left_out"].items())
     about = f"{found['ads']:,} ads of {found['dim']} values, k = {found['k']}. Left out: {left}."
     return f"{markdown(header, rows)}\n\n{about}"
+
+
+def grown(found: dict[str, Any]) -> str:
+    """Builds under a limit of memory: seconds, bytes, and what a search finds."""
+    rows = [
+        [
+            f"{one['ads']:,}",
+            one["factory"],
+            f"{one['build_s'] / 60:.1f}",
+            f"{one['held_mib'] / 1024:.2f}",
+            f"{one['bytes_an_ad']:,.0f}",
+            f"{one['recall']:.3f}",
+            f"{one['p50_ms']:.2f}",
+        ]
+        for one in found["found"]
+    ]
+    settings = found["settings"]
+    header = ["ads", "index", "build, minutes", "held, GiB", "bytes an ad", "recall", "p50 ms"]
+    return (
+        f"{markdown(header, rows)}\n\nEach build had {settings['threads']} threads and at most "
+        f"{settings['memory_gib']:g} GiB of anonymous memory. {found['ads_times']:.0f} times as many ads took "
+        f"{found['build_times']:.1f} times as long. Ads beyond the real vectors are these with noise. A search "
+        f"asked for a recall of {settings['target_recall']:g} at k = {settings['k']}."
+    )
 
 
 def widened(found: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The measurements beside other engines, and of widths, run whole on a tiny catalogue."""
+"""The measurements beside other engines, of widths, and of builds under a limit run whole on a tiny catalogue."""
 
 import importlib.util
 import json
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import faiss
+import numpy as np
 import pytest
 import torch
 
@@ -21,7 +22,9 @@ def script(name):
     return module
 
 
-peers, widths, tables = (script(name) for name in ("measure_index_peers", "measure_index_widths", "tables"))
+peers, widths, builds, tables = (
+    script(name) for name in ("measure_index_peers", "measure_index_widths", "measure_index_build", "tables")
+)
 PACKAGES = {"hnswlib": "hnswlib", "usearch": "usearch", "scalable-vs": "svs", "lancedb": "lancedb"}
 
 
@@ -51,6 +54,23 @@ def test_peers(words, tmp_path):
     assert report["ads"] == 200 and "/" not in json.dumps(report["settings"])
     with pytest.raises(HlmError, match="engines: expected some of hlm, hnswlib, .*, found faiss"):
         peers.main([*words, "--engines", "faiss"])
+
+
+def test_builds_under_a_limit(words, tmp_path):
+    words += ["--sizes", "150", "700", "--kind", "SQ8", "--target_recall", "0.5", "--threads", "1"]
+    builds.main(words)
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert [(row["ads"], row["factory"]) for row in report["found"]] == [(150, "IVF16,SQ8"), (700, "IVF16,SQ8")]
+    assert all(row["recall"] > 0.3 and row["build_s"] > 0 and row["bytes_an_ad"] > 30 for row in report["found"])
+    assert report["ads_times"] == 700 / 150 and "| 700 | IVF16,SQ8 |" in tables.grown(report)
+    made = builds.VectorStore.open(tmp_path / "work/700/store").gather(np.arange(700)).astype(np.float64)
+    assert np.allclose(np.linalg.norm(made, axis=1), 1, atol=1e-2)
+    assert np.allclose((made[200:400] * made[:200]).sum(1), 0.9, atol=1e-2)  # 200 real ones, and then as near as asked
+    built = (tmp_path / "work/700/index/hlm.json").stat().st_mtime_ns
+    builds.main(words)
+    assert (tmp_path / "work/700/index/hlm.json").stat().st_mtime_ns == built
+    with pytest.raises(builds.subprocess.CalledProcessError):
+        builds.main([*words, "--memory_gib", "0.01"])
 
 
 def test_widths(words, tmp_path):
