@@ -7,6 +7,7 @@ distinct text, `robots` (user), `support` (key, count, users) of what is left.
 from __future__ import annotations
 
 import html
+import itertools
 import logging
 import re
 import unicodedata
@@ -33,6 +34,7 @@ _ESCAPED = re.compile(r"%[0-9a-fA-F]{2}")
 _ROBOTS = "bot|crawl|spider|slurp|curl/|wget|python-|headless|scrapy"
 _SHOWN = re.compile(r"[^\W_]")
 _BATCH = 50_000
+LINES_A_PART = 5_000_000  # of the log, for what is grouped at once within the default 1 GB
 _SLASHES = r"^\s*(\d{1,2})[./-](\d{1,2})[./-]\d{4}"  # day and month, in either order
 
 
@@ -153,18 +155,18 @@ def read_lines(
     agent = f"coalesce(regexp_matches(lower(agent), '{_ROBOTS}'), false)" if "agent" in columns else "false"
     action = _is_search(connection, table, columns)
 
-    def grouped(source: str) -> str:
+    def lines(source: str) -> str:
         return (
             f"SELECT query, {user_of(columns)} AS user, CAST({time} AS INTEGER) AS hour, {agent} AS robot, "
-            f"sum({n}) AS n, count(*) AS rows FROM ({source}) WHERE {action} GROUP BY ALL"
+            f"{n} AS n FROM ({source}) WHERE {action}"
         )
 
-    connection.execute(f"CREATE TABLE all_lines AS {grouped(table.select(read))}")
+    connection.execute(f"CREATE TABLE all_lines AS {lines(table.select(read))}")
     if rescued := table.rescued(connection, read):
-        connection.execute(f"INSERT INTO all_lines {grouped(rescued)}")
+        connection.execute(f"INSERT INTO all_lines {lines(rescued)}")
     rows, bare, bad, robots = one_row(
         connection,
-        "SELECT sum(rows), sum(rows) FILTER (query IS NULL), sum(rows) FILTER (n IS NULL OR n <= 0), sum(n) FILTER "
+        "SELECT count(*), count(*) FILTER (query IS NULL), count(*) FILTER (n IS NULL OR n <= 0), sum(n) FILTER "
         "(robot) FROM all_lines",
     )
     dropped["lines that cannot be read"] += table.unread(connection, rows or 0)
@@ -201,14 +203,31 @@ def _is_search(connection: duckdb.DuckDBPyConnection, table: RawTable, columns: 
     return "action IS NULL" if without else "lower(action) IN ('search', 'on_search', 'query')"
 
 
+def shares(connection: duckdb.DuckDBPyConnection, column: str) -> list[str]:
+    """Conditions of SQL that divide the values of a column into parts, each small enough to be grouped in memory.
+
+    DuckDB puts what it groups on the disk, but needs some memory for each part of it: 100 million groups do not go
+    through 1 GB at once.
+    """
+    parts = 1 + one_row(connection, "SELECT count(*) FROM lines")[0] // LINES_A_PART
+    return [f"hash({column}) % {parts} = {part}" for part in range(parts)] if parts > 1 else ["true"]
+
+
+def _fill(connection: duckdb.DuckDBPyConnection, table: str, selects: list[str]) -> None:
+    """One table of several selects, one after the other."""
+    for place, select in enumerate(selects):
+        connection.execute(f"{f'INSERT INTO {table}' if place else f'CREATE TABLE {table} AS'} {select}")
+
+
 def clean_texts(connection: duckdb.DuckDBPyConnection, sources: list[str], known: ProductNumbers, longest: int) -> None:
     """Fills `texts` with every distinct text of these selects (one column `query` each)."""
     connection.execute("CREATE TABLE texts (query VARCHAR, key VARCHAR, shown VARCHAR, reason VARCHAR)")
     writer = connection.cursor()
     union = " UNION ALL ".join(f"SELECT query FROM ({source})" for source in sources)
-    distinct = f"SELECT DISTINCT query FROM ({union}) WHERE query IS NOT NULL"
+    distinct = f"SELECT DISTINCT query FROM ({union}) WHERE query IS NOT NULL AND "
     with progress(what="clean the queries", unit="text") as bar:
-        for batch in connection.sql(distinct).to_arrow_reader(_BATCH):
+        batches = (connection.sql(distinct + share).to_arrow_reader(_BATCH) for share in shares(connection, "query"))
+        for batch in itertools.chain.from_iterable(batches):
             queries = batch.column(0).to_pylist()
             columns = list(zip(*(clean(query, known, longest) for query in queries), strict=True))
             made = pa.table(
@@ -238,8 +257,9 @@ def count_support(
         train_before: the hour before which `past` is counted; None: always.
         dropped: gets the lines that were left out, by reason.
     """
-    days = "SELECT user, hour // 24 AS day, sum(n) AS n FROM lines WHERE user IS NOT NULL GROUP BY ALL"
-    connection.execute(f"CREATE TABLE robots AS SELECT DISTINCT user FROM ({days}) WHERE n > {queries_a_day}")
+    days = "SELECT user, hour // 24 AS day, sum(n) AS n FROM lines WHERE user IS NOT NULL AND {} GROUP BY ALL"
+    robots_of = f"SELECT DISTINCT user FROM ({days}) WHERE n > {queries_a_day}"
+    _fill(connection, "robots", [robots_of.format(share) for share in shares(connection, "user")])
     for reason, n in connection.execute(
         "SELECT reason, sum(n) FROM lines JOIN texts USING (query) WHERE reason IS NOT NULL GROUP BY ALL"
     ).fetchall():
@@ -248,17 +268,20 @@ def count_support(
     past = "true" if train_before is None else f"coalesce(hour < {train_before}, true)"
     people = (
         f"SELECT key, user, sum(n) AS n, coalesce(sum(n) FILTER ({past}), 0) AS past FROM lines JOIN texts USING "
-        "(query) WHERE reason IS NULL AND (user IS NULL OR user NOT IN (SELECT user FROM robots)) GROUP BY ALL"
+        "(query) WHERE {} AND reason IS NULL AND (user IS NULL OR user NOT IN (SELECT user FROM robots)) GROUP BY ALL"
     )
-    capped = f"CASE WHEN user IS NULL THEN {{0}} ELSE least({{0}}, {repeats}) END"
-    connection.execute(
-        f"CREATE TABLE support AS SELECT key, sum({capped.format('n')}) AS count, sum({capped.format('past')}) AS "
-        f"past, sum(n) AS lines, {'count(user)' if users else 'sum(n)'} AS users FROM ({people}) GROUP BY key"
+    count, before = (
+        f"sum(CASE WHEN user IS NULL THEN {name} ELSE least({name}, {repeats}) END)" for name in ("n", "past")
     )
+    support = (
+        f"SELECT key, {count} AS count, {before} AS past, sum(n) AS lines, "
+        f"{'count(user)' if users else 'sum(n)'} AS users FROM ({people}) GROUP BY key"
+    )
+    _fill(connection, "support", [support.format(share) for share in shares(connection, "key")])
+    connection.execute("CREATE TABLE of_robots AS SELECT query, user, n FROM lines SEMI JOIN robots USING (user)")
     robots, of_robots = one_row(
         connection,
-        "SELECT count(DISTINCT user), sum(n) FROM lines JOIN texts USING (query) JOIN robots USING (user) "
-        "WHERE reason IS NULL",
+        "SELECT count(DISTINCT user), sum(n) FROM of_robots JOIN texts USING (query) WHERE reason IS NULL",
     )
     repeated = one_row(connection, "SELECT sum(lines - count) FROM support")[0]
     dropped.update({"users that are robots": int(of_robots or 0), "repeats of one user": int(repeated or 0)})
@@ -273,10 +296,12 @@ def commonest_spellings(connection: duckdb.DuckDBPyConnection, sources: list[str
     """
     union = " UNION ALL ".join(f"SELECT query, n FROM ({source})" for source in sources)
     counted = (
-        f"SELECT key, shown, sum(n) AS n FROM ({union}) JOIN texts USING (query) WHERE reason IS NULL GROUP BY ALL"
+        f"SELECT key, shown, sum(n) AS n FROM ({union}) JOIN texts USING (query) WHERE {{}} AND reason IS NULL "
+        "GROUP BY ALL"
     )
     # By a sort, which goes to the disk where it must; the state of max() over texts would have to stay in memory.
-    connection.execute(
-        f"CREATE TABLE spellings AS SELECT key, shown AS text FROM ({counted}) "
+    chosen = (
+        f"SELECT key, shown AS text FROM ({counted}) "
         "QUALIFY row_number() OVER (PARTITION BY key ORDER BY n DESC, shown DESC) = 1"
     )
+    _fill(connection, "spellings", [chosen.format(share) for share in shares(connection, "key")])

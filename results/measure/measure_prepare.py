@@ -113,6 +113,8 @@ def long_log(folder: Path, lines: int) -> Path:
 
 def found_in(data: Path, planted: Sequence[str]) -> int:
     """How many of the planted queries are in the data's queries or its report: as they are, or their number alone."""
+    if not planted:
+        return 0
     texts = [(data / f"report.{kind}").read_text(encoding="utf-8") for kind in ("txt", "html")]
     for name in ("queries", "unlabelled"):
         texts += pq.read_table(data / f"{name}.parquet")["text"].to_pylist()

@@ -16,6 +16,7 @@ from raw_shop import ADS, MANY, THINGS, all_grades, clicks_of, prepared, write
 
 import hlm
 from hlm.artefacts import HlmError, read_manifest
+from hlm.data import log_cleaning
 from hlm.data.contract import load
 from hlm.data.words import fold
 from hlm.evaluation.evaluate import query_kinds
@@ -72,6 +73,18 @@ def test_the_contract_is_written_and_loads(shop, tmp_path):
         assert dropped[why] > 20, why
     assert 0 < dropped["lines that cannot be read"] < 1000
     assert not list(folder.rglob("*.duckdb")) and not (folder / ".work").exists()
+
+
+def test_a_log_that_is_grouped_in_parts_gives_the_same_data(shop, tmp_path, monkeypatch):
+    monkeypatch.setattr(log_cleaning, "LINES_A_PART", 1500)
+    folder, raw = shop[0], shop[0].parent
+    hlm.prepare(
+        tmp_path / "data", [raw / "ads.csv"], log=[raw / "queries.csv"], clicks=[raw / "clicks.csv"],
+        keep=["brand"], queries_a_day=100, min_users=3, min_clicks=1,
+    )  # fmt: skip
+    for path in folder.rglob("*.parquet"):
+        assert pq.read_table(tmp_path / "data" / path.relative_to(folder)).equals(pq.read_table(path)), path.name
+    assert read_manifest(tmp_path / "data", "dataset")["dropped"] == read_manifest(folder, "dataset")["dropped"]
 
 
 def test_nothing_that_was_planted_is_in_any_file(shop):
