@@ -113,14 +113,14 @@ def first_students(found: dict[str, Any]) -> str:
     """Minutes from raw files to a student, its report, and a dry run; what the student keeps."""
     rows = []
     for run in found["runs"]:
-        before = run["seconds"]["init"]
+        before = sum(seconds for name, seconds in run["seconds"].items() if name not in ("run", "publish"))
         until = dict(zip(run["steps"], accumulate(run["steps"].values()), strict=True))
         kept = run["recovery"]["student"]
         recovery = f"{kept['value']:.1%} ({kept['ci95'][0]:.1%} to {kept['ci95'][1]:.1%})"
         students = [before + until["refine"], before + until["export"]]
         times = [before, *students, sum(run["seconds"].values())]
         minutes = [f"{seconds / 60:.1f}" for seconds in times]
-        log = f"{run['lines']:,}{' of UBI' * (run['files'] == 'ubi')}"
+        log = f"{run['lines']:,}{' of UBI' * (run.get('files') == 'ubi')}"
         rows.append([log, f"{run['ads']:,}", *minutes, str(run["queries"]), recovery])
     header = ["log lines", "ads", "data, minutes", "student", "report and online folder", "timings and dry run"]
     return markdown([*header, "test queries", "recovery of ndcg@10"], rows)
