@@ -122,7 +122,9 @@ def shrink_run(path, backbone):
     systems = {"bm25": None, "student": "runs/mine/student"}
     systems["teacher"] = {"model": "runs/mine/teacher", "corpus": "runs/mine/vectors/corpus"}
     left_out["evaluate"] = {"systems": systems, "fusions": {}, "slices": {}, "bootstrap_samples": 100}
-    steps = {"teacher": short | teacher, "align": short | {"cascade": []}, "refine": short, **left_out}
+    align = {"cascade": [], "also": {}, "learning_rate_mapping": {}}
+    left_out["prune"] = {"layers": [0], "ffn": None}
+    steps = {"teacher": short | teacher, "align": short | align, "refine": short, **left_out}
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"backbone": backbone, "steps": steps}))
 
 

@@ -42,7 +42,9 @@ RECIPE = Path(__file__).resolve().parents[2] / "recipes/prepare_logs.py"
 class MeasurePrepareConfig:
     output: str = field(default="results/prepare.json", metadata={"help": "file for the figures"})
     dirty: list[int] = field(default_factory=lambda: [500_000, 2_000_000], metadata={"help": "lines of CSV"})
-    long: list[int] = field(default_factory=lambda: [1_000_000, 5_000_000], metadata={"help": "lines of Parquet"})
+    long: list[int] = field(
+        default_factory=lambda: [1_000_000, 5_000_000, 100_000_000], metadata={"help": "lines of Parquet"}
+    )
     ads: int = field(default=20_000, metadata={"help": "in the catalogue"})
     planted: int = field(default=10_000, metadata={"help": "personal queries in each dirty log"})
     product_numbers: int = field(default=100_000, metadata={"help": "that are looked at alone"})

@@ -226,7 +226,7 @@ def keep(run: Path) -> None:
     for source, target in (("latency", f"latency-{name}"), ("compare", "compare")):
         if (run / f"{source}.json").is_file():
             write_json(ROOT / "results" / f"{target}.json", json.loads((run / f"{source}.json").read_text()))
-    if name in LATENCY and name not in TITLES:
+    if name in LATENCY and run.name not in TITLES:
         return
     if run.name not in TITLES:
         sys.exit(f"error: expected a run named {' or '.join(TITLES)}, found {run.name!r}; name it in TITLES")

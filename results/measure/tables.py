@@ -52,10 +52,12 @@ def prepared(found: dict[str, Any]) -> str:
     rows = [[f"{run['lines']:,}", run["kind"], *(f"{run[name]:,.0f}" for name in sizes)] for run in found["runs"]]
     through, of = (sum(run[name] for run in found["runs"]) for name in ("planted_found", "planted"))
     lost = found["product_numbers"]
+    notes = "".join(f" {run['lines']:,} lines: {run['note']}." for run in found["runs"] if run.get("note"))
     return (
         markdown(["lines", "log", "on disk MiB", "seconds", "peak MiB"], rows)
         + f"\n\nOf the e-mail addresses and numbers that were planted, {through} of {of:,} got through. "
-        f"Of {lost['of']:,} sizes, prices, models and numbers of the catalogue {lost['lost']:,} were taken for these."
+        f"Of {lost['of']:,} sizes, prices, models and numbers of the catalogue {lost['lost']:,} were taken for "
+        f"these.{notes}"
     )
 
 
@@ -76,11 +78,11 @@ def text_to_ads(found: dict[str, Any]) -> str:
         )
     beside = [f"faster than {name}" for name in next(iter(sides.values()))["times_faster_than"]]
     about = found["queries_are"]
-    chosen = ", ".join(f"{name} is {one['factory']}" for name, one in found["chosen"].items())
+    chosen = ", ".join(f"{name.removeprefix('hlm_')}: {one['factory']}" for name, one in found["chosen"].items())
     text = markdown(["side", f"recall of the {found['settings']['k']} nearest", "p50 ms", *beside], rows)
     text += (
         f"\n\nA query's nearest ad has a cosine of {about['query_to_nearest_ad']:.2f}, an ad's nearest other one "
-        f"{about['ad_to_nearest_other_ad']:.2f}. {chosen}."
+        f"{about['ad_to_nearest_other_ad']:.2f}. What is chosen for a recall of {chosen}."
     )
     if crowded:
         text += (
@@ -123,7 +125,8 @@ def first_students(found: dict[str, Any]) -> str:
         log = f"{run['lines']:,}{' of UBI' * (run.get('files') == 'ubi')}"
         rows.append([log, f"{run['ads']:,}", *minutes, str(run["queries"]), recovery])
     header = ["log lines", "ads", "data, minutes", "student", "report and online folder", "timings and dry run"]
-    return markdown([*header, "test queries", "recovery of ndcg@10"], rows)
+    notes = "".join(f"\n\n{run['lines']:,} lines {run['note']}." for run in found["runs"] if run.get("note"))
+    return markdown([*header, "test queries", "recovery of ndcg@10"], rows) + notes
 
 
 def living(found: dict[str, Any]) -> str:

@@ -240,7 +240,7 @@ def pids_of(house, ranks=1):
     return [int(pid) for path in paths for pid in path.read_text().split()]
 
 
-def wait_until(done, seconds=60):
+def wait_until(done, seconds=240):  # a launcher takes a minute on a crowded machine
     end = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < end, "waited in vain"
