@@ -119,21 +119,23 @@ def publish_words(configs: Path, namespace: str | None, dry_run: bool) -> list[s
                 "--dry-run: expected --publish NAME beside it, found none; say who would own the repositories"
             )
         return []
-    if (configs / RUN_FILE).is_file():
-        configs = configs_of(configs / RUN_FILE)
-    config = configs / "publish.yaml"
+    config = steps_of(configs) / "publish.yaml"
     if not config.is_file():
         raise HlmError(f"--publish: expected settings at {config}, found none; make them with hlm init")
     words = [*command(STEPS["publish"], config, 1), "--namespace", namespace]
     return [*words, "--dry-run"] if dry_run else words
 
 
+def steps_of(folder: Path) -> Path:
+    """Where the steps' YAML files are: `folder`, or what `run.yaml` there says."""
+    return configs_of(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else folder
+
+
 def read_jobs(configs: Path) -> list[Job]:
     """The steps of a folder of YAML files, or of the one `run.yaml` there."""
-    run_file = configs / RUN_FILE
-    if run_file.is_file():
-        configs = configs_of(run_file)
-        write_steps(run_file, configs)
+    folder, configs = configs, steps_of(configs)
+    if configs != folder:
+        write_steps(folder / RUN_FILE, configs)
     paths = [(name, step, configs / f"{name}.yaml") for name, step in STEPS.items() if not step.by_name]
     jobs = [
         Job(name, step, config, Path(os.path.expanduser(settings(config)["output"])))

@@ -250,12 +250,7 @@ def write_run_file(
         data, least = f"{home}/data", FEW_THREES if least is None else least
     like = _set_for(data, hardware)
     if raw:
-        from hlm.data.logs import prepare  # DuckDB comes with it
-
-        try:
-            prepare(output=data, **raw, ask=input if sys.stdin.isatty() and sys.stdout.isatty() else None)
-        except HlmError as error:
-            raise HlmError(f"{error} (more settings: hlm prepare {data}; then name it with --data)") from error
+        _prepare(str(data), raw)
     derived = data is not None and os.path.isdir(data) and not _has_train(Path(data))
     timed = (sets()[like] / "benchmark.yaml").is_file()
     values: dict[str, Any] = {
@@ -276,6 +271,16 @@ def write_run_file(
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return target
+
+
+def _prepare(data: str, raw: dict[str, list[str]]) -> None:
+    """Makes the dataset of raw files; on a terminal it asks about their columns."""
+    from hlm.data.logs import prepare  # DuckDB comes with it
+
+    try:
+        prepare(output=data, **raw, ask=input if sys.stdin.isatty() and sys.stdout.isatty() else None)
+    except HlmError as error:
+        raise HlmError(f"{error} (more settings: hlm prepare {data}; then name it with --data)") from error
 
 
 def data_of(run_file: Path) -> Path:
