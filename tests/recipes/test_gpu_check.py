@@ -47,6 +47,11 @@ def test_every_stage_runs_tiny_on_the_cpu(tmp_path):
     assert all(name in done.stdout for name in status)
 
 
+def test_the_tests_that_need_a_gpu_are_where_the_script_looks_for_them(script):
+    """A GPU is rare: a path that went stale would be seen there first."""
+    assert "skipif(not torch.cuda.is_available()" in (script.HOME / script.GPU_TESTS).read_text()
+
+
 STAGES = """
 import multiprocessing, os, subprocess, sys, time
 sys.path.insert(0, {recipes!r})
