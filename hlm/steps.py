@@ -49,7 +49,9 @@ class TeacherConfig:
     use_in_batch: bool = field(default=True, metadata={"help": "q-d: other pairs' documents"})
     use_query_query: bool = field(default=True, metadata={"help": "q-q: other queries"})
     use_document_document: bool = field(default=True, metadata={"help": "d-d: other documents against the positive"})
-    cache_chunk: int | None = field(default=None, metadata={"help": "rows encoded at a time (gradient caching)"})
+    cache_chunk: int | None = field(
+        default=None, metadata={"help": "documents encoded at a time (gradient caching); queries as memory then allows"}
+    )
     merge_weight: float | list[float] | str = field(
         default=1.0, metadata={"help": "share of what was learnt that is kept; a list or auto: chosen on dev, 0 too"}
     )

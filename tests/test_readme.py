@@ -294,3 +294,13 @@ def test_a_feature_takes_three_files_at_most():
 def test_the_latency_on_a_gpu_is_the_measured_one():
     measured = json.loads((ROOT / "results" / "gpu.json").read_text())["stages"]["online_190m"]["measured"]
     assert f"{measured['p50_ms']:.2f} ms a query on one H200" in README.replace("\n", " ")
+
+
+def test_ratios_on_a_gpu_are_the_measured_ones():
+    ratios = json.loads((ROOT / "results" / "gpu.json").read_text())["ratios"]
+    expected = (
+        f"On one H200 the student answered {ratios['latency_over_sentence_transformers']:.0f}x as fast as the 8B "
+        f"teacher under sentence-transformers, {ratios['latency']:.0f}x as fast as the teacher as HLM serves it, and "
+        f"encoded {ratios['throughput']:.0f}x as many"
+    )
+    assert expected in README.replace("\n", " ")

@@ -25,7 +25,7 @@ from hlm.planning.settings import Assumptions
 
 PREDICTED = ("H100", "H200")
 # Share of the data sheet's bytes/s that reads and writes of large tensors reach. The shares of its FLOP/s are
-# `teacher_utilisation` and `student_utilisation` of the plan's assumptions.
+# `teacher_utilisation`, `embed_utilisation` and `student_utilisation` of the plan's assumptions.
 BANDWIDTH_UTILISATION = 0.8
 ADAMW_BYTES = 28  # of a trained fp32 weight, in a fused step: gradient read; weight and two moments read and written
 
@@ -65,10 +65,12 @@ def lora_work(shape: Shape, step: Mapping[str, Any], sizes: Assumptions) -> tupl
     """One step of the teacher's training, and its phase in the plan of one GPU."""
     (phase,) = (phase for phase in teacher_phases(shape, step, sizes, 1) if isinstance(phase, TrainingPhase))
     training = phase.training
+    (_, query), (_, document) = training.rows
+    chunks = [training.chunk and training.chunk * max(1, document // query), training.chunk]  # as the teacher's batches
     calls = [
         (rows, tokens)
-        for (each, _), tokens in zip(training.rows, _mean_lengths(training, sizes), strict=True)
-        for rows in _chunks(training.batch * each, training.chunk)
+        for (each, _), tokens, chunk in zip(training.rows, _mean_lengths(training, sizes), chunks, strict=True)
+        for rows in _chunks(training.batch * each, chunk)
     ]
     return _training_work(training, calls, sizes.teacher_utilisation), phase
 
@@ -81,7 +83,7 @@ def embed_work(shape: Shape, step: Mapping[str, Any], sizes: Assumptions) -> tup
     rows = max(1, int(step["batch_tokens"] // tokens))
     flops = forward_flops(shape, rows, tokens)
     moved = forward_bytes(shape, [(rows, tokens)], Precision(step["dtype"]))
-    return Work(rows, flops, moved, sizes.teacher_utilisation), phase
+    return Work(rows, flops, moved, sizes.embed_utilisation), phase
 
 
 def align_work(shape: Shape, step: Mapping[str, Any], sizes: Assumptions) -> tuple[Work, TrainingPhase]:

@@ -101,7 +101,7 @@ def teacher_phases(shape: Shape, step: Mapping[str, Any], sizes: Assumptions, co
     query = padded(sizes.query_tokens + sizes.prompt_tokens, query_limit)
     document = padded(sizes.document_tokens, document_limit)
     encoding = inference_memory(shape, max(1, 4096 // document_limit), document_limit, step["dtype"])
-    busy = sizes.teacher_utilisation
+    busy = sizes.embed_utilisation
     phases: list[Phase] = []
     if step["hard_negatives"]:
         flops = forward_flops(shape, sizes.documents, document) + forward_flops(shape, sizes.judged_queries, query)
@@ -134,7 +134,7 @@ def teacher_phases(shape: Shape, step: Mapping[str, Any], sizes: Assumptions, co
             "train",
             training.memory(count, sizes.fsdp),
             flops,
-            busy,
+            sizes.teacher_utilisation,
             disk={"merged model": weights, "adapter": 4 * adapter} | checkpoints(step, adapter),
             steps=steps,
             step_seconds=sizes.step_seconds,
@@ -159,7 +159,7 @@ def embed_phase(shape: Shape, step: Mapping[str, Any], sizes: Assumptions, dim: 
     )
     memory = inference_memory(shape, max(1, step["batch_tokens"] // limit), limit, step["dtype"])
     disk = {part: store_bytes(rows[part], dim) for part in step["parts"]}
-    return Phase("embed", "encode", memory, flops, sizes.teacher_utilisation, disk=disk)
+    return Phase("embed", "encode", memory, flops, sizes.embed_utilisation, disk=disk)
 
 
 def prune_phase(before: Shape, after: Shape, step: Mapping[str, Any], sizes: Assumptions) -> Phase:
@@ -180,7 +180,7 @@ def prune_phase(before: Shape, after: Shape, step: Mapping[str, Any], sizes: Ass
         memory["working"] = max(memory["working"], memory["weights"])
     flops = forward_flops(before, read, tokens)
     disk = {"student": 4 * after.parameters}
-    return Phase("prune", "cut", memory, flops, sizes.teacher_utilisation, disk=disk, alone=True)
+    return Phase("prune", "cut", memory, flops, sizes.embed_utilisation, disk=disk, alone=True)
 
 
 def student_training(

@@ -176,8 +176,9 @@ def assumptions(plan: Plan) -> list[str]:
         f"{sizes.document_tokens:g}, and {PADDING - 1:.0%} padding: FLOPs, time",
         f"tokens, longest: query {sizes.longest_query} (+ instruction), ad {sizes.longest_document} where no "
         "max_seq_length is set: GPU memory, which every row of a batch is taken to reach",
-        f"utilisation: {sizes.teacher_utilisation:.0%} of the data sheet's dense bf16 FLOP/s for the teacher, "
-        f"{sizes.student_utilisation:.0%} for students, not measured here: time goes with its inverse",
+        f"utilisation: {sizes.teacher_utilisation:.0%} of the data sheet's dense bf16 FLOP/s where the teacher trains, "
+        f"{sizes.embed_utilisation:.0%} where it encodes, {sizes.student_utilisation:.0%} for students: time goes with "
+        "its inverse",
         "FLOPs: 2 a weight and token, backward twice that (once through weights that LoRA freezes), one forward pass "
         "more for gradient checkpointing and one for gradient caching; embeddings are looked up",
         "GPU memory: AdamW in fp32, gradients kept, SDPA without stored scores; "

@@ -38,9 +38,13 @@ class Assumptions:
     longest_document: int = field(default=512, metadata={"help": "the same of an ad, where max_seq_length is not set"})
     gpus: str | None = field(default=None, metadata={"help": "such as 8xH100; 2x8xH100: on 2 machines"})
     fsdp: bool = field(default=False, metadata={"help": "weights and optimizer split over the GPUs, instead of DDP"})
-    teacher_utilisation: float = field(default=0.4, metadata={"help": "share of the data sheet's FLOP/s, teacher"})
+    # As measured on an H200: results/gpu.json.
+    teacher_utilisation: float = field(
+        default=0.25, metadata={"help": "share of the data sheet's FLOP/s, the teacher's training"}
+    )
+    embed_utilisation: float = field(default=0.45, metadata={"help": "the same, texts that the teacher encodes"})
     student_utilisation: float = field(default=0.1, metadata={"help": "the same, students"})
-    step_seconds: float = field(default=0.05, metadata={"help": "no training step is faster: launches, all-reduce"})
+    step_seconds: float = field(default=0.035, metadata={"help": "no training step is faster: launches, all-reduce"})
 
     @property
     def judged_queries(self) -> int:
@@ -57,7 +61,7 @@ class Assumptions:
         for name in ("documents", "queries", "train_pairs", "query_tokens", "document_tokens", "longest_query"):
             if getattr(self, name) <= 0:
                 raise HlmError(f"{name}: expected above 0, found {getattr(self, name)}")
-        for name in ("teacher_utilisation", "student_utilisation"):
+        for name in ("teacher_utilisation", "embed_utilisation", "student_utilisation"):
             if not 0 < getattr(self, name) <= 1:
                 raise HlmError(f"{name}: expected above 0 and up to 1, found {getattr(self, name)}")
 

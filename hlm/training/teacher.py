@@ -256,6 +256,14 @@ class Batches:
     read: np.ndarray  # int64, ascending: the documents that training reads
     config: TeacherConfig
 
+    def __post_init__(self) -> None:
+        self.document_chunk = self.query_chunk = self.config.cache_chunk or SIMILAR_LENGTH
+        if self.config.cache_chunk:
+            # `cache_chunk` bounds memory by the longest documents. Short queries fill it by more rows: on an H200, 64
+            # queries of 30 tokens took an 8B teacher as long as 16 (results/gpu.json). The same number on every rank.
+            longest = [int(table.lengths().max(initial=1)) for table in (self.documents, self.queries)]
+            self.query_chunk *= max(1, longest[0] // longest[1])
+
     @classmethod
     def of(cls, model: SentenceTransformer, pairs: Pairs, negatives: np.ndarray, config: TeacherConfig) -> Batches:
         queries = TokenTable(model, pairs.queries, prompt_of(model, "query"))
@@ -273,11 +281,10 @@ class Batches:
         order = np.argsort(self.documents.lengths(documents), kind="stable")
         documents, places = documents[order], np.argsort(order)[places]
         # As many chunks on every rank, however many documents are distinct there: gradient caching asks for it.
-        size = self.config.cache_chunk or SIMILAR_LENGTH
-        chunks = -(-(1 + negative.shape[1]) * len(rows) // size)
+        chunks = -(-(1 + negative.shape[1]) * len(rows) // self.document_chunk)
         documents = np.pad(documents, (0, max(0, chunks - len(documents))), mode="edge")
         return {
-            "query": [self.queries.features(part) for part in np.array_split(query, -(-len(rows) // size))],
+            "query": [self.queries.features(part) for part in np.array_split(query, -(-len(rows) // self.query_chunk))],
             "document": [self.documents.features(part) for part in np.array_split(documents, chunks)],
             "positive_places": torch.from_numpy(places[: len(rows)]),
             "negative_places": torch.from_numpy(places[len(rows) :].reshape(negative.shape)),

@@ -243,17 +243,24 @@ def on_gpu(found: dict[str, Any]) -> str:
     text = markdown(["stage", "status", "measured", "predicted for an H200"], rows)
     if "note" in found:
         text += f"\n\n{found['note']}"
-    if trial := found.get("trial"):
-        ours, theirs = trial["190M"], trial["8B"]
-        ratio = theirs["p50_ms"] / ours["p50_ms"]
-        beside = theirs["sentence_transformers_p50_ms"] / ours["p50_ms"]
-        best = max(ours["queries_per_s"].values()), max(theirs["queries_per_s"].values())
-        text += (
-            f"\n\n{trial['note']} The 190M student took {ours['p50_ms']:.2f} ms, tokenisation included. "
-            f"The 8B teacher took {theirs['p50_ms']:.2f} ms as HLM serves it ({ratio:.0f}x), and "
-            f"{theirs['sentence_transformers_p50_ms']:.1f} ms under sentence-transformers ({beside:.0f}x). "
-            f"They encoded {best[0]:,} and {best[1]:,} queries a second ({best[0] / best[1]:.0f}x)."
-        )
+    if asked := found.get("asked"):
+        rows = [
+            [row["figure"], f"{row['measured']:.3g}", str(row["asked"]), "yes" if row["reached"] else "no"]
+            for row in asked
+        ]
+        text += f"\n\n{markdown(['figure', 'measured', 'asked', 'reached'], rows)}"
+    if chunks := found.get("chunks"):
+        rows = [
+            [shape, *(f"{took[name]:.0f}" for name in ("no_graph_ms", "with_graph_ms"))]
+            for shape, took in chunks.items()
+        ]
+        text += f"\n\n{markdown(['rows x tokens of a chunk', 'without a graph, ms', 'forward and backward, ms'], rows)}"
+    if steps := found.get("steps"):
+        rows = [
+            [size, f"{step['step_seconds']:.1f}", f"{step['peak_memory_allocated'] / 2**30:.0f}"]
+            for size, step in steps.items()
+        ]
+        text += f"\n\n{markdown(['rows a chunk', 's a step', 'peak, GiB'], rows)}"
     return text
 
 

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import kill_at
@@ -17,6 +18,7 @@ from hlm.data.contract import load
 from hlm.encoders.families import layers_of
 from hlm.encoders.loading import encode, fingerprint, load_encoder
 from hlm.steps import TeacherConfig
+from hlm.training.batches import TokenTable
 from hlm.training.losses import qwen3_contrastive
 from hlm.training.teacher import Batches, Pairs
 from hlm.vectors.store import VectorStore
@@ -213,6 +215,20 @@ def test_what_saves_memory_trains_to_the_same_teacher(house, tmp_path, flags):
     one, other = (load_file(folder / "model.safetensors") for folder in (house / "teacher", tmp_path / "saving"))
     for name in one:
         np.testing.assert_allclose(one[name], other[name], atol=2e-3, err_msg=name)
+
+
+def test_short_queries_fill_a_chunk_up_to_the_longest_document(house, tmp_path):
+    config = TeacherConfig(house.backbone, house.data, str(tmp_path), min_score=3, hard_negatives=0, cache_chunk=4)
+    model = load_encoder(house.backbone)
+    pairs = Pairs(load(house.data, splits=("train", "dev")), config)
+    batches = Batches.of(model, pairs, np.zeros((len(pairs.queries), 0), np.int64), config)
+    batches = replace(batches, queries=TokenTable(model, [text.split()[0] for text in pairs.queries]))
+    batch = batches.collate(list(range(24)))
+    most = 4 * batches.documents.lengths().max()  # tokens that memory is planned for
+    sizes = {name: [tuple(chunk["input_ids"].shape) for chunk in batch[name]] for name in ("query", "document")}
+    assert all(rows <= 4 for rows, _ in sizes["document"]) and len(sizes["document"]) == 6
+    assert 1 <= len(sizes["query"]) < 6 and sum(rows for rows, _ in sizes["query"]) == 24
+    assert all(rows * tokens <= most for shapes in sizes.values() for rows, tokens in shapes)
 
 
 def test_each_document_of_a_batch_is_encoded_once_and_the_loss_stays(house, tmp_path):
