@@ -148,6 +148,7 @@ class AdIndex(Index):
         try:
             with faiss_parts.threads(one=False):
                 index = faiss_parts.trained(store, factory, width, train_rows, seed, gpu)
+                faiss_parts.reserve(index, len(store))
                 count = -(-len(store) // rows_per_block)
                 blocks = progress(store.iter_blocks(rows_per_block), what=f"build {factory}", unit="block", total=count)
                 for start, block in blocks:

@@ -119,6 +119,16 @@ def check_parts(index: faiss.Index) -> None:
             raise HlmError("expected a refinement without cells such as ',RFlat', found one by an IVF; choose another")
 
 
+def reserve(index: faiss.Index, rows: int) -> None:
+    """Allocates at once the codes that flat parts will hold of so many vectors. Grown as vectors come, they would be
+    copied to twice their size, and be there twice meanwhile."""
+    for part in storing_parts(index):
+        flat = faiss.downcast_index(part.storage) if isinstance(part, faiss.IndexHNSW) else part
+        if isinstance(flat, faiss.IndexFlatCodes):
+            flat.codes.resize(rows * flat.code_size)
+            flat.codes.resize(0)  # keeps what is allocated
+
+
 def read_index(path: Path) -> faiss.Index:
     """Maps an index into memory: pages are read as a search touches them, and processes share them. FAISS before 1.11
     reads it instead. What is allocated is bounded by the file's size.
@@ -165,6 +175,18 @@ def parts(index: faiss.Index) -> Iterator[faiss.Index]:
         yield from parts(index.base_index)
     elif is_ivf(index):
         yield from parts(index.quantizer)
+
+
+def storing_parts(index: faiss.Index) -> Iterator[faiss.Index]:
+    """The parts of an index that hold something of every vector: what refines is one, the quantizer of an IVF is not,
+    the other way round than in `parts`."""
+    index = faiss.downcast_index(index)
+    yield index
+    if isinstance(index, faiss.IndexPreTransform):
+        yield from storing_parts(index.index)
+    elif isinstance(index, faiss.IndexRefine):
+        yield from storing_parts(index.base_index)
+        yield from storing_parts(index.refine_index)
 
 
 def is_ivf(index: faiss.Index) -> bool:

@@ -79,7 +79,7 @@ def bytes_a_vector(factory: str, dim: int) -> int:
     """What a vector takes in an index, ids and graph included, before anything is built."""
     index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     total = 0
-    for part in _storing_parts(index):
+    for part in faiss_parts.storing_parts(index):
         if isinstance(part, faiss.IndexHNSW):
             total += 4 * part.hnsw.nb_neighbors(0) + part.storage.sa_code_size()
         elif faiss_parts.is_ivf(part):
@@ -87,18 +87,6 @@ def bytes_a_vector(factory: str, dim: int) -> int:
         elif isinstance(part, faiss.IndexFlatCodes | faiss.IndexFastScan):
             total += part.code_size
     return total
-
-
-def _storing_parts(index: faiss.Index) -> Iterator[faiss.Index]:
-    """The parts of an index that hold something of every vector: what refines is one, the quantizer of an IVF is not,
-    the other way round than in `faiss_parts.parts`."""
-    index = faiss.downcast_index(index)
-    yield index
-    if isinstance(index, faiss.IndexPreTransform):
-        yield from _storing_parts(index.index)
-    elif isinstance(index, faiss.IndexRefine):
-        yield from _storing_parts(index.base_index)
-        yield from _storing_parts(index.refine_index)
 
 
 def build_candidate(

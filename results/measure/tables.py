@@ -211,6 +211,7 @@ def widened(found: dict[str, Any]) -> str:
         for one in sorted(found["to_1b"], key=lambda one: (one["ads"], one["gib"]))
     ]
     header = ["ads", "index", "GiB", "hours to build on one core, at least", f"machines of {found['machine_gib']} GiB"]
+    costs += f"\n\n{found['note']}" if "note" in found else ""
     return f"{costs}\n\nFrom bytes and seconds an ad as measured at {found['ads']:,}:\n\n{markdown(header, rows)}"
 
 
