@@ -145,6 +145,7 @@ class AdIndex(Index):
         seed = whole_number("seed", seed, least=0)
         factory = faiss_parts.checked_factory(factory, width, min(len(store), train_rows))
         ads = joined(checked_ids(store.ids), columns)
+        pa.default_memory_pool().release_unused()  # what looking for an id that is there twice took: 90 bytes an id
         try:
             with faiss_parts.threads(one=False):
                 index = faiss_parts.trained(store, factory, width, train_rows, seed, gpu)

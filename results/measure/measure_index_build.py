@@ -1,22 +1,27 @@
 """Building the index of ten million ads in a process that may hold 4 GiB: does it complete, and how does time grow?
 
     python results/measure/measure_index_build.py --vectors VECTORS --online ONLINE --data DATA --work WORK \\
-        --output results/index-build.json
+        --cgroup CGROUP --output results/index-build.json
 
 VECTORS, ONLINE and DATA are as of results/measure/measure_index.py. Where a size has more ads than VECTORS, each
 further one is a vector from there with noise added, `near` to it. Each index is built in a process of its own, whose
-anonymous memory the system limits (RLIMIT_DATA), and is then searched from its file by the student's queries, half of
-which choose the effort. Stores and indexes of an earlier run are taken as they are.
+memory the system limits as in a container, and is then searched from its file by the student's queries, half of which
+choose the effort. Stores and indexes of an earlier run are taken as they are.
+
+CGROUP is the folder of a memory control group without processes, which this script may write to: its limit is set, and
+what a build reads from the disk counts as well. Without it RLIMIT_DATA is the limit, which counts memory that was
+reserved and never touched: Arrow alone reserves a GiB.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import resource
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +30,7 @@ import faiss
 import numpy as np
 import torch
 
-from hlm.artefacts import write_json
+from hlm.artefacts import HlmError, write_json
 from hlm.config import parse, run_recipe
 from hlm.data.contract import load
 from hlm.evaluation.report import command_line, environment
@@ -41,7 +46,7 @@ logger = logging.getLogger(__name__)
 GIB = 2**30
 FOLDERS = ("vectors", "online", "data", "work", "output")
 BUILD = """
-import json, logging, sys, time
+import json, logging, sys, threading, time
 import faiss
 from hlm.indexes.faiss_index import AdIndex
 from hlm.machine import anonymous_mib
@@ -50,12 +55,19 @@ from hlm.vectors.store import VectorStore
 logging.basicConfig(level=logging.INFO)
 store, folder, factory, threads = sys.argv[1:]
 faiss.omp_set_num_threads(int(threads))
-before, started = anonymous_mib(), time.monotonic()
+before, started, peak = anonymous_mib(), time.monotonic(), [0.0]
+
+def watch():
+    while True:
+        peak[0] = max(peak[0], anonymous_mib())
+        time.sleep(0.1)
+
+threading.Thread(target=watch, daemon=True).start()
 index = AdIndex.build(VectorStore.open(store), factory)
 built = time.monotonic()
 index.save(folder)
-seconds = {"build_s": built - started, "save_s": time.monotonic() - built}
-print(json.dumps(seconds | {"held_mib": anonymous_mib() - before, "anonymous_mib": anonymous_mib()}))
+found = {"build_s": built - started, "save_s": time.monotonic() - built, "held_mib": anonymous_mib() - before}
+print(json.dumps(found | {"peak_anonymous_mib": peak[0]}))
 """
 
 
@@ -68,7 +80,8 @@ class BuildConfig:
     output: str = field(metadata={"help": "file for the figures"})
     sizes: list[int] = field(default_factory=lambda: [1_000_000, 10_000_000], metadata={"help": "ads of each index"})
     kind: str = field(default="PQ192x4fs,Refine(SQ4)", metadata={"help": "what follows the cells, as FAISS writes it"})
-    memory_gib: float = field(default=4.0, metadata={"help": "anonymous memory that a build may have"})
+    memory_gib: float = field(default=4.0, metadata={"help": "memory that a build may have"})
+    cgroup: str | None = field(default=None, metadata={"help": "folder of a memory control group for the builds"})
     threads: int = field(default=2, metadata={"help": "of each build; searches have one"})
     near: float = field(default=0.9, metadata={"help": "cosine of an ad that is made to the one it is made of"})
     target_recall: float = field(default=0.95, metadata={"help": "what a search should find"})
@@ -147,19 +160,30 @@ def built(folder: Path, factory: str, config: BuildConfig) -> dict[str, Any]:
     asked = {"factory": factory, "memory_gib": config.memory_gib, "threads": config.threads}
     if kept.is_file() and (found := read_json(kept)).items() >= asked.items():
         return dict(found)
-    limit = int(config.memory_gib * GIB)
     words = [sys.executable, "-c", BUILD, str(folder / "store"), str(folder / "index"), factory, str(config.threads)]
     done = subprocess.run(
         words,
         stdout=subprocess.PIPE,
         text=True,
         check=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
+        preexec_fn=limit_of(int(config.memory_gib * GIB), config.cgroup),
     )
     size = sum(path.stat().st_size for path in (folder / "index").iterdir())
     found = json.loads(done.stdout.splitlines()[-1]) | {"bytes": size} | asked
     write_json(kept, found)
     return dict(found)
+
+
+def limit_of(limit: int, cgroup: str | None) -> Callable[[], None]:
+    """What limits the memory of the process that calls it, in bytes."""
+    if cgroup is None:
+        return lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    group = Path(cgroup)
+    for name in ("memory.max", "memory.limit_in_bytes"):  # of version 2, and of version 1
+        if (group / name).exists():
+            (group / name).write_text(str(limit))
+            return lambda: (group / "cgroup.procs").write_text(str(os.getpid())) and None
+    raise HlmError(f"cgroup: expected a memory control group at {cgroup}, found none; make one with mkdir")
 
 
 if __name__ == "__main__":

@@ -73,6 +73,19 @@ def test_builds_under_a_limit(words, tmp_path):
         builds.main([*words, "--memory_gib", "0.01"])
 
 
+@pytest.mark.parametrize("name", ["memory.max", "memory.limit_in_bytes"])
+def test_a_control_group_limits_the_builds(words, tmp_path, name):
+    group = tmp_path / "group"
+    group.mkdir()
+    words += ["--sizes", "150", "200", "--kind", "SQ8", "--target_recall", "0.5", "--cgroup", str(group)]
+    with pytest.raises(HlmError, match="cgroup: expected a memory control group"):
+        builds.main(words)
+    (group / name).touch()
+    builds.main(words)
+    assert (group / name).read_text() == str(4 * 2**30) and int((group / "cgroup.procs").read_text()) > 0
+    assert "what it reads from the disk" in tables.grown(json.loads((tmp_path / "out.json").read_text()))
+
+
 def test_widths(words, tmp_path):
     widths.main([*words, "--widths", "8", "16", "--kinds", "Flat", "SQ8", "HNSW32"])
     report = json.loads((tmp_path / "out.json").read_text())
