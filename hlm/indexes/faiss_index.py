@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,11 +149,14 @@ class AdIndex(Index):
         try:
             with faiss_parts.threads(one=False):
                 index = faiss_parts.trained(store, factory, width, train_rows, seed, gpu)
-                faiss_parts.reserve(index, len(store))
-                count = -(-len(store) // rows_per_block)
-                blocks = progress(store.iter_blocks(rows_per_block), what=f"build {factory}", unit="block", total=count)
-                for start, block in blocks:
-                    index.add(normalised(block, width, first_row=start))
+
+                def blocks(what: str) -> Iterator[np.ndarray]:
+                    count = -(-len(store) // rows_per_block)
+                    stored = store.iter_blocks(rows_per_block)
+                    for start, block in progress(stored, what=f"{what} {factory}", unit="block", total=count):
+                        yield normalised(block, width, first_row=start)
+
+                faiss_parts.fill(index, blocks, len(store))
         except (RuntimeError, MemoryError) as error:
             raise HlmError(
                 f"FAISS cannot build '{factory}' over {len(store)} vectors of width {width}: "

@@ -13,7 +13,7 @@ import numbers
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import faiss
@@ -33,6 +33,9 @@ CODE_BITS, CELL_BITS, LARGEST = 16, 12, 2**14  # of "4x8", of "IMI2x8", of any o
 
 # FAISS warns of fewer rows than 39 a cell, and trains on 256 a cell at the most.
 TRAIN_ROWS, ROWS_A_CELL = 131_072, 40
+
+# Kinds whose cells are one array of codes each.
+COUNTED = (faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer, faiss.IndexIVFPQ)
 
 _forked = False
 _reading = threading.Lock()
@@ -119,9 +122,30 @@ def check_parts(index: faiss.Index) -> None:
             raise HlmError("expected a refinement without cells such as ',RFlat', found one by an IVF; choose another")
 
 
+def fill(index: faiss.Index, blocks: Callable[[str], Iterable[np.ndarray]], rows: int) -> None:
+    """Adds all vectors to a trained, empty index. Memory for their codes is allocated once, at its final size: grown as
+    vectors come, it would be copied to twice its size, be there twice meanwhile, and stay larger than it need be.
+
+    Args:
+        blocks: what is done with them -> the vectors in blocks, float32 (n, width); all `rows` each time it is called.
+    """
+    reserve(index, rows)
+    if type(index) not in COUNTED:
+        for block in blocks("build"):
+            index.add(block)
+        return
+    cells = np.concatenate([index.quantizer.search(block, 1)[1].ravel() for block in blocks("find the cells of")])
+    lists = faiss.downcast_InvertedLists(index.invlists)
+    for cell, count in enumerate(np.bincount(cells, minlength=index.nlist).tolist()):
+        lists.resize(cell, count)
+        lists.resize(cell, 0)  # keeps what is allocated
+    for block in blocks("build"):
+        found = cells[index.ntotal :][: len(block)]
+        index.add_core(len(block), faiss.swig_ptr(block), None, faiss.swig_ptr(found))
+
+
 def reserve(index: faiss.Index, rows: int) -> None:
-    """Allocates at once the codes that flat parts will hold of so many vectors. Grown as vectors come, they would be
-    copied to twice their size, and be there twice meanwhile."""
+    """Allocates the codes that flat parts will hold of so many vectors."""
     for part in storing_parts(index):
         flat = faiss.downcast_index(part.storage) if isinstance(part, faiss.IndexHNSW) else part
         if isinstance(flat, faiss.IndexFlatCodes):

@@ -62,8 +62,8 @@ class Trial(NamedTuple):
 
 
 def candidates(rows: int, dim: int, *, tight: bool = False) -> list[str]:
-    """The factory strings to try over so many vectors of a width; with `tight`, those that refine by a byte a component
-    as well as those by two."""
+    """The factory strings to try over so many vectors of a width; with `tight`, smaller ones as well: refined by a byte
+    a component in place of two, or of six bits alone."""
     found = ["Flat", "HNSW32"]
     cells = 2 ** round(math.log2(max(1, 2 * math.sqrt(rows))))
     if rows < faiss_parts.ROWS_A_CELL * cells or dim < 2:
@@ -72,7 +72,8 @@ def candidates(rows: int, dim: int, *, tight: bool = False) -> list[str]:
     pieces = max(piece for piece in range(1, dim // 2 + 1) if dim % piece == 0)
     codes = [f"PQ{pieces}x4fs", *(["RaBitQfs"] if hasattr(faiss, "IndexIVFRaBitQFastScan") else [])]
     exact = ["SQfp16", *(["SQ8"] if tight else [])]
-    return [*found, f"{coarse},SQ8", *(f"{coarse},{code},Refine({last})" for code in codes for last in exact)]
+    small = [f"{coarse},SQ6"] if tight else []
+    return [*found, f"{coarse},SQ8", *small, *(f"{coarse},{code},Refine({last})" for code in codes for last in exact)]
 
 
 def bytes_a_vector(factory: str, dim: int) -> int:

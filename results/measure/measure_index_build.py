@@ -79,7 +79,7 @@ class BuildConfig:
     work: str = field(metadata={"help": "folder for what is built"})
     output: str = field(metadata={"help": "file for the figures"})
     sizes: list[int] = field(default_factory=lambda: [1_000_000, 10_000_000], metadata={"help": "ads of each index"})
-    kind: str = field(default="PQ192x4fs,Refine(SQ4)", metadata={"help": "what follows the cells, as FAISS writes it"})
+    kind: str = field(default="SQ6", metadata={"help": "what follows the cells, as FAISS writes it"})
     memory_gib: float = field(default=4.0, metadata={"help": "memory that a build may have"})
     cgroup: str | None = field(default=None, metadata={"help": "folder of a memory control group for the builds"})
     threads: int = field(default=2, metadata={"help": "of each build; searches have one"})

@@ -188,7 +188,7 @@ def grown(found: dict[str, Any]) -> str:
         f"{settings['memory_gib']:g} GiB of {limit}. The peak is of anonymous memory. "
         f"{found['ads_times']:.0f} times as many ads took "
         f"{found['build_times']:.1f} times as long. Ads beyond the real vectors are these with noise. A search "
-        f"asked for a recall of {settings['target_recall']:g} at k = {settings['k']}."
+        f"asked for a recall of {settings['target_recall']:g} at k = {settings['k']}. {found.get('note', '')}".rstrip()
     )
 
 

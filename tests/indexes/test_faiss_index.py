@@ -12,6 +12,7 @@ import pytest
 from stores import clustered, make_store
 
 from hlm.artefacts import HlmError
+from hlm.indexes import faiss_parts
 from hlm.indexes.faiss_index import AdIndex
 from hlm.indexes.faiss_parts import reserve, storing_parts
 from hlm.vectors.store import VectorStore
@@ -69,6 +70,16 @@ def test_flat_codes_are_allocated_once(factory):
         index.add(vectors[start : start + 8])
     assert flat and [int(part.codes.data()) for part in flat] == places
     assert [part.codes.size() for part in flat] == [3000 * part.code_size for part in flat]
+
+
+@pytest.mark.parametrize("factory", ["IVF16,Flat", "IVF16,SQ6", "IVF16,PQ8", "IVF64_HNSW32,SQ8"])
+def test_cells_that_are_allocated_at_once_hold_what_they_would(store, queries, factory, monkeypatch):
+    assert type(faiss.index_factory(16, factory)) in faiss_parts.COUNTED
+    scores, found = AdIndex.build(store, factory, rows_per_block=999).search(queries, 5, nprobe=4)
+    monkeypatch.setattr(faiss_parts, "COUNTED", ())
+    expected_scores, expected = AdIndex.build(store, factory, rows_per_block=999).search(queries, 5, nprobe=4)
+    assert found == expected
+    np.testing.assert_array_equal(scores, expected_scores)
 
 
 @pytest.mark.parametrize(
@@ -335,6 +346,7 @@ def test_from_vectors_refuses(store):
 FORK = """
 import multiprocessing, sys, threading
 import numpy as np
+from hlm.indexes import faiss_parts
 from hlm.indexes.faiss_index import AdIndex
 from hlm.indexes.faiss_parts import reserve, storing_parts
 from hlm.vectors.store import VectorStore
