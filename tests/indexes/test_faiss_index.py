@@ -12,9 +12,7 @@ import pytest
 from stores import clustered, make_store
 
 from hlm.artefacts import HlmError
-from hlm.indexes import faiss_parts
 from hlm.indexes.faiss_index import AdIndex
-from hlm.indexes.faiss_parts import reserve, storing_parts
 from hlm.vectors.store import VectorStore
 
 
@@ -53,33 +51,6 @@ def test_built_in_blocks_is_the_whole_store(store, queries):
     best = np.argsort(-expected, axis=1)[:, :5]
     assert found == [[f"ad-{row}" for row in rows] for rows in best]
     np.testing.assert_allclose(scores, np.take_along_axis(expected, best, 1), atol=1e-5)
-
-
-@pytest.mark.parametrize("factory", ["Flat", "SQ8", "HNSW8", "PCA16,Flat", "IVF16,PQ8x4fs,Refine(SQ8)"])
-def test_flat_codes_are_allocated_once(factory):
-    """Ten million vectors would be copied again and again as they come, and be in memory twice."""
-    vectors = clustered(3000)
-    index = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
-    index.train(vectors)
-    reserve(index, len(vectors))
-    whole = [part.storage if isinstance(part, faiss.IndexHNSW) else part for part in storing_parts(index)]
-    flat = [part for part in map(faiss.downcast_index, whole) if isinstance(part, faiss.IndexFlatCodes)]
-    index.add(vectors[:8])
-    places = [int(part.codes.data()) for part in flat]
-    for start in range(8, 3000, 8):
-        index.add(vectors[start : start + 8])
-    assert flat and [int(part.codes.data()) for part in flat] == places
-    assert [part.codes.size() for part in flat] == [3000 * part.code_size for part in flat]
-
-
-@pytest.mark.parametrize("factory", ["IVF16,Flat", "IVF16,SQ6", "IVF16,PQ8", "IVF64_HNSW32,SQ8"])
-def test_cells_that_are_allocated_at_once_hold_what_they_would(store, queries, factory, monkeypatch):
-    assert type(faiss.index_factory(16, factory)) in faiss_parts.COUNTED
-    scores, found = AdIndex.build(store, factory, rows_per_block=999).search(queries, 5, nprobe=4)
-    monkeypatch.setattr(faiss_parts, "COUNTED", ())
-    expected_scores, expected = AdIndex.build(store, factory, rows_per_block=999).search(queries, 5, nprobe=4)
-    assert found == expected
-    np.testing.assert_array_equal(scores, expected_scores)
 
 
 @pytest.mark.parametrize(
@@ -346,9 +317,7 @@ def test_from_vectors_refuses(store):
 FORK = """
 import multiprocessing, sys, threading
 import numpy as np
-from hlm.indexes import faiss_parts
 from hlm.indexes.faiss_index import AdIndex
-from hlm.indexes.faiss_parts import reserve, storing_parts
 from hlm.vectors.store import VectorStore
 
 store = VectorStore.open(sys.argv[1])
