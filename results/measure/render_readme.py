@@ -192,9 +192,10 @@ def timing(results: dict[str, Any]) -> str:
     if not results.get("timings", {}).get("in_one_run"):
         return ""  # steps were run again since: their times do not add up to a run
     times, environment = results["timings"], results["report"]["environment"]
+    beside = f", {times['beside']}" if "beside" in times else ""  # written by hand
     return (
         f"All steps took {times['total_seconds'] / 60:.1f} minutes on {times['cores']} cores of "
-        f"{environment['cpu']} and {times['peak_memory_gib']:.1f} GiB at the most."
+        f"{environment['cpu']} and {times['peak_memory_gib']:.1f} GiB at the most{beside}."
     )
 
 
