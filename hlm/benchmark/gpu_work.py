@@ -22,6 +22,7 @@ from hlm.planning.phases import (
     teacher_phases,
 )
 from hlm.planning.settings import Assumptions
+from hlm.training.gradcache import rows_of_short_texts
 
 PREDICTED = ("H100", "H200")
 # Share of the data sheet's bytes/s that reads and writes of large tensors reach. The shares of its FLOP/s are
@@ -66,7 +67,7 @@ def lora_work(shape: Shape, step: Mapping[str, Any], sizes: Assumptions) -> tupl
     (phase,) = (phase for phase in teacher_phases(shape, step, sizes, 1) if isinstance(phase, TrainingPhase))
     training = phase.training
     (_, query), (_, document) = training.rows
-    chunks = [training.chunk and training.chunk * max(1, document // query), training.chunk]  # as the teacher's batches
+    chunks = [training.chunk and rows_of_short_texts(training.chunk, query, document), training.chunk]
     calls = [
         (rows, tokens)
         for (each, _), tokens, chunk in zip(training.rows, _mean_lengths(training, sizes), chunks, strict=True)

@@ -146,7 +146,7 @@ def fill(index: faiss.Index, blocks: Callable[[str], Iterable[np.ndarray]], rows
 
 def reserve(index: faiss.Index, rows: int) -> None:
     """Allocates the codes that flat parts will hold of so many vectors."""
-    for part in storing_parts(index):
+    for part in parts(index, storing=True):
         flat = faiss.downcast_index(part.storage) if isinstance(part, faiss.IndexHNSW) else part
         if isinstance(flat, faiss.IndexFlatCodes):
             flat.codes.resize(rows * flat.code_size)
@@ -189,28 +189,20 @@ def _limits(size: int) -> Iterator[None]:
                 getattr(faiss, f"set_{name}")(value)
 
 
-def parts(index: faiss.Index) -> Iterator[faiss.Index]:
-    """The parts that a search goes through for its candidates, outermost first: what refines them is left out."""
+def parts(index: faiss.Index, *, storing: bool = False) -> Iterator[faiss.Index]:
+    """The parts that a search goes through for its candidates, outermost first: what refines them is left out. With
+    `storing` the parts that hold something of every vector: what refines is one, the quantizer of an IVF is not."""
     index = faiss.downcast_index(index)
     yield index
+    inner = []
     if isinstance(index, faiss.IndexPreTransform):
-        yield from parts(index.index)
+        inner = [index.index]
     elif isinstance(index, faiss.IndexRefine):
-        yield from parts(index.base_index)
-    elif is_ivf(index):
-        yield from parts(index.quantizer)
-
-
-def storing_parts(index: faiss.Index) -> Iterator[faiss.Index]:
-    """The parts of an index that hold something of every vector: what refines is one, the quantizer of an IVF is not,
-    the other way round than in `parts`."""
-    index = faiss.downcast_index(index)
-    yield index
-    if isinstance(index, faiss.IndexPreTransform):
-        yield from storing_parts(index.index)
-    elif isinstance(index, faiss.IndexRefine):
-        yield from storing_parts(index.base_index)
-        yield from storing_parts(index.refine_index)
+        inner = [index.base_index, index.refine_index] if storing else [index.base_index]
+    elif is_ivf(index) and not storing:
+        inner = [index.quantizer]
+    for part in inner:
+        yield from parts(part, storing=storing)
 
 
 def is_ivf(index: faiss.Index) -> bool:

@@ -80,7 +80,7 @@ def bytes_a_vector(factory: str, dim: int) -> int:
     """What a vector takes in an index, ids and graph included, before anything is built."""
     index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     total = 0
-    for part in faiss_parts.storing_parts(index):
+    for part in faiss_parts.parts(index, storing=True):
         if isinstance(part, faiss.IndexHNSW):
             total += 4 * part.hnsw.nb_neighbors(0) + part.storage.sa_code_size()
         elif faiss_parts.is_ivf(part):

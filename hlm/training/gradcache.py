@@ -63,6 +63,11 @@ def loss_of_chunks(
     return loss(*(torch.cat([encode(chunk) for chunk in group]) for group in groups))
 
 
+def rows_of_short_texts(chunk: int, tokens: int, longest: int) -> int:
+    """Rows of texts of at most `tokens` tokens that fit where `chunk` rows of `longest` do; at least `chunk`."""
+    return chunk * max(1, longest // tokens)
+
+
 def cached_loss(
     encode: Callable[[Chunk], Tensor],
     groups: Sequence[Sequence[Chunk]],

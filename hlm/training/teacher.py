@@ -31,7 +31,7 @@ from hlm.training.agreement import LEAST_JUDGED, Agreement, TypedQueries
 from hlm.training.batches import TokenTable
 from hlm.training.checkpoints import claimed_output
 from hlm.training.dev_retrieval import DevRetrieval
-from hlm.training.gradcache import gather_with_gradient, loss_of_chunks
+from hlm.training.gradcache import gather_with_gradient, loss_of_chunks, rows_of_short_texts
 from hlm.training.inputs import kept_pairs
 from hlm.training.losses import qwen3_contrastive
 from hlm.training.mining import gather_rows, mine_hard_negatives, padded_rows, search_device, shared_rows
@@ -261,8 +261,8 @@ class Batches:
         if self.config.cache_chunk:
             # `cache_chunk` bounds memory by the longest documents. Short queries fill it by more rows: on an H200, 64
             # queries of 30 tokens took an 8B teacher as long as 16 (results/gpu.json). The same number on every rank.
-            longest = [int(table.lengths().max(initial=1)) for table in (self.documents, self.queries)]
-            self.query_chunk *= max(1, longest[0] // longest[1])
+            query, document = (int(table.lengths().max(initial=1)) for table in (self.queries, self.documents))
+            self.query_chunk = rows_of_short_texts(self.config.cache_chunk, query, document)
 
     @classmethod
     def of(cls, model: SentenceTransformer, pairs: Pairs, negatives: np.ndarray, config: TeacherConfig) -> Batches:

@@ -174,7 +174,7 @@ def built(folder: Path, factory: str, config: BuildConfig) -> dict[str, Any]:
     return dict(found)
 
 
-def limit_of(limit: int, cgroup: str | None) -> Callable[[], None]:
+def limit_of(limit: int, cgroup: str | None) -> Callable[[], object]:
     """What limits the memory of the process that calls it, in bytes."""
     if cgroup is None:
         return lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
@@ -182,7 +182,7 @@ def limit_of(limit: int, cgroup: str | None) -> Callable[[], None]:
     for name in ("memory.max", "memory.limit_in_bytes"):  # of version 2, and of version 1
         if (group / name).exists():
             (group / name).write_text(str(limit))
-            return lambda: (group / "cgroup.procs").write_text(str(os.getpid())) and None
+            return lambda: (group / "cgroup.procs").write_text(str(os.getpid()))
     raise HlmError(f"cgroup: expected a memory control group at {cgroup}, found none; make one with mkdir")
 
 

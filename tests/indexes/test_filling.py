@@ -7,7 +7,7 @@ from stores import clustered, make_store
 
 from hlm.indexes import faiss_parts
 from hlm.indexes.faiss_index import AdIndex
-from hlm.indexes.faiss_parts import reserve, storing_parts
+from hlm.indexes.faiss_parts import parts, reserve
 
 
 @pytest.mark.parametrize("factory", ["Flat", "SQ8", "HNSW8", "PCA16,Flat", "IVF16,PQ8x4fs,Refine(SQ8)"])
@@ -17,7 +17,7 @@ def test_flat_codes_are_allocated_once(factory):
     index = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
     index.train(vectors)
     reserve(index, len(vectors))
-    whole = [part.storage if isinstance(part, faiss.IndexHNSW) else part for part in storing_parts(index)]
+    whole = [part.storage if isinstance(part, faiss.IndexHNSW) else part for part in parts(index, storing=True)]
     flat = [part for part in map(faiss.downcast_index, whole) if isinstance(part, faiss.IndexFlatCodes)]
     index.add(vectors[:8])
     places = [int(part.codes.data()) for part in flat]

@@ -18,7 +18,6 @@ from hlm.encoders.vocabulary import choose_tokens, count_tokens, cut_vocabulary
 from hlm.planning.footprint import Precision, Shape, training_memory
 from hlm.planning.hardware import Gpu
 from hlm.planning.plan import check_step
-from hlm.planning.settings import Assumptions
 from hlm.planning.students import Model, after_cut, model_at
 from hlm.settings import defaults_of
 from hlm.step_table import STEPS
@@ -160,7 +159,7 @@ def test_every_step_that_trains_or_cuts_is_planned(folder, tiny_bert, capsys):
     static = phases["static"]
     assert static["steps"] == 24  # 800 queries in batches of 2 x 32, twice
     assert static["flops"] == 0 and static["lookups"] == pytest.approx(24 * 64 * 8 * 1.1)
-    assert static["hours"] == pytest.approx(24 * Assumptions.step_seconds / 3600)
+    assert static["hours"] == pytest.approx(24 * 0.035 / 3600)
     assert {name: static["gpu_bytes"][name] / table for name in ("weights", "gradients", "optimizer")} == {
         "weights": 4,
         "gradients": 4,
