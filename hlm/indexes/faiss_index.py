@@ -118,7 +118,7 @@ class AdIndex(Index):
         Args:
             store: the document vectors.
             factory: any FAISS factory string: "Flat" (exact), "HNSW32", "IVF1024,PQ48", "IVF256,SQ8",
-                "IVF1024,PQ48x4fs,RFlat", ...
+                "IVF1024,PQ48x4fs,RFlat", ...; graphs are built with efConstruction=200, not FAISS's 40.
             dim: keep the first `dim` components and normalise again (Matryoshka); all by default.
             columns: what searches can be filtered by: an Arrow table with the ads' ids in "_id", and numbers, texts,
                 dates or truth values in its other columns; rows in any order.

@@ -64,7 +64,7 @@ class Trial(NamedTuple):
 def candidates(rows: int, dim: int, *, tight: bool = False) -> list[str]:
     """The factory strings to try over so many vectors of a width; with `tight`, smaller ones as well: refined by a byte
     a component in place of two, or of six bits alone."""
-    found = ["Flat", "HNSW32"]
+    found = ["Flat", "HNSW32,SQfp16"]
     cells = 2 ** round(math.log2(max(1, 2 * math.sqrt(rows))))
     if rows < faiss_parts.ROWS_A_CELL * cells or dim < 2:
         return found

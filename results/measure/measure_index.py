@@ -42,7 +42,7 @@ from hlm.serving.query_encoder import QueryEncoder
 from hlm.vectors.store import VectorStore
 
 logger = logging.getLogger(__name__)
-HNSW = "HNSW32"
+HNSW = "HNSW32,SQfp16"
 
 
 @dataclass

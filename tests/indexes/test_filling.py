@@ -37,3 +37,12 @@ def test_cells_that_are_allocated_at_once_hold_what_they_would(tmp_path, factory
     expected_scores, expected = AdIndex.build(store, factory, rows_per_block=999).search(queries, 5, nprobe=4)
     assert found == expected
     np.testing.assert_array_equal(scores, expected_scores)
+
+
+@pytest.mark.parametrize("factory", ["HNSW16", "HNSW16,SQfp16", "PCA8,HNSW16", "IVF16_HNSW16,SQ8", "HNSW16,Refine(SQ8)"])
+def test_graphs_are_built_with_more_candidates_than_faiss_takes(tmp_path, factory):
+    store = make_store(tmp_path / "store", clustered(2000))
+    AdIndex.build(store, factory).save(tmp_path / "index")
+    index = faiss_parts.read_index(tmp_path / "index" / "index.faiss")
+    graphs = [part for part in parts(index) if isinstance(part, faiss.IndexHNSW)]
+    assert [graph.hnsw.efConstruction for graph in graphs] == [200]

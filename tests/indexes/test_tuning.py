@@ -126,10 +126,10 @@ def test_exact_neighbours_are_those_of_the_flat_index(tmp_path):
 
 
 def test_candidates_grow_with_the_catalogue():
-    assert tuning.candidates(300, 384) == ["Flat", "HNSW32"]
+    assert tuning.candidates(300, 384) == ["Flat", "HNSW32,SQfp16"]
     found = tuning.candidates(200_000, 384)
-    assert found[:4] == ["Flat", "HNSW32", "IVF1024,SQ8", "IVF1024,PQ192x4fs,Refine(SQfp16)"]
+    assert found[:4] == ["Flat", "HNSW32,SQfp16", "IVF1024,SQ8", "IVF1024,PQ192x4fs,Refine(SQfp16)"]
     assert any(name.startswith("IVF16384_HNSW32,") for name in tuning.candidates(47_000_000, 1024, tight=True))
-    assert [tuning.bytes_a_vector(name, 384) for name in found[:4]] == [1536, 1792, 392, 872]
+    assert [tuning.bytes_a_vector(name, 384) for name in found[:4]] == [1536, 1024, 392, 872]
     assert faiss_parts.rows_to_train("IVF1024,PQ48") == 131_072
     assert faiss_parts.rows_to_train("IVF65536_HNSW32,SQ8") == 2_621_440
