@@ -34,8 +34,8 @@ CODE_BITS, CELL_BITS, LARGEST = 16, 12, 2**14  # of "4x8", of "IMI2x8", of any o
 # FAISS warns of fewer rows than 39 a cell, and trains on 256 a cell at the most.
 TRAIN_ROWS, ROWS_A_CELL = 131_072, 40
 
-# Candidates for a new node's neighbours in a graph. FAISS's own 40 builds in a quarter of the time, but of a million ads
-# such a graph finds 0.98 with sixteen times the effort (results/README.md).
+# Candidates for a new node's neighbours in a graph. FAISS's own 40 build in a quarter of the time, but of a million ads
+# such a graph found 0.98 of the neighbours at efSearch 3,200, in 6.4 ms; one of 200 at efSearch 200, in 0.5 ms.
 EF_CONSTRUCTION = 200
 
 # Kinds whose cells are one array of codes each.
