@@ -22,6 +22,9 @@ from hlm.indexes.filters import Selection
 # Measured at 384 dimensions and 70,000 rows on one thread: scoring a selected row takes as long as passing eight rows
 # in the cells of an IVF, and a fiftieth of what fetching one more row from a graph takes.
 ROWS_PASSED, ROWS_FETCHED = 8, 50
+# Measured at a million rows of 384 values in float16: up to a tenth of the rows, copying their codes takes less than
+# asking each row whether it is selected; a third as long for 1%.
+ROWS_ASKED, ROWS_AT_ONCE = 10, 2048
 # An IVF scores this many times the selected rows that an unfiltered search scores of all rows, and refines as many
 # times the candidates: far from the query, neither centroids nor codes tell rows apart as well as near it.
 MORE_ROWS = 4
@@ -65,10 +68,26 @@ def _storage(index: faiss.Index) -> faiss.Index | None:
 
 def _scored(storage: faiss.Index, queries: np.ndarray, k: int, chosen: Selection) -> tuple[np.ndarray, np.ndarray]:
     """The best of all selected rows, each scored."""
-    # Float vectors are looked up by row; of codes FAISS passes all, and decodes those that are selected.
-    flat = isinstance(storage, faiss.IndexFlat)
-    selector = faiss.IDSelectorArray(chosen.rows) if flat else faiss.IDSelectorBitmap(chosen.bits)
-    return storage.search(queries, k, params=faiss.SearchParameters(sel=selector))
+    if isinstance(storage, faiss.IndexFlat):
+        return storage.search(queries, k, params=faiss.SearchParameters(sel=faiss.IDSelectorArray(chosen.rows)))
+    if chosen.count * ROWS_ASKED > storage.ntotal:
+        return storage.search(queries, k, params=faiss.SearchParameters(sel=faiss.IDSelectorBitmap(chosen.bits)))
+    # Of codes FAISS asks every row whether it is selected: indexes of the selected ones alone ask none. Each is small
+    # enough to stay in the processor's cache.
+    codes = faiss.rev_swig_ptr(storage.codes.data(), storage.ntotal * storage.code_size)
+    codes = codes.reshape(storage.ntotal, storage.code_size)
+    some = faiss.IndexScalarQuantizer(storage.d, storage.sq.qtype, storage.metric_type)
+    faiss.copy_array_to_vector(faiss.vector_to_array(storage.sq.trained), some.sq.trained)
+    some.is_trained = True
+    best = faiss.ResultHeap(len(queries), k, keep_max=True)
+    for start in range(0, chosen.count, ROWS_AT_ONCE):
+        rows = chosen.rows[start : start + ROWS_AT_ONCE]
+        some.reset()
+        some.add_sa_codes(codes[rows])
+        scores, places = some.search(queries, min(k, len(rows)))
+        best.add_result(scores, rows[places])
+    best.finalize()
+    return best.D, best.I
 
 
 def _in_cells(

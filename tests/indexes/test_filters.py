@@ -179,3 +179,18 @@ def test_columns_that_do_not_fit_are_refused(store, columns):
     ):
         with pytest.raises(HlmError, match=message):
             AdIndex.build(store, columns=wrong)
+
+
+@pytest.mark.parametrize("factory", ["SQ8", "HNSW16,SQfp16", "PQ16x4fs,Refine(SQ6)"])
+def test_rows_of_a_narrow_filter_are_scored_as_those_of_a_wide_one(tmp_path, factory, monkeypatch):
+    """Up to a tenth of the rows are scored apart from the others, in blocks."""
+    vectors = clustered(1020)
+    store, queries = make_store(tmp_path / "store", vectors[:1000]), vectors[1000:]
+    index = AdIndex.build(store, factory)
+    mask = np.random.default_rng(0).random(1000) < 0.09
+    monkeypatch.setattr(faiss_filters, "ROWS_AT_ONCE", 7)
+    scores, found = index.search(queries, 20, where=mask)
+    monkeypatch.setattr(faiss_filters, "ROWS_ASKED", 1000)
+    expected_scores, expected = index.search(queries, 20, where=mask)
+    assert found == expected
+    np.testing.assert_allclose(scores, expected_scores, rtol=1e-6)
