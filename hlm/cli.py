@@ -185,6 +185,7 @@ def add_runners(commands: Any) -> None:
     command.add_argument("--processes", default="1", metavar="N", help="to launch each training step on")
     command.add_argument("--publish", metavar="NAME", help="afterwards publish it for this user or organisation")
     command.add_argument("--dry-run", action="store_true", help="of --publish: print what it would send, send nothing")
+    command.add_argument("--check", action="store_true", help="say what is wrong with the settings, run nothing")
     command.set_defaults(run=run_all)
 
 
@@ -244,7 +245,7 @@ def init(options: argparse.Namespace) -> None:
 
 def run_all(options: argparse.Namespace) -> None:
     words = ["--publish", options.publish] if options.publish else []
-    words += ["--dry-run"] if options.dry_run else []
+    words += [flag for flag in ("--dry-run", "--check") if getattr(options, flag[2:].replace("-", "_"))]
     run_script("quickstart", "--configs", options.folder, "--processes", options.processes, *words)
 
 

@@ -66,8 +66,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=1, help="processes to launch each training step on")
     parser.add_argument("--publish", metavar="NAME", help="afterwards publish it for this user or organisation")
     parser.add_argument("--dry-run", action="store_true", help="of --publish: print what it would send, send nothing")
+    parser.add_argument("--check", action="store_true", help="say what is wrong with the settings, run nothing")
     options = parser.parse_args(argv)
     jobs = read_jobs(Path(options.configs))
+    if options.check:
+        from hlm.training.trainer import TrainingArguments
+
+        for job in jobs:
+            check(job, TrainingArguments)
+        return 0
     publish = publish_words(Path(options.configs), options.publish, options.dry_run)
     home = jobs[-1].output if jobs[-1].step.is_report else jobs[-1].output.parent  # beside what the steps make
     skipped: list[Job] = []
@@ -76,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         for job in jobs:  # before the first one has worked for an hour
             check(job)
         before = ""
-        for job in jobs:
+        for number, job in enumerate(jobs):
             path = home / ".steps" / f"{job.name}.json"
             record = read_record(path)
             stamp = fingerprint(job, [one.output for one in jobs], before)
@@ -84,6 +91,9 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{job.name}: up to date", flush=True)
                 skipped.append(job)
             else:
+                first = len(skipped) == number  # where there is none, nobody waits for this
+                if first and (status := check_trained(supervisor, options.configs, jobs[number:])):
+                    return status
                 status, used = run_step(supervisor, job, options.processes)
                 if status:
                     return status
@@ -149,11 +159,14 @@ def read_jobs(configs: Path) -> list[Job]:
     return jobs
 
 
-def check(job: Job) -> None:
-    """Refuses what the step would refuse of its settings and its output, once it is its turn. The trainer's arguments
-    are left to the step: to know them takes seconds."""
-    if job.step.settings and not job.step.trains:
-        read_yaml(str(job.config), hints_of(job.step.settings))
+def check(job: Job, training: type | None = None) -> None:
+    """Refuses what the step would refuse of its settings and its output, once it is its turn.
+
+    Args:
+        training: the dataclass of the training arguments. Without it, the settings of steps that train are not read.
+    """
+    if job.step.settings and (training or not job.step.trains):
+        read_yaml(str(job.config), hints_of(job.step.settings, *([training] if training and job.step.trains else [])))
     try:
         if job.step.is_report:
             check_report(job.output, job.step.writes)
@@ -167,6 +180,14 @@ def check(job: Job) -> None:
             check_output(job.output, job.step.writes)
     except HlmError as error:
         raise HlmError(f"step {job.name} ({job.config}): {error}") from error
+
+
+def check_trained(supervisor: Supervisor, configs: str, jobs: list[Job]) -> int:
+    """The same of the settings of those steps that train, in a process of its own: torch comes with the trainer's
+    arguments, and would stay in this one beside every step. Returns its exit status."""
+    if not any(job.step.trains for job in jobs):
+        return 0
+    return supervisor.run([sys.executable, str(Path(__file__).resolve()), "--configs", configs, "--check"])[0]
 
 
 @contextlib.contextmanager

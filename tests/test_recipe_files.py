@@ -1,5 +1,6 @@
 """Scripts and configs as an installed HLM has them: commands for the steps, and a user's own set of configs."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -69,3 +70,12 @@ def test_a_step_ends_as_its_script_does(tmp_path, words, status, line):
         [sys.executable, "-m", "hlm.cli", *words], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == status and done.stderr.startswith(line), done.stderr
+
+
+def test_every_step_has_its_script():
+    for name, step in STEPS.items():
+        text = (recipes() / f"{step.script}.py").read_text()
+        assert step.trains == ("TrainingArguments" in text), name
+        if step.settings:
+            known = {item.name for item in dataclasses.fields(step.settings)}
+            assert set(step.reads) <= known and ("output" in known or step.by_name), name

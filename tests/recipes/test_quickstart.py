@@ -1,8 +1,6 @@
-"""The script that runs all steps: their order, what is skipped, what is not, and how a failure ends it.
+"""The script that runs all steps: their order, what is skipped, what is not, and how a failure ends it. The steps here
+are real processes of a few lines; the recipes themselves run in test_recipes.py."""
 
-The steps here are real processes of a few lines; the recipes themselves run in test_recipes.py."""
-
-import dataclasses
 import json
 import os
 import shutil
@@ -59,6 +57,7 @@ SETTINGS = {
     "evaluate": "data: runs/x/data\noutput: runs/x\n",
     "benchmark": "data: runs/x/data\noutput: runs/x\n",
 }
+CHECK_TRAINED = quickstart.check_trained
 ALL = list(SETTINGS)
 LAST = ALL[-3:]
 
@@ -68,6 +67,7 @@ def house(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quickstart, "RECIPES", tmp_path / "recipes")
     monkeypatch.setattr(quickstart, "LIBRARY", tmp_path / "hlm")
+    monkeypatch.setattr(quickstart, "check_trained", lambda *_: 0)  # it takes seconds
     monkeypatch.setattr(quickstart, "print_reports", lambda home, names: print(f"tables of {home}: {names}"))
     for folder in ("recipes", "hlm", "configs"):
         (tmp_path / folder).mkdir()
@@ -195,6 +195,13 @@ def test_bad_configs_are_refused_by_name(house):
         quickstart.main(["--configs", "configs"])
 
 
+def test_a_bad_training_setting_is_found_before_any_step_runs(house, capfd, monkeypatch):
+    monkeypatch.setattr(quickstart, "check_trained", CHECK_TRAINED)
+    (house / "configs/align.yaml").write_text(SETTINGS["align"] + "learnin_rate: 1e-3\n")
+    assert run() == (2, [])
+    assert "align.yaml, line 4: unknown key 'learnin_rate'; did you mean 'learning_rate'" in capfd.readouterr().err
+
+
 def test_several_processes_launch_the_training_steps_only():
     words = quickstart.command(STEPS["align"], Path("a.yaml"), 2)
     assert words[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -207,15 +214,6 @@ def test_skipping_loads_nothing_heavy():
     code = "import sys; import recipes.quickstart; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     root = Path(quickstart.__file__).parent.parent
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
-
-
-def test_every_step_has_its_script():
-    for name, step in STEPS.items():
-        text = (quickstart.RECIPES / f"{step.script}.py").read_text()
-        assert step.trains == ("TrainingArguments" in text), name
-        if step.settings:
-            known = {item.name for item in dataclasses.fields(step.settings)}
-            assert set(step.reads) <= known and ("output" in known or step.by_name), name
 
 
 # Ends
