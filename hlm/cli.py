@@ -245,7 +245,8 @@ def init(options: argparse.Namespace) -> None:
 
 def run_all(options: argparse.Namespace) -> None:
     words = ["--publish", options.publish] if options.publish else []
-    words += [flag for flag in ("--dry-run", "--check") if getattr(options, flag[2:].replace("-", "_"))]
+    words += ["--dry-run"] if options.dry_run else []
+    words += ["--check"] if options.check else []
     run_script("quickstart", "--configs", options.folder, "--processes", options.processes, *words)
 
 

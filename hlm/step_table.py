@@ -5,9 +5,10 @@ One table that the runner of all steps, `hlm plan` and the command line read.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hlm.log_settings import PrepareLogsConfig
+from hlm.settings import hints_of
 from hlm.steps import (
     AlignConfig,
     CatalogueConfig,
@@ -38,6 +39,12 @@ class Step(NamedTuple):
     def is_report(self) -> bool:
         """Whether it writes files into a folder that others write into, instead of an artefact."""
         return self.writes.endswith(".json")
+
+    def hints(self, training: type | None) -> dict[str, Any]:
+        """Setting -> type, of all that its YAML takes. `training`: the dataclass of the training arguments, which comes
+        with torch; a step that does not train needs none."""
+        taken = (self.settings, training) if self.trains else (self.settings,)
+        return hints_of(*(one for one in taken if one))
 
 
 OF_A_STUDENT = ("student", "data", "vectors")

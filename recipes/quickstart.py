@@ -37,7 +37,7 @@ from hlm.machine import cores
 from hlm.planning.run_file import RUN_FILE, configs_of, write_steps
 from hlm.processes import Supervisor
 from hlm.report_files import check_report
-from hlm.settings import hints_of, read_yaml
+from hlm.settings import read_yaml
 from hlm.step_table import STEPS, Step
 from hlm.steps import PARTS
 
@@ -166,7 +166,7 @@ def check(job: Job, training: type | None = None) -> None:
         training: the dataclass of the training arguments. Without it, the settings of steps that train are not read.
     """
     if job.step.settings and (training or not job.step.trains):
-        read_yaml(str(job.config), hints_of(job.step.settings, *([training] if training and job.step.trains else [])))
+        read_yaml(str(job.config), job.step.hints(training))
     try:
         if job.step.is_report:
             check_report(job.output, job.step.writes)

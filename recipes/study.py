@@ -36,7 +36,7 @@ from hlm.evaluation.study_page import draw, write_page
 from hlm.locks import locked
 from hlm.recipe_files import recipes
 from hlm.report_files import read_report
-from hlm.settings import closest, hints_of, read_yaml
+from hlm.settings import closest, read_yaml
 from hlm.step_table import OF_A_STUDENT, STEPS, Step
 from hlm.training.trainer import TrainingArguments
 
@@ -141,7 +141,7 @@ def check_steps(steps: Any, where: str) -> None:
         if not isinstance(given, dict):
             raise HlmError(f"{where}: {name}: expected its settings, or {{}}, found {given!r}")
         if step.settings and name != "evaluate":
-            hints = hints_of(step.settings, *([TrainingArguments] if step.trains else []))
+            hints = step.hints(TrainingArguments)
             for key in given:
                 if key not in hints:
                     raise HlmError(f"{where}: {name}: unknown setting '{key}'{closest(key, hints)}")

@@ -72,8 +72,14 @@ def _scored(storage: faiss.Index, queries: np.ndarray, k: int, chosen: Selection
         return storage.search(queries, k, params=faiss.SearchParameters(sel=faiss.IDSelectorArray(chosen.rows)))
     if chosen.count * ROWS_ASKED > storage.ntotal:
         return storage.search(queries, k, params=faiss.SearchParameters(sel=faiss.IDSelectorBitmap(chosen.bits)))
-    # Of codes FAISS asks every row whether it is selected: indexes of the selected ones alone ask none. Each is small
-    # enough to stay in the processor's cache.
+    return _scored_apart(storage, queries, k, chosen)
+
+
+def _scored_apart(
+    storage: faiss.Index, queries: np.ndarray, k: int, chosen: Selection
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same, where FAISS would ask every row of codes whether it is selected: indexes of the selected ones alone ask
+    none. Each is small enough to stay in the processor's cache."""
     codes = faiss.rev_swig_ptr(storage.codes.data(), storage.ntotal * storage.code_size)
     codes = codes.reshape(storage.ntotal, storage.code_size)
     some = faiss.IndexScalarQuantizer(storage.d, storage.sq.qtype, storage.metric_type)

@@ -9,7 +9,7 @@ from typing import Any
 
 from hlm.errors import HlmError
 from hlm.planning.run_file import RUN_FILE, expanded
-from hlm.settings import defaults_of, hints_of, read_yaml
+from hlm.settings import defaults_of, read_yaml
 from hlm.step_table import STEPS
 
 PLANNED = ("teacher", "embed", "prune", "align", "refine")  # the scripts whose steps are planned
@@ -99,7 +99,7 @@ def read_steps(folder: str | Path, training: type) -> dict[str, dict[str, Any]]:
 def _read_step(path: Path, step: str, training: type) -> dict[str, Any]:
     own: Any = STEPS[step].settings
     trained = STEPS[step].trains
-    given = read_yaml(str(path), hints_of(own, training) if trained else hints_of(own))
+    given = read_yaml(str(path), STEPS[step].hints(training))
     values = defaults_of(own) | ({name: defaults_of(training)[name] for name in TRAINING} if trained else {})
     values |= {name: value for name, value in given.items() if name in values}
     for name, value in values.items():

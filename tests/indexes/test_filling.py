@@ -39,7 +39,9 @@ def test_cells_that_are_allocated_at_once_hold_what_they_would(tmp_path, factory
     np.testing.assert_array_equal(scores, expected_scores)
 
 
-@pytest.mark.parametrize("factory", ["HNSW16", "HNSW16,SQfp16", "PCA8,HNSW16", "IVF16_HNSW16,SQ8"])
+@pytest.mark.parametrize(
+    "factory", ["HNSW16", "HNSW16,SQfp16", "PCA8,HNSW16", "IVF16_HNSW16,SQ8", "HNSW16,Refine(SQ8)"]
+)
 def test_graphs_are_built_with_more_candidates_than_faiss_takes(tmp_path, factory):
     store = make_store(tmp_path / "store", clustered(2000))
     AdIndex.build(store, factory).save(tmp_path / "index")
