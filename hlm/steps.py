@@ -172,6 +172,9 @@ class PruneConfig:
         default="middle_skip", metadata={"help": "how `keep` chooses the layers"}
     )
     ffn: int | None = field(default=None, metadata={"help": "FFN units to keep; null: all"})
+    fold: bool = field(
+        default=False, metadata={"help": "token embeddings start as what dropped first layers make of each token"}
+    )
     vocabulary: dict[str, int] = field(
         default_factory=dict,
         metadata={"help": "{keep: N} or {min_count: N}: tokens that the log and the titles use; empty: all stay"},
@@ -199,7 +202,8 @@ class AlignConfig:
         default=False, metadata={"help": "leave out rows without text, and judgements of what is not in the data"}
     )
     cascade: list[dict] = field(
-        default_factory=list, metadata={"help": "stages: {layers: 4 or [0, 1, 4, 5], ffn: 1024, epochs: 2}, in order"}
+        default_factory=list,
+        metadata={"help": "stages in order: {layers: 4 or [0, 1, 4, 5], ffn: 1024, epochs: 2}; fold: as in prune"},
     )
     method: Literal["middle_skip", "norm_ratio"] = field(
         default="middle_skip", metadata={"help": "which layers a stage keeps when it gives their number"}

@@ -55,6 +55,7 @@ class Family:
         pattern: see `Pattern`; None: the family never had one.
         inclusive_window: whether a token sees those as far away as its window is wide, and not only nearer ones.
         norm_offset: what RMSNorm adds to its weights.
+        ending_norm: where the norm lies that ends a layer, as one ends the embeddings; None: norms begin the layers.
         lookups: embeddings and biases are BERT's, for which the online graph knows a shorter computation.
     """
 
@@ -70,22 +71,24 @@ class Family:
     pattern: Pattern | None = None
     inclusive_window: bool = False
     norm_offset: float = 0.0
+    ending_norm: str | None = None
     lookups: bool = False
 
 
-def _bert(**own: Any) -> Family:
-    return Family(layers="encoder.layer", ffn_in=("intermediate.dense",), ffn_out="output.dense", gated=False, **own)
+def _bert(*, ending_norm: str | None = "output.LayerNorm", **own: Any) -> Family:
+    own |= {"ffn_in": ("intermediate.dense",), "ffn_out": "output.dense", "gated": False}
+    return Family(layers="encoder.layer", ending_norm=ending_norm, **own)
 
 
 FAMILIES: dict[str, Family] = {
     "bert": _bert(lookups=True),
     "electra": _bert(),
     "ernie": _bert(),
-    "megatron-bert": _bert(),
+    "megatron-bert": _bert(ending_norm=None),
     "roberta": _bert(shifted_positions=True),
-    "roberta-prelayernorm": _bert(shifted_positions=True),
+    "roberta-prelayernorm": _bert(shifted_positions=True, ending_norm=None),
     "xlm-roberta": _bert(shifted_positions=True),
-    "xlm-roberta-xl": _bert(shifted_positions=True),
+    "xlm-roberta-xl": _bert(shifted_positions=True, ending_norm=None),
     "camembert": _bert(shifted_positions=True),
     "data2vec-text": _bert(shifted_positions=True),
     "mpnet": _bert(shifted_positions=True),
@@ -97,6 +100,7 @@ FAMILIES: dict[str, Family] = {
         depth="n_layers",
         hidden="dim",
         ffn="hidden_dim",
+        ending_norm="output_layer_norm",
     ),
     "modernbert": Family(
         ffn_in=("mlp.Wi",),
@@ -146,17 +150,22 @@ def layers_of(backbone: nn.Module) -> nn.ModuleList:
     Raises:
         HlmError: a backbone of no known family.
     """
-    return _at(backbone, family_of(backbone.config).layers)
+    return part_of(backbone, family_of(backbone.config).layers)
 
 
 def ffn_parts(backbone: nn.Module, layer: nn.Module) -> tuple[list[nn.Linear], nn.Linear]:
     """The projections into a layer's FFN units (rows are units, see `Family.ffn_in`), and the one out of them (columns
     are units)."""
     family = family_of(backbone.config)
-    return [_at(layer, path) for path in family.ffn_in], _at(layer, family.ffn_out)
+    return [part_of(layer, path) for path in family.ffn_in], part_of(layer, family.ffn_out)
 
 
-def _at(module: nn.Module, path: str) -> Any:
+def part_of(module: nn.Module, path: str) -> Any:
+    """The module at this path within another.
+
+    Raises:
+        HlmError: transformers lays the family out in another way.
+    """
     try:
         return module.get_submodule(path)
     except AttributeError as error:

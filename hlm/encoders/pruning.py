@@ -18,6 +18,7 @@ from transformers import AutoModel, PretrainedConfig
 
 from hlm.artefacts import HlmError
 from hlm.encoders.families import check_layers, depth_of, family_of, ffn_parts, ffn_width_of, layers_of, set_cut
+from hlm.encoders.folding import check_fold, fold_first_layers
 from hlm.encoders.loading import pad, tokenise
 from hlm.encoders.static import is_static
 
@@ -224,7 +225,13 @@ def _cut_ffn(backbone: nn.Module, layer: nn.Module, units: np.ndarray) -> None:
 
 
 def cut(
-    model: SentenceTransformer, layers: int | Sequence[int] | None, ffn: int | None, method: str, texts: Sequence[str]
+    model: SentenceTransformer,
+    layers: int | Sequence[int] | None,
+    ffn: int | None,
+    method: str,
+    texts: Sequence[str],
+    *,
+    fold: bool = False,
 ) -> SentenceTransformer:
     """One stage of a cascade: scores `model` on `texts` where the method needs it, and prunes.
 
@@ -232,6 +239,10 @@ def cut(
         layers: how many layers stay (`method` chooses them), or which, as `model` numbers them; None keeps all.
         ffn: FFN units a layer keeps; None keeps all.
         texts: calibration queries.
+        fold: token embeddings start as what the dropped first layers make of each token, see `hlm.encoders.folding`.
+
+    Raises:
+        HlmError: a shape that the model cannot be cut to, or a fold that it cannot have.
     """
     if is_static(model):
         if layers is not None or ffn is not None:
@@ -239,6 +250,8 @@ def cut(
         return copy.deepcopy(model)
     config = model[0].model.config
     count = depth_of(config)
+    if fold:
+        check_fold(config, layers)
     if isinstance(layers, int):
         _within("layers", layers, count)  # before the calibration, which takes its time
         scores = layer_norm_ratios(model, texts) if method == "norm_ratio" else None
@@ -246,7 +259,10 @@ def cut(
             scores[0] = np.inf
         layers = keep_layers(count, layers, method, scores)
     activations = ffn_activations(model, texts) if ffn is not None else None
-    return prune(model, layers=layers, ffn_width=ffn, activations=activations)
+    small = prune(model, layers=layers, ffn_width=ffn, activations=activations)
+    if fold and layers:
+        fold_first_layers(small, prune(model, layers=range(layers[0])))
+    return small
 
 
 def check_cascade(stages: Sequence[dict[str, Any]]) -> None:
@@ -258,10 +274,12 @@ def check_cascade(stages: Sequence[dict[str, Any]]) -> None:
     depth = width = None
     for number, stage in enumerate(stages, 1):
         where = f"cascade, stage {number}"
-        unknown = sorted(set(stage) - {"layers", "ffn", "epochs"})
+        unknown = sorted(set(stage) - {"layers", "ffn", "epochs", "fold"})
         if unknown:
-            raise HlmError(f"{where}: expected the keys layers, ffn and epochs, found '{unknown[0]}'")
+            raise HlmError(f"{where}: expected the keys layers, ffn, epochs and fold, found '{unknown[0]}'")
         layers, ffn = stage.get("layers"), stage.get("ffn")
+        if type(stage.get("fold", False)) is not bool:
+            raise HlmError(f"{where}: fold: expected true or false, found {stage['fold']!r}")
         whole = isinstance(layers, list) and layers and all(type(value) is int for value in layers)
         if not (layers is None or (type(layers) is int and layers > 0) or whole):
             raise HlmError(f"{where}: layers: expected a number above 0 or a list of layer numbers, found {layers!r}")

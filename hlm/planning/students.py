@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from hlm.artefacts import HlmError
 from hlm.encoders.families import check_layers
 from hlm.encoders.folder import TOKENIZER, EncoderFolder
+from hlm.encoders.folding import check_fold
 from hlm.encoders.loading import resolve
 from hlm.encoders.pruning import check_cascade, cut_config
 from hlm.encoders.static import is_static_folder
@@ -86,7 +87,7 @@ def after_cut(model: Model, cut: Mapping[str, Any]) -> Model:
     if model.config is None:
         raise HlmError("model: expected one with layers to cut, found a static student; name another")
     check_vocabulary(vocabulary)
-    ((_, shape, config),) = cascade(model.config, [{"layers": layers, "ffn": ffn}])
+    ((_, shape, config),) = cascade(model.config, [{"layers": layers, "ffn": ffn, "fold": cut["fold"]}])
     if cut["static"] is not None:
         return Model(model.source, None, (_static_tokens(model.source, config, cut["static"]), shape.hidden))
     config.vocab_size = min(config.vocab_size, vocabulary.get("keep", config.vocab_size))
@@ -115,13 +116,12 @@ def cascade(config: PretrainedConfig, stages: list[dict[str, Any]]) -> list[tupl
     found = []
     for number, stage in enumerate(stages, 1):
         layers, ffn = stage.get("layers"), stage.get("ffn")
-        if isinstance(layers, list):
-            try:
-                check_layers(config, layers)
-            except HlmError as error:
-                raise HlmError(f"cascade, stage {number}: {error}") from error
-            layers = len(layers)
         try:
+            if stage.get("fold"):
+                check_fold(config, layers)
+            if isinstance(layers, list):
+                check_layers(config, layers)
+                layers = len(layers)
             shape = Shape.of(config, layers, ffn)
         except HlmError as error:
             raise HlmError(f"cascade, stage {number}: {error}") from error

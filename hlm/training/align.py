@@ -124,7 +124,8 @@ def _align(
     }
     if up_to_date(output, "student", identity, paths=PATHS):
         return output
-    model = cut(model, stage.get("layers"), stage.get("ffn"), config.method, queries.sample(config.calibration))
+    texts, fold = queries.sample(config.calibration), stage.get("fold", False)
+    model = cut(model, stage.get("layers"), stage.get("ffn"), config.method, texts, fold=fold)
     if not config.prompt:
         model.prompts = {"query": "", "document": ""}
     width = model.get_embedding_dimension()

@@ -65,7 +65,7 @@ def _prune(config: PruneConfig) -> None:
         save_encoder(model, config.output, "student", **identity, **named_teacher(store))
         return
     texts = (data.unlabelled or data.queries)[: config.calibration]["text"]
-    model = cut(model, config.layers or config.keep, config.ffn, config.method, list(texts))
+    model = cut(model, config.layers or config.keep, config.ffn, config.method, list(texts), fold=config.fold)
     facts = named_teacher(store)
     if config.vocabulary:
         model, facts["vocabulary"] = _with_fewer_tokens(model, data, config.vocabulary)

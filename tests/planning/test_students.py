@@ -24,7 +24,7 @@ from hlm.step_table import STEPS
 from hlm.training.trainer import TrainingArguments
 
 NEW = ["".join(letters) * 2 for letters in product(string.ascii_lowercase[:10], repeat=3)]  # "abcabc": no token is it
-CUT = {"layers": [], "keep": None, "ffn": None, "vocabulary": {}, "static": None}
+CUT = {"fold": False, "layers": [], "keep": None, "ffn": None, "vocabulary": {}, "static": None}
 
 
 def saved_static(teacher, texts, words, folder):
