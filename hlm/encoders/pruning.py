@@ -245,8 +245,8 @@ def cut(
         HlmError: a shape that the model cannot be cut to, or a fold that it cannot have.
     """
     if is_static(model):
-        if layers is not None or ffn is not None:
-            raise HlmError("expected a student with layers to cut, found a static one; leave layers and ffn out")
+        if layers is not None or ffn is not None or fold:
+            raise HlmError("expected a student with layers to cut, found a static one; leave layers, ffn and fold out")
         return copy.deepcopy(model)
     config = model[0].model.config
     count = depth_of(config)

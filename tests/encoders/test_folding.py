@@ -10,6 +10,7 @@ from hlm.artefacts import HlmError
 from hlm.encoders.families import FAMILIES
 from hlm.encoders.loading import load_encoder
 from hlm.encoders.pruning import check_cascade, cut, prune
+from hlm.encoders.static_words import static_student
 from hlm.planning.plan import cascade
 from recipes import align, embed
 from recipes import prune as prune_recipe
@@ -106,3 +107,9 @@ def test_the_recipes_fold(tiny_bert, catalogue_200, tmp_path):
     )
     aligned = load_encoder(str(tmp_path / "aligned"), device="cpu")
     np.testing.assert_allclose(aligned.encode(TEXTS), expected.encode(TEXTS), atol=1e-4)
+
+
+def test_a_static_student_has_nothing_to_fold(tiny_bert):
+    student = static_student(load_encoder(tiny_bert, device="cpu"), TEXTS, 3)
+    with pytest.raises(HlmError, match="found a static one; leave layers, ffn and fold out"):
+        cut(student, None, None, "middle_skip", TEXTS, fold=True)
