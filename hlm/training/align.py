@@ -124,8 +124,8 @@ def _align(
     }
     if up_to_date(output, "student", identity, paths=PATHS):
         return output
-    texts, fold = queries.sample(config.calibration), stage.get("fold", False)
-    model = cut(model, stage.get("layers"), stage.get("ffn"), config.method, texts, fold=fold)
+    shape = {"layers": None, "ffn": None} | {key: value for key, value in stage.items() if key != "epochs"}
+    model = cut(model, method=config.method, texts=queries.sample(config.calibration), **shape)
     if not config.prompt:
         model.prompts = {"query": "", "document": ""}
     width = model.get_embedding_dimension()
