@@ -6,8 +6,8 @@ is written down with intervals, tests and a verdict.
 A variant is a list of steps with settings that differ from those of a set of configs. Every step writes into a folder
 of `--runs` that is named after its settings and those of the steps before: what variants have in common is made once.
 Run again, the same command goes on where it was: a variant that was scored is not touched, test queries are searched
-once for each. `--quick` shrinks data and training as `recipes/configs/study/quick` says and takes one seed and each
-question's first set: it shows that the study runs, not what holds.
+once for each. `--quick` limits data and training as `recipes/configs/study/quick` says, whatever a variant asks, and
+takes one seed and each question's first set: it shows that the study runs, not what holds.
 """
 
 from __future__ import annotations
@@ -219,7 +219,8 @@ class Lab:
         common = [name for name in BASE if (self.configs / f"{name}.yaml").is_file()]
         made: dict[str, str] = {}
         for name in [*common, *(name for name in variant if name not in (*common, "evaluate"))]:
-            given = {**base.get(name, {}), **self.quick.get(name, {}), **variant.get(name, {})}
+            given = {**base.get(name, {}), **variant.get(name, {})}
+            given |= {key: min(limit, given.get(key, limit)) for key, limit in self.quick.get(name, {}).items()}
             if STEP[name].trains and name not in BASE:
                 given["seed"] = seed
             folder = str(self.step(name, given, made))

@@ -97,6 +97,20 @@ def test_a_study_goes_on_where_it_was_and_says_what_was_run(lab, monkeypatch):
     assert len(scored) == 3 and json.loads((lab / "results/study/quick/need.json").read_text())["sets"] == found["sets"]
 
 
+def test_quick_limits_what_a_variant_asks_and_leaves_less_alone(lab, monkeypatch):
+    asked: list[dict] = []
+    quick = lab / "recipes/configs/study/quick/tiny.yaml"
+    quick.write_text("make_catalogue: {unlabelled: 100}\nteacher: {max_steps: 20}\nalign: {queries: 50}\n")
+    monkeypatch.setattr(study.Lab, "step", lambda lab, name, given, made: asked.append({name: given}) or name)
+    variant = {"teacher": {"max_steps": 375}, "align": {"queries": 30, "learning_rate": 1.0}}
+    study.Lab(lab / "runs", "tiny", quick=True).run(variant, {"align": {"queries": 4000}}, seed=1)
+    assert asked[:2] == [{"make_catalogue": {"unlabelled": 100}}, {"teacher": {"max_steps": 20}}]
+    assert asked[-1] == {"align": {"queries": 30, "learning_rate": 1.0, "seed": 1}}
+    study.Lab(lab / "runs", "tiny", quick=False).run(variant, {"align": {"queries": 4000}}, seed=1)
+    assert asked[-2:] == [{"embed": {}}, {"align": {"queries": 30, "learning_rate": 1.0, "seed": 1}}]
+    assert {"teacher": {"max_steps": 375}} in asked
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
