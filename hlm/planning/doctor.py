@@ -18,7 +18,7 @@ from hlm.extras import EXTRAS, OF_A_CLUSTER
 from hlm.integrity import cache_folder
 
 GIB = 1024**3
-QUICKSTART_GIB = 3.2  # peak of all its steps, results/quickstart.json
+QUICKSTART_GIB = 3.3  # peak of all its steps, results/quickstart.json
 NVIDIA = Path("/proc/driver/nvidia/version")
 TIMEOUT_S = 5.0
 

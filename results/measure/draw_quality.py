@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parents[1]
-WIDTH, HEIGHT = 680, 420
-LEFT, RIGHT, TOP, BOTTOM = 74, 24, 64, 352  # the axes' ends, in units of the picture
+WIDTH, HEIGHT = 680, 450
+LEFT, RIGHT, TOP, BOTTOM = 74, 24, 94, 382  # the axes' ends, in units of the picture
 ABOVE, BELOW = -40, 30  # where a point's name stands
 # What each system of latency.json is called in the picture, the class of its colour, and where its name stands.
 NAMES = {
@@ -74,7 +74,7 @@ def quality_over_latency(latency: Mapping[str, Any], report: Mapping[str, Any]) 
 
     parts = [
         f'<text class="name" x="24" y="36">nDCG@{report["k"]}, higher is better</text>',
-        f'<text class="small middle" x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="402">'
+        f'<text class="small middle" x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{BOTTOM + 50}">'
         f"milliseconds for one query (p50), on {latency['environment']['cores']} cores; left is better</text>",
     ]
     for tenth in range(round(10 * low), round(10 * high) + 1):

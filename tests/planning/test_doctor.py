@@ -41,7 +41,7 @@ def test_a_container_of_little_memory(monkeypatch):
     monkeypatch.setattr(machine, "memory_limit_mib", lambda: 1024.0)
     check = doctor._memory()
     assert check.status == "note" and "1.0 GiB available, a container's limit is 1.0" in check.text
-    assert "the quickstart took 3.2 GiB" in check.remedy
+    assert "the quickstart took 3.3 GiB" in check.remedy
 
 
 def test_a_gpu_that_torch_does_not_use(monkeypatch, tmp_path):
