@@ -220,7 +220,9 @@ class Lab:
         made: dict[str, str] = {}
         for name in [*common, *(name for name in variant if name not in (*common, "evaluate"))]:
             given = {**base.get(name, {}), **variant.get(name, {})}
-            given |= {key: min(limit, given.get(key, limit)) for key, limit in self.quick.get(name, {}).items()}
+            for key, limit in self.quick.get(name, {}).items():
+                # Of what is no number there is no less: it stands in place of what is asked.
+                given[key] = min(limit, given.get(key, limit)) if isinstance(limit, int | float) else limit
             if STEP[name].trains and name not in BASE:
                 given["seed"] = seed
             folder = str(self.step(name, given, made))

@@ -100,15 +100,17 @@ def test_a_study_goes_on_where_it_was_and_says_what_was_run(lab, monkeypatch):
 def test_quick_limits_what_a_variant_asks_and_leaves_less_alone(lab, monkeypatch):
     asked: list[dict] = []
     quick = lab / "recipes/configs/study/quick/tiny.yaml"
-    quick.write_text("make_catalogue: {unlabelled: 100}\nteacher: {max_steps: 20}\nalign: {queries: 50}\n")
+    quick.write_text(
+        "make_catalogue: {unlabelled: 100}\nteacher: {max_steps: 20, merge_weight: [1.0]}\nalign: {queries: 50}\n"
+    )
     monkeypatch.setattr(study.Lab, "step", lambda lab, name, given, made: asked.append({name: given}) or name)
-    variant = {"teacher": {"max_steps": 375}, "align": {"queries": 30, "learning_rate": 1.0}}
+    variant = {"teacher": {"max_steps": 375, "merge_weight": "auto"}, "align": {"queries": 30, "learning_rate": 1.0}}
     study.Lab(lab / "runs", "tiny", quick=True).run(variant, {"align": {"queries": 4000}}, seed=1)
-    assert asked[:2] == [{"make_catalogue": {"unlabelled": 100}}, {"teacher": {"max_steps": 20}}]
+    assert asked[:2] == [{"make_catalogue": {"unlabelled": 100}}, {"teacher": {"max_steps": 20, "merge_weight": [1.0]}}]
     assert asked[-1] == {"align": {"queries": 30, "learning_rate": 1.0, "seed": 1}}
     study.Lab(lab / "runs", "tiny", quick=False).run(variant, {"align": {"queries": 4000}}, seed=1)
     assert asked[-2:] == [{"embed": {}}, {"align": {"queries": 30, "learning_rate": 1.0, "seed": 1}}]
-    assert {"teacher": {"max_steps": 375}} in asked
+    assert {"teacher": {"max_steps": 375, "merge_weight": "auto"}} in asked
 
 
 @pytest.mark.parametrize(
