@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 PARTS = ("corpus", "unlabelled", "queries")  # of a dataset; embed writes a store of each
+RATES = {"help": "others than learning_rate, of which dev may take one"}
 
 
 @dataclass
@@ -55,6 +56,7 @@ class TeacherConfig:
     merge_weight: float | list[float] | str = field(
         default=1.0, metadata={"help": "share of what was learnt that is kept; a list or auto: chosen on dev, 0 too"}
     )
+    try_learning_rates: list[float] = field(default_factory=list, metadata=RATES)
     dev_documents: int = field(default=2000, metadata={"help": "documents beside the positives in the dev corpus"})
     max_seq_length: int | None = field(
         default=None, metadata={"help": "tokens a text is cut to; null: the backbone's own limit"}
@@ -262,6 +264,7 @@ class RefineConfig:
     alignment_weight: float = field(
         default=0.0, metadata={"help": "of the L2 to the teacher's query vector, kept beside"}
     )
+    try_learning_rates: list[float] = field(default_factory=list, metadata=RATES)
     cache_chunk: int | None = field(default=None, metadata={"help": "rows encoded at a time (gradient caching)"})
     dropout: float = field(default=0.0, metadata={"help": "probability, in the student while it trains"})
 

@@ -17,6 +17,7 @@ CONTRASTIVE_MATRICES, REFINEMENT_MATRICES = 12, 8
 PADDING = 1.1  # padded tokens over real ones, in batches of similar length
 SEARCH_FLOPS = 2e13  # a second and GPU, in fp32: exact search of the whole store, which the GPUs share
 ID_BYTES = 12  # of a row id, compressed
+CHECKPOINTS = "checkpoints, until the step ends"  # on disk
 
 
 @dataclass
@@ -128,19 +129,19 @@ def teacher_phases(shape: Shape, step: Mapping[str, Any], sizes: Assumptions, co
     flops = flops_of(rows, query) + flops_of(rows * (1 + step["hard_negatives"]), document)
     adapter = shape.lora_parameters(step["lora_rank"])
     weights = shape.parameters * training.precision.weight_bytes
-    phases.append(
-        TrainingPhase(
-            "teacher",
-            "train",
-            training.memory(count, sizes.fsdp),
-            flops,
-            sizes.teacher_utilisation,
-            disk={"merged model": weights, "adapter": 4 * adapter} | checkpoints(step, adapter),
-            steps=steps,
-            step_seconds=sizes.step_seconds,
-            training=training,
-        )
+    train = TrainingPhase(
+        "teacher",
+        "train",
+        training.memory(count, sizes.fsdp),
+        flops,
+        sizes.teacher_utilisation,
+        disk={"merged model": weights, "adapter": 4 * adapter} | checkpoints(step, adapter),
+        steps=steps,
+        step_seconds=sizes.step_seconds,
+        training=training,
     )
+    at_each_rate(train, step)
+    phases.append(train)
     if evaluations := evaluations_of(step, steps):
         rows = evaluations * (sizes.dev_documents + step["dev_documents"])
         phases.append(
@@ -248,9 +249,18 @@ def refine_phase(shape: Shape, step: Mapping[str, Any], sizes: Assumptions, coun
     training = refine_training(shape, step, sizes, count)
     phase = student_phase("refine", "train", training, step, sizes.judged_pairs, sizes, count)
     epochs = step["num_train_epochs"] if step["max_steps"] <= 0 else 1
-    searches = (epochs / max(1, step["refresh_epochs"]) if step["hard_negatives"] else 0) + bool(step["mask_top"])
-    phase.search_flops = 2.0 * searches * sizes.judged_queries * sizes.documents * dim
+    trials = at_each_rate(phase, step)
+    mined = trials * epochs / max(1, step["refresh_epochs"]) if step["hard_negatives"] else 0
+    phase.search_flops = 2.0 * (mined + bool(step["mask_top"])) * sizes.judged_queries * sizes.documents * dim
     return phase
+
+
+def at_each_rate(phase: TrainingPhase, step: Mapping[str, Any]) -> int:
+    """Counts a training as often as `try_learning_rates` has it done, with what each leaves until the step ends."""
+    trials = 1 + len(step["try_learning_rates"])
+    phase.steps, phase.flops, phase.lookups = trials * phase.steps, trials * phase.flops, trials * phase.lookups
+    phase.disk[CHECKPOINTS] *= trials
+    return trials
 
 
 def steps_of(step: Mapping[str, Any], rows: int, count: int) -> tuple[int, int]:
@@ -277,7 +287,7 @@ def evaluations_of(step: Mapping[str, Any], steps: int) -> int:
 
 def checkpoints(step: Mapping[str, Any], trained: int) -> dict[str, int]:
     """Weights and AdamW's two moments in fp32 for each checkpoint that is kept, until the step ends."""
-    return {"checkpoints, until the step ends": 12 * trained * (step["save_total_limit"] or 1)}
+    return {CHECKPOINTS: 12 * trained * (step["save_total_limit"] or 1)}
 
 
 def store_bytes(rows: int, dim: int) -> int:

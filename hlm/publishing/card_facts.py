@@ -53,7 +53,8 @@ def training_steps(folder: str | Path) -> list[dict[str, Any]]:
     """The steps that made an encoder, last first, as far back as their folders lie where the manifests say.
 
     Returns:
-        [{"step", "encoder", "inputs", "settings": JSON text, "backbone": what a teacher was tuned from or None}]
+        [{"step", "encoder", "inputs", "settings": JSON text, "backbone": what a teacher was tuned from or None,
+        "learning_rate": the one that was kept where several were tried, or None}]
     """
     return list(_steps(Path(folder)))
 
@@ -76,10 +77,17 @@ def _steps(folder: Path) -> Iterator[dict[str, Any]]:
                 "inputs": public(inputs),
                 "settings": json.dumps(portable(config), ensure_ascii=False),
                 "backbone": config.get("backbone"),
+                "learning_rate": _rate_kept(manifest.get("chosen") or {}),
             }
         if before is None or before not in (inputs.get("student"), inputs.get("teacher"), manifest["encoder"]):
             return
         folder = parent
+
+
+def _rate_kept(chosen: dict[str, Any]) -> float | None:
+    """The learning rate that dev chose; None where it had no choice."""
+    tried = {row.get("learning_rate") for row in chosen.get("table") or ()}
+    return chosen.get("learning_rate") if len(tried) > 1 else None
 
 
 def _step_name(kind: str, config: dict[str, Any]) -> str:

@@ -130,9 +130,7 @@ def teacher_card(folder: str | Path, **about: Any) -> str:
     package = configured if configured.startswith("package:") and not given.base_model else None
     facts = encoder_facts(folder, manifest) | {"steps": training_steps(folder), "base": base or package}
     chosen = manifest.get("chosen") or {}
-    kept = [row for row in chosen.get("table", ()) if row["step"] == chosen["step"]]
-    best = next((row["ndcg@10"] for row in kept if row["merge_weight"] == chosen["merge_weight"]), None)
-    facts |= {"packaged": bool(package), "chosen": chosen, "best": best}
+    facts |= {"packaged": bool(package), "chosen": chosen}
     return _render("teacher.md.jinja", front, given, facts, system)
 
 

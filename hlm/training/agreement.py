@@ -24,6 +24,12 @@ LEAST_JUDGED = 20  # dev queries; fewer tell nothing
 MOST = 500  # unlabelled queries: they are searched once for each candidate
 
 
+def judged_by_people(data: RetrievalData) -> list[str]:
+    """Ids of the dev queries that do not call themselves derived."""
+    dev = data.qrels.get("dev", {})
+    return [row["_id"] for row in iterate(data.queries) if row["_id"] in dev and not row.get("derived")]
+
+
 @dataclass(frozen=True)
 class TypedQueries:
     """The queries of a dataset that people typed: those that do not call themselves derived.
@@ -39,8 +45,7 @@ class TypedQueries:
 
     @classmethod
     def of(cls, data: RetrievalData) -> TypedQueries:
-        dev, train = (data.qrels.get(split, {}) for split in ("dev", "train"))
-        judged = [row["_id"] for row in iterate(data.queries) if row["_id"] in dev and not row.get("derived")]
+        judged, train = judged_by_people(data), data.qrels.get("train", {})
         if len(judged) >= LEAST_JUDGED:
             return cls(judged, [])
         trained = {canonical(row["text"]) or row["text"] for row in iterate(data.queries) if row["_id"] in train}

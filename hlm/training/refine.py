@@ -21,6 +21,7 @@ from hlm.indexes.exact import exact_search
 from hlm.indexes.lineage import check_student, named_teacher
 from hlm.settings import keywords
 from hlm.steps import RefineConfig
+from hlm.training.agreement import judged_by_people
 from hlm.training.batches import TokenTable
 from hlm.training.checkpoints import claimed_output
 from hlm.training.dev_retrieval import DevRetrieval
@@ -37,13 +38,13 @@ from hlm.training.mining import (
     shared_rows,
     top_k_documents,
 )
+from hlm.training.rates import check_rates, train_at_best_rate
 from hlm.training.trainer import (
     RecipeTrainer,
     TrainingArguments,
     finish,
     recorded,
     set_dropout,
-    train,
 )
 from hlm.vectors.store import VectorStore
 
@@ -65,6 +66,7 @@ def refine(config: RefineConfig, args: TrainingArguments) -> Path:
         HlmError: settings that do not work, a student of another teacher, vectors of other data, or an output that is
             somebody's.
     """
+    check_rates(config.try_learning_rates, args)
     args.check_hardware("refine", config)
     with claimed_output(config.output, "student", args) as output:
         _refine(dataclasses.replace(config, output=output), args)
@@ -89,20 +91,25 @@ def _refine(config: RefineConfig, args: TrainingArguments) -> None:
         return
     set_dropout(model, config.dropout)
     refinement = Refinement(model, data, documents, queries, config, args)
-    trainer = RecipeTrainer(
-        model,
-        args,
-        rows=len(refinement.pairs),
-        keys=refinement.tokens.lengths(refinement.pairs[:, 0]),
-        collate=Collate(refinement.pairs, refinement.tokens, config.cache_chunk),
-        step_loss=refinement.loss,
-        evaluator=DevRetrieval(
-            dict(data.split_queries("dev")), data.qrels["dev"], index=exact_search(documents, refinement.width)
-        ),
-        extra_state={"negatives": refinement.negatives},
-        callbacks=[Refresh(refinement, config.refresh_epochs)] if config.hard_negatives else [],
+    evaluator = DevRetrieval(
+        dict(data.split_queries("dev")), data.qrels["dev"], index=exact_search(documents, refinement.width)
     )
-    measured = train(trainer, identity)
+
+    def trainer_with(args: TrainingArguments) -> RecipeTrainer:
+        return RecipeTrainer(
+            model,
+            args,
+            rows=len(refinement.pairs),
+            keys=refinement.tokens.lengths(refinement.pairs[:, 0]),
+            collate=Collate(refinement.pairs, refinement.tokens, config.cache_chunk),
+            step_loss=refinement.loss,
+            evaluator=evaluator,
+            extra_state={"negatives": refinement.negatives},
+            callbacks=[Refresh(refinement, config.refresh_epochs)] if config.hard_negatives else [],
+        )
+
+    judged = {*judged_by_people(data)} if config.try_learning_rates else set()
+    trainer, measured = train_at_best_rate(trainer_with, args, config.try_learning_rates, judged, identity)
     if trainer.is_world_process_zero():
         save_encoder(model, config.output, "student", **identity, **measured, **named_teacher(documents))
     finish(trainer, measured)

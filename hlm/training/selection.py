@@ -32,7 +32,7 @@ JUDGED = "judged dev queries"  # what a choice is made by
 AGREED = "unlabelled queries, judged by BM25 and the backbone"
 WEIGHTS = (0.25, 0.5, 0.75, 1.0)
 SAMPLES = 10_000
-RISK = 0.05  # of keeping what only noise made better than the backbone
+RISK = 0.05  # of keeping what only noise made better
 DECIMALS = 4
 
 
@@ -108,65 +108,74 @@ def keep_checkpoints(args: TrainingArguments) -> None:
     args.save_total_limit = None
 
 
-def choose(trainer: RecipeTrainer, weights: tuple[float, ...]) -> dict[str, Any]:
-    """Sets the model to the best of all checkpoints and weights on dev, or to the backbone where none is better by
-    more than noise. Every process must call it.
+def choose(
+    trainer: RecipeTrainer, learnt: dict[tuple[float, int], dict[str, Tensor]], weights: tuple[float, ...]
+) -> dict[str, Any]:
+    """Sets the model to the best of what was learnt, at its best weight on dev, or to the backbone where none is better
+    by more than noise. Every process must call it.
 
-    Better means: the mean gain in nDCG@10 over the backbone is positive in all but `RISK` of the paired bootstrap's
-    samples of the queries (Efron and Tibshirani 1993, ch. 13).
+    Better means: the mean gain in nDCG@10 over the backbone is more than noise, see `compared`.
+
+    Args:
+        learnt: (learning rate, step) -> the adapter then, see `learnt_by`.
 
     Returns:
-        {"step", "merge_weight", "backbone": its nDCG@10, "queries": their number, "table": [{"step", "merge_weight",
-        "ndcg@10", "gain", "ci90"}]}; step 0 with weight 0 is the backbone.
+        {"learning_rate", "step", "merge_weight", "ndcg@10": what they reach, "backbone": its nDCG@10, "queries": their
+        number, "table": [{"learning_rate", "step", "merge_weight", "ndcg@10", "gain", "ci90"}]}; step 0 with weight 0
+        is the backbone, which has no rate.
     """
-    learnt = _learnt(trainer)
-    last = learnt[max(learnt)]
-    set_adapter(trainer.model, last, 0.0)
+    any_adapter = next(iter(learnt.values()))
+    set_adapter(trainer.model, any_adapter, 0.0)
     backbone = scores_on_dev(trainer)
-    table = []
-    for step, tensors in learnt.items():
+    table: list[dict[str, Any]] = []
+    for (rate, step), tensors in learnt.items():
         for weight in weights:
             set_adapter(trainer.model, tensors, weight)
-            row = {"step": step, "merge_weight": weight} | _compared(scores_on_dev(trainer), backbone)
-            logger.info("step %d, merge weight %.2f: nDCG@10 %.4f, gain %+.4f %s", *row.values())
+            row = {"learning_rate": rate, "step": step, "merge_weight": weight}
+            row |= compared(scores_on_dev(trainer), backbone)
+            logger.info("rate %g, step %d, merge weight %.2f: nDCG@10 %.4f, gain %+.4f %s", *row.values())
             table.append(row)
-    better = [row for row in table if row["ci90"][0] > 0]
-    found: dict[str, Any] = {
-        "step": 0,
-        "merge_weight": 0.0,
-        "backbone": round(mean(backbone), DECIMALS),
-        "queries": len(backbone),
-    }
-    if better:
-        best = max(better, key=lambda row: row["gain"])  # of equals the earlier step, then the lower weight
-        found |= {"step": best["step"], "merge_weight": best["merge_weight"]}
-        logger.info("kept: step %(step)d, merge weight %(merge_weight).2f", found)
+    untuned = round(mean(backbone), DECIMALS)
+    found: dict[str, Any] = {"learning_rate": None, "step": 0, "merge_weight": 0.0, "ndcg@10": untuned}
+    if better := [row for row in table if row["ci90"][0] > 0]:
+        best = max(better, key=lambda row: row["gain"])  # of equals the first rate, the earlier step, the lower weight
+        found = {name: best[name] for name in found}
+        logger.info("kept: rate %g, step %d, merge weight %.2f: nDCG@10 %.4f", *found.values())
+        set_adapter(trainer.model, learnt[best["learning_rate"], best["step"]], best["merge_weight"])
     else:
         logger.warning(
             "the teacher is its backbone: on %d queries nothing that was learnt is better than its nDCG@10 of %.4f by "
             "more than noise; other pairs, or more of them, may help",
-            found["queries"],
-            found["backbone"],
+            len(backbone),
+            untuned,
         )
-    set_adapter(trainer.model, learnt.get(found["step"], last), found["merge_weight"])
-    return found | {"table": table}
+        set_adapter(trainer.model, any_adapter, 0.0)
+    return found | {"backbone": untuned, "queries": len(backbone), "table": table}
 
 
-def _learnt(trainer: RecipeTrainer) -> dict[int, dict[str, Tensor]]:
-    """Step -> the adapter as it was then, of every checkpoint and of the end."""
-    end = trainer.state.global_step
+def learnt_by(trainer: RecipeTrainer) -> dict[tuple[float, int], dict[str, Tensor]]:
+    """(learning rate, step) -> the adapter as it was then, of every checkpoint and of the end, which the model has
+    afterwards."""
+    end, rate = trainer.state.global_step, trainer.args.learning_rate
     now = adapter_of(trainer.model)
     found = {}
     for step in sorted(int(path.name.rsplit("-", 1)[1]) for path in Path(trainer.args.output_dir).glob("checkpoint-*")):
         folder = checkpoint_folder(trainer.args.output_dir, step)
         if step < end and fault(folder, {STATE}) is None:
             trainer._load_from_checkpoint(str(folder))
-            found[step] = adapter_of(trainer.model)
-    return found | {end: now}
+            found[rate, step] = adapter_of(trainer.model)
+    set_adapter(trainer.model, now, 1.0)
+    return found | {(rate, end): now}
 
 
-def _compared(scores: Scores, backbone: Scores) -> dict[str, Any]:
-    gains = np.array([scores[query] - backbone[query] for query in sorted(backbone)])
+def compared(scores: Scores, base: Scores) -> dict[str, Any]:
+    """Mean of the scores and its gain over `base`, with the 90% interval of the paired bootstrap of the queries (Efron
+    and Tibshirani 1993, ch. 13): a gain is more than noise where the interval lies above zero.
+
+    Returns:
+        {"ndcg@10", "gain", "ci90": [low, high]}.
+    """
+    gains = np.array([scores[query] - base[query] for query in sorted(base)])
     draws = np.random.default_rng(0).integers(len(gains), size=(SAMPLES, len(gains)))
     low, high = np.quantile(gains[draws].mean(axis=1), [RISK, 1 - RISK])
     return {

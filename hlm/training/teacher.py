@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from accelerate.utils import set_seed
 from sentence_transformers import SentenceTransformer
 from torch.distributed.tensor import DTensor
 
-from hlm.artefacts import fingerprint_json
+from hlm.artefacts import HlmError, fingerprint_json
 from hlm.data.contract import RetrievalData, load
 from hlm.data.ids import rows_with
 from hlm.data.views import DocumentTexts
@@ -35,10 +35,12 @@ from hlm.training.gradcache import gather_with_gradient, loss_of_chunks, rows_of
 from hlm.training.inputs import kept_pairs
 from hlm.training.losses import qwen3_contrastive
 from hlm.training.mining import gather_rows, mine_hard_negatives, padded_rows, search_device, shared_rows
+from hlm.training.rates import check_rates, trainers_at
 from hlm.training.selection import (
     choose,
     dev_retrieval,
     keep_checkpoints,
+    learnt_by,
     typed_retrieval,
     weights_of,
 )
@@ -71,6 +73,12 @@ def train_teacher(config: TeacherConfig, args: TrainingArguments) -> Path:
     """
     if weights_of(config.merge_weight):
         keep_checkpoints(args)
+    elif config.try_learning_rates:
+        raise HlmError(
+            "try_learning_rates: expected a merge_weight of auto or a list, which chooses on dev, found "
+            f"{config.merge_weight}"
+        )
+    check_rates(config.try_learning_rates, args)
     args.check_hardware("teacher", config)
     with claimed_output(config.output, "teacher", args) as output:
         _tune(dataclasses.replace(config, output=output), args)
@@ -101,17 +109,20 @@ def _tune(config: TeacherConfig, args: TrainingArguments) -> None:
         # Done, and in the only order that works under LoRA: the trainer must not do it again, under either name.
         args.gradient_checkpointing = args.activation_checkpointing = False
     batches = Batches.of(model, pairs, negatives, config)
-    trainer = RecipeTrainer(
-        model,
-        args,
-        rows=len(pairs.rows),
-        collate=batches.collate,
-        step_loss=batches.loss,
-        keys=pairs.rows[:, 1] if config.queries_per_document > 1 else None,
-        group=config.queries_per_document,
-        evaluator=evaluator,
-    )
-    measured = trained_and_chosen(trainer, identity, config.merge_weight, signal)
+
+    def trainer_with(args: TrainingArguments) -> RecipeTrainer:
+        return RecipeTrainer(
+            model,
+            args,
+            rows=len(pairs.rows),
+            collate=batches.collate,
+            step_loss=batches.loss,
+            keys=pairs.rows[:, 1] if config.queries_per_document > 1 else None,
+            group=config.queries_per_document,
+            evaluator=evaluator,
+        )
+
+    trainer, measured = trained_and_chosen(trainer_with, args, config, identity, signal)
     trained = trainer.trained_tensors()
     if trainer.is_world_process_zero():
         model = whole(model, trained, config)
@@ -150,29 +161,44 @@ def searched(
 
 
 def trained_and_chosen(
-    trainer: RecipeTrainer, identity: dict[str, Any], merge_weight: float | list[float] | str, signal: str | None
-) -> dict[str, Any]:
-    """Trains, and keeps the share `merge_weight` of what was learnt, or chooses it with the checkpoint.
+    make: Callable[[TrainingArguments], RecipeTrainer],
+    args: TrainingArguments,
+    config: TeacherConfig,
+    identity: dict[str, Any],
+    signal: str | None,
+) -> tuple[RecipeTrainer, dict[str, Any]]:
+    """Trains, and keeps the share `merge_weight` of what was learnt, or chooses it with the checkpoint and the rate.
 
     Args:
+        make: a trainer of the one model, with these arguments.
         signal: what dev queries are judged by; None: there is nothing to choose by, so the backbone is handed on.
+
+    Returns:
+        The trainer that `finish` takes, and what the manifest says of dev.
     """
-    weights = weights_of(merge_weight)
+    weights = weights_of(config.merge_weight)
     if weights is None:
-        assert isinstance(merge_weight, float)
-        return train(trainer, identity, then=partial(weaken_lora, trainer.model, merge_weight))
+        trainer, weight = make(args), config.merge_weight
+        assert isinstance(weight, float)
+        return trainer, train(trainer, identity, then=partial(weaken_lora, trainer.model, weight))
     if signal is None:
         logger.warning(
             "the teacher is its backbone: merge_weight has to be chosen by dev queries that people judged (%d or more) "
             "or by unlabelled queries that people typed, and there are none; add some, or set a number",
             LEAST_JUDGED,
         )
-        return {"chosen": {"step": 0, "merge_weight": 0.0, "signal": None}}  # an adapter begins without effect
-    chosen: dict[str, Any] = {"signal": signal}
-    train(trainer, identity, then=lambda: chosen.update(choose(trainer, weights)), measure=False)
-    kept = [row["ndcg@10"] for row in chosen["table"] if all(row[at] == chosen[at] for at in ("step", "merge_weight"))]
-    dev = {"metric": "ndcg@10", "start": chosen["backbone"], "end": kept[0] if kept else chosen["backbone"]}
-    return {"dev": dev, "chosen": chosen}
+        return make(args), {
+            "chosen": {"step": 0, "merge_weight": 0.0, "signal": None}
+        }  # an adapter begins without effect
+    trainers: list[RecipeTrainer] = []
+    learnt: dict[tuple[float, int], dict[str, torch.Tensor]] = {}
+    for trainer in trainers_at((args.learning_rate, *config.try_learning_rates), make, args):
+        train(trainer, identity, measure=False)
+        learnt |= learnt_by(trainer)
+        trainers.append(trainer)
+    chosen = choose(trainers[0], learnt, weights)
+    dev = {"metric": "ndcg@10", "start": chosen["backbone"], "end": chosen["ndcg@10"]}
+    return trainers[0], {"dev": dev, "chosen": {"signal": signal} | chosen}
 
 
 def whole(model: SentenceTransformer, trained: dict[str, torch.Tensor], config: TeacherConfig) -> SentenceTransformer:

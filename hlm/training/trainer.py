@@ -105,12 +105,16 @@ class TrainingArguments(SentenceTransformerTrainingArguments):
         found = super().device  # in several processes of older accelerate "cpu:0", onto which torch loads no checkpoint
         return torch.device("cpu") if found.type == "cpu" else found
 
+    @property
+    def sharded(self) -> bool:
+        """Whether each GPU holds a part of the model (FSDP)."""
+        return bool(self.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
+
     def check_hardware(self, step: str, config: Any) -> None:
         """Refuses a recipe's settings before any weights load, as `hlm.planning.plan.check_step` says."""
         if self.use_cpu and self.bf16 and not computes_in_bf16():
             logger.warning("%s: bf16 is slow on this CPU (%s), which has no instructions for it", step, devices())
-        sharded = bool(self.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
-        check_step(step, vars(config) | vars(self), gpus=self.world_size, sharded=sharded)
+        check_step(step, vars(config) | vars(self), gpus=self.world_size, sharded=self.sharded)
 
 
 def recorded(args: TrainingArguments) -> dict[str, Any]:
@@ -209,6 +213,16 @@ class RecipeTrainer(SentenceTransformerTrainer):
             for name, tensor in self._trained().items()
         }
 
+    @torch.no_grad()
+    def take(self, tensors: dict[str, Tensor]) -> None:
+        """Sets what trains to whole tensors, as `trained_tensors` gives them. Every process must call it."""
+        trained = self._trained()
+        for name, tensor in tensors.items():
+            part = trained[name]
+            if isinstance(part, DTensor):
+                tensor = distribute_tensor(tensor.to(part.device), part.device_mesh, part.placements)
+            part.copy_(tensor)
+
     def _trained(self) -> dict[str, Tensor]:
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
@@ -258,14 +272,9 @@ class RecipeTrainer(SentenceTransformerTrainer):
         found = {name[len("model.") :]: tensor for name, tensor in tensors.items() if name.startswith("model.")}
         if found.keys() != trained.keys():
             raise HlmError(f"{checkpoint_path} does not hold this model's weights; delete {self.args.output_dir}")
-        with torch.no_grad():
-            for name, tensor in found.items():
-                part = trained[name]
-                if isinstance(part, DTensor):
-                    tensor = distribute_tensor(tensor.to(part.device), part.device_mesh, part.placements)
-                part.copy_(tensor)
-            for name, tensor in self.extra_state.items():
-                tensor.copy_(tensors[f"extra.{name}"])
+        self.take(found)
+        for name, tensor in self.extra_state.items():
+            tensor.copy_(tensors[f"extra.{name}"])
 
     def _load_best_model(self) -> None:
         # The parent's version logs an error and goes on with the last weights; a best model that is lost must stop.

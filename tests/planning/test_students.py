@@ -17,6 +17,7 @@ from hlm.encoders.static_words import static_student
 from hlm.encoders.vocabulary import choose_tokens, count_tokens, cut_vocabulary
 from hlm.planning.footprint import Precision, Shape, training_memory
 from hlm.planning.hardware import Gpu
+from hlm.planning.phases import CHECKPOINTS
 from hlm.planning.plan import check_step
 from hlm.planning.students import Model, after_cut, model_at
 from hlm.settings import defaults_of
@@ -171,6 +172,22 @@ def test_every_step_that_trains_or_cuts_is_planned(folder, tiny_bert, capsys):
     assert plan["launch"]["static"].endswith(f"recipes/align.py --config {folder}/static.yaml")
     assert plan["launch"]["contrastive_only"].endswith(f"recipes/refine.py --config {folder}/contrastive_only.yaml")
     assert not {"prune", "static_cut"} & set(plan["launch"])  # of one process
+
+
+@pytest.mark.parametrize(("step", "student"), [("teacher", "merged model"), ("refine", "student")])
+def test_each_rate_that_is_tried_trains_anew(folder, capsys, step, student):
+    def phase():
+        plan = json.loads(planned(folder, capsys, "--gpus", "2xH100", "--json"))
+        return next(phase for phase in plan["phases"] if (phase["step"], phase["phase"]) == (step, "train"))
+
+    once = phase()
+    path = folder / f"{step}.yaml"
+    path.write_text(path.read_text() + "try_learning_rates: [1e-4, 1e-3]\n")
+    thrice = phase()
+    assert thrice["steps"] == 3 * once["steps"] and thrice["flops"] == pytest.approx(3 * once["flops"])
+    kept = {name: thrice["disk_bytes"][name] / held for name, held in once["disk_bytes"].items()}
+    assert kept[student] == 1 and kept[CHECKPOINTS] == 3
+    assert thrice["hours"] > 2 * once["hours"]
 
 
 def test_what_is_not_known_beforehand_is_said(folder, tiny_bert, capsys):

@@ -55,6 +55,7 @@ EQUAL = {
     "align kernel": "align kernel",
     "refine": "refine",
     "refine cached": "refine",
+    "refine rates": "refine rates",
 }
 # Job -> the step of the kill (or call of the encoder), just after a checkpoint and within the second epoch.
 CHAIN_KILLED = ("align", 2)  # the step of the whole recipe, and its training step, at which that is killed once
@@ -82,6 +83,7 @@ def arguments(house: Path, data: str, bert: str, qwen3: str) -> dict[str, list[s
         "align kernel": ["align", *aligned, "--cascade", '[{"layers": 2}]', "--objective", "kernel"],
         "refine": ["refine", *refined],
         "refine cached": ["refine", *refined, "--cache_chunk", "16"],
+        "refine rates": ["refine", *refined, "--try_learning_rates", "1e-9"],
         "embed": ["embed", "--model", qwen3, "--data", data, "--shard_rows", "64"],
     }
 
@@ -293,7 +295,8 @@ def record(path: Path, part: str, training: int) -> torch.Tensor:
     return torch.cat([found[name].flatten().double() for name in names]) if names else torch.zeros(0)
 
 
-TRAININGS = [(name, number) for name in EQUAL for number in ((0, 1) if name == "align" else (0,))]
+TWICE = ("align", "refine rates")  # two stages, two rates
+TRAININGS = [(name, number) for name in EQUAL for number in ((0, 1) if name in TWICE else (0,))]
 
 
 @pytest.mark.parametrize(("name", "training"), TRAININGS)

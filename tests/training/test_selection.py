@@ -16,6 +16,7 @@ from hlm.encoders.loading import fingerprint, load_encoder
 from hlm.publishing.cards import teacher_card
 from hlm.training import selection
 from hlm.training.agreement import Agreement, TypedQueries
+from hlm.training.trainer import RecipeTrainer
 
 TRAINING = {"per_device_train_batch_size": 32, "seed": 3, "learning_rate": 3e-3, "disable_tqdm": True}
 SETTINGS = {"min_score": 3, "lora_rank": 4, "pairs_per_query": 2, "hard_negatives": 0, "max_steps": 8, **TRAINING}
@@ -103,6 +104,45 @@ def test_a_choice_that_was_killed_is_made_again(helped, tiny_bert, catalogue_200
     monkeypatch.setattr(selection, "set_adapter", before)
     assert tuned(tiny_bert, catalogue_200, tmp_path / "teacher", seed=seed) == chosen
     assert fingerprint(load_encoder(str(tmp_path / "teacher"))) == fingerprint(load_encoder(str(folder)))
+
+
+def test_rates_are_chosen_with_the_rest_as_if_each_were_the_only_one(
+    helped, tiny_bert, catalogue_200, tmp_path, monkeypatch
+):
+    folder, alone, seed = helped
+    rates = {"seed": seed, "learning_rate": 1e-9, "try_learning_rates": [SETTINGS["learning_rate"]]}
+    killed, trained = [], RecipeTrainer.training_step
+
+    def strike(trainer, *rest):
+        if not killed and trainer.args.learning_rate > 1e-9 and trainer.state.global_step == 6:
+            killed.append(True)
+            raise KeyboardInterrupt
+        return trained(trainer, *rest)
+
+    monkeypatch.setattr(RecipeTrainer, "training_step", strike)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(tiny_bert, catalogue_200, tmp_path / "teacher", **rates)
+    chosen = tuned(tiny_bert, catalogue_200, tmp_path / "teacher", **rates)
+    found = ("learning_rate", "step", "merge_weight", "ndcg@10", "backbone")
+    assert [chosen[name] for name in found] == [alone[name] for name in found]
+    idle, tried = chosen["table"][:4], chosen["table"][4:]
+    assert {row["learning_rate"] for row in idle} == {1e-9} and tried == alone["table"]
+    assert fingerprint(load_encoder(str(tmp_path / "teacher"))) == fingerprint(load_encoder(str(folder)))
+    assert "learning rate 0.003" in " ".join(teacher_card(tmp_path / "teacher", repo_id="acme/teacher").split())
+    assert "dev chose learning rate" not in teacher_card(folder, repo_id="acme/teacher")
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"merge_weight": 0.5}, "merge_weight of auto or a list"),
+        ({"try_learning_rates": [3e-3]}, "twice"),
+        ({"fsdp": "full_shard"}, "whole on each GPU"),
+    ],
+)
+def test_rates_that_cannot_be_chosen_are_refused_first(tmp_path, given, told):
+    with pytest.raises(HlmError, match=told):
+        tuned("nowhere", "nowhere", tmp_path / "teacher", **{"try_learning_rates": [1e-3]} | given)
 
 
 def derived(catalogue, folder, unlabelled):
