@@ -1,7 +1,7 @@
 """Which learning rate: each is tried from the same start, and dev queries that people judged choose.
 
-No rate suits all pairs. Pairs that are derived from a catalogue are unlike what people type, and a student that learns
-them fast forgets its teacher. From many pairs that people made, a student at such a rate hardly learns.
+No rate suits all pairs. Pairs that are derived from a catalogue are unlike what people type: learnt fast, they do harm.
+Many pairs that people made, learnt slowly, do little good.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -28,28 +28,26 @@ def check_rates(others: list[float], args: TrainingArguments) -> None:
     """Refuses rates that cannot be tried beside `learning_rate`.
 
     Raises:
-        HlmError: one that is not above 0, twice the same, or a model that FSDP shards.
+        HlmError: one that is not above 0, or a model that FSDP shards.
     """
     if others and args.sharded:
-        raise HlmError(
-            "try_learning_rates: expected a model that is whole on each GPU, found FSDP; run each rate by itself"
-        )
-    for number, rate in enumerate(others):
+        raise HlmError("try_learning_rates: expected a model that is whole on each GPU, found FSDP; set it to []")
+    for rate in others:
         if not (math.isfinite(rate) and rate > 0):
             raise HlmError(f"try_learning_rates: expected numbers above 0, found {rate}")
-        if rate in (args.learning_rate, *others[:number]):
-            raise HlmError(f"try_learning_rates: expected each rate once, learning_rate among them, found {rate} twice")
 
 
 def trainers_at(
-    rates: Sequence[float], make: Callable[[TrainingArguments], RecipeTrainer], args: TrainingArguments
+    make: Callable[[TrainingArguments], RecipeTrainer], args: TrainingArguments, others: list[float]
 ) -> Iterator[RecipeTrainer]:
-    """A trainer at each rate, of the one model as it was at the first: each to be trained before the next is taken.
+    """A trainer at `learning_rate` and one at each other rate, of the one model as it was at the first: each to be
+    trained before the next is taken.
 
     The first has the run's training folder, which `finish` removes; the others have folders in it. So a killed run goes
     on within the rate that it was at. Every process must call it.
     """
     start: dict[str, Tensor] = {}
+    rates = [*dict.fromkeys((args.learning_rate, *others))]
     for rate in rates:
         folder = f"{args.output_dir}/rate-{rate:g}" if start else args.output_dir
         trainer = make(dataclasses.replace(args, learning_rate=rate, output_dir=folder))  # type: ignore[call-arg]
@@ -96,7 +94,7 @@ def train_at_best_rate(
     base: Scores = {}
     kept: dict[str, Any] = {}
     table: list[dict[str, Any]] = []
-    for trainer in trainers_at((args.learning_rate, *others), make, args):
+    for trainer in trainers_at(make, args, others):
         first = first or trainer
         measured = train(trainer, identity)
         scores = {query: value for query, value in scores_on_dev(trainer).items() if query in judged}

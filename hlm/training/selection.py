@@ -1,4 +1,5 @@
-"""How much of what a teacher learnt is kept: checkpoint and merge weight, chosen on queries that people typed.
+"""What a teacher keeps of what it learnt: learning rate, checkpoint and merge weight, chosen on queries that people
+typed.
 
 The backbone is a candidate too. Tuned on pairs that are unlike what people type, a teacher is often worse than its
 backbone, and no loss shows it.

@@ -76,7 +76,7 @@ def train_teacher(config: TeacherConfig, args: TrainingArguments) -> Path:
     elif config.try_learning_rates:
         raise HlmError(
             "try_learning_rates: expected a merge_weight of auto or a list, which chooses on dev, found "
-            f"{config.merge_weight}"
+            f"{config.merge_weight}; or set it to []"
         )
     check_rates(config.try_learning_rates, args)
     args.check_hardware("teacher", config)
@@ -187,12 +187,11 @@ def trained_and_chosen(
             "or by unlabelled queries that people typed, and there are none; add some, or set a number",
             LEAST_JUDGED,
         )
-        return make(args), {
-            "chosen": {"step": 0, "merge_weight": 0.0, "signal": None}
-        }  # an adapter begins without effect
+        nothing = {"step": 0, "merge_weight": 0.0, "signal": None}  # an adapter begins without effect
+        return make(args), {"chosen": nothing}
     trainers: list[RecipeTrainer] = []
     learnt: dict[tuple[float, int], dict[str, torch.Tensor]] = {}
-    for trainer in trainers_at((args.learning_rate, *config.try_learning_rates), make, args):
+    for trainer in trainers_at(make, args, config.try_learning_rates):
         train(trainer, identity, measure=False)
         learnt |= learnt_by(trainer)
         trainers.append(trainer)

@@ -124,10 +124,13 @@ def test_derived_queries_choose_no_rate(refined, catalogue_200, tiny_bert, tmp_p
     assert "chosen" not in read_manifest(plain, "student") and same(plain, refined("alone", IDLE))
 
 
-@pytest.mark.parametrize(
-    ("others", "told"),
-    [([0.0], "above 0, found 0.0"), ([float("nan")], "found nan"), ([HELPS], "twice"), ([1e-4, 1e-4], "twice")],
-)
-def test_rates_that_cannot_be_tried_are_refused_first(refined, others, told):
+def test_a_rate_named_twice_is_tried_once(refined):
+    tried = refined("tried", IDLE, [IDLE, HELPS, HELPS])
+    table = read_manifest(tried, "student")["chosen"]["table"]
+    assert [row["learning_rate"] for row in table] == [IDLE, HELPS]
+
+
+@pytest.mark.parametrize(("rate", "told"), [(0.0, "above 0, found 0.0"), (float("nan"), "found nan")])
+def test_rates_that_cannot_be_tried_are_refused_first(refined, rate, told):
     with pytest.raises(HlmError, match=f"try_learning_rates.*{told}"):
-        refined("refused", HELPS, others, data="nowhere")
+        refined("refused", HELPS, [rate], data="nowhere")

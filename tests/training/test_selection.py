@@ -136,7 +136,6 @@ def test_rates_are_chosen_with_the_rest_as_if_each_were_the_only_one(
     ("given", "told"),
     [
         ({"merge_weight": 0.5}, "merge_weight of auto or a list"),
-        ({"try_learning_rates": [3e-3]}, "twice"),
         ({"fsdp": "full_shard"}, "whole on each GPU"),
     ],
 )
