@@ -143,7 +143,7 @@ def teacher_phases(shape: Shape, step: Mapping[str, Any], sizes: Assumptions, co
     at_each_rate(train, step)
     phases.append(train)
     if evaluations := evaluations_of(step, steps):
-        rows = evaluations * (sizes.dev_documents + step["dev_documents"])
+        rows = rates_of(step) * evaluations * (sizes.dev_documents + step["dev_documents"])
         phases.append(
             Phase("teacher", "dev retrieval", encoding, forward_flops(shape, rows, document), busy, alone=True)
         )
@@ -255,9 +255,14 @@ def refine_phase(shape: Shape, step: Mapping[str, Any], sizes: Assumptions, coun
     return phase
 
 
+def rates_of(step: Mapping[str, Any]) -> int:
+    """How many learning rates a step trains at."""
+    return len({step["learning_rate"], *step["try_learning_rates"]})
+
+
 def at_each_rate(phase: TrainingPhase, step: Mapping[str, Any]) -> int:
     """Counts a training as often as `try_learning_rates` has it done, with what each leaves until the step ends."""
-    trials = 1 + len(step["try_learning_rates"])
+    trials = rates_of(step)
     phase.steps, phase.flops, phase.lookups = trials * phase.steps, trials * phase.flops, trials * phase.lookups
     phase.disk[CHECKPOINTS] *= trials
     return trials

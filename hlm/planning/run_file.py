@@ -117,6 +117,8 @@ def step_settings(path: Path) -> dict[str, dict[str, Any]]:
         if own is None:
             del steps[name]
         elif isinstance(own, dict):
+            if "learning_rate" in own:  # a rate of one's own is not one of several
+                steps[name].pop("try_learning_rates", None)
             steps[name] |= own
         else:
             raise HlmError(f"{path}: steps: {name}: expected settings, or null to leave it out, found {own!r}")

@@ -15,7 +15,7 @@ from hlm.step_table import STEPS
 PLANNED = ("teacher", "embed", "prune", "align", "refine")  # the scripts whose steps are planned
 # What a plan reads of the training arguments, beside the steps' own settings.
 TRAINING = (
-    "per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps bf16 fp16 "
+    "learning_rate per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps bf16 fp16 "
     "gradient_checkpointing eval_strategy eval_steps logging_steps save_total_limit"
 ).split()
 UNREAD = {"data", "vectors"}  # a plan takes their sizes from `Assumptions`

@@ -130,6 +130,9 @@ def teacher_card(folder: str | Path, **about: Any) -> str:
     package = configured if configured.startswith("package:") and not given.base_model else None
     facts = encoder_facts(folder, manifest) | {"steps": training_steps(folder), "base": base or package}
     chosen = manifest.get("chosen") or {}
+    if "ndcg@10" not in chosen:  # of an older HLM: in its table alone
+        rows = [row for row in chosen.get("table", ()) if all(row[at] == chosen[at] for at in ("step", "merge_weight"))]
+        chosen |= {"ndcg@10": rows[0]["ndcg@10"]} if rows else {}
     facts |= {"packaged": bool(package), "chosen": chosen}
     return _render("teacher.md.jinja", front, given, facts, system)
 

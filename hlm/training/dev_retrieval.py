@@ -68,12 +68,14 @@ class DevRetrieval(BaseEvaluator):
 
 
 def on_dev(trainer: SentenceTransformerTrainer) -> float | None:
-    """nDCG@10 on dev of the model as it is; None without dev judgements. Every process must call it."""
+    """nDCG@10 on dev of the model as it is, computed in the precision it trains in; None without dev judgements. Every
+    process must call it."""
     if trainer.evaluator is None:
         return None
 
     def measured() -> float:
-        metrics = trainer.evaluator(trainer.model, steps=trainer.state.global_step)
+        with trainer.accelerator.autocast():
+            metrics = trainer.evaluator(trainer.model, steps=trainer.state.global_step)
         return float(metrics[trainer.evaluator.primary_metric])
 
     return _in_one_process(trainer, measured)
@@ -84,7 +86,7 @@ def scores_on_dev(trainer: SentenceTransformerTrainer) -> Scores:
     it."""
 
     def measured() -> Scores:
-        with trainer.compute_loss_context_manager():
+        with trainer.accelerator.autocast():  # also where nothing was trained in this process, after a kill
             return trainer.evaluator.scores(trainer.model)["ndcg@10"]
 
     return _in_one_process(trainer, measured)

@@ -49,15 +49,23 @@ def trainers_at(
     start: dict[str, Tensor] = {}
     rates = [*dict.fromkeys((args.learning_rate, *others))]
     for rate in rates:
-        folder = f"{args.output_dir}/rate-{rate:g}" if start else args.output_dir
+        folder = f"{args.output_dir}/rate-{rate!r}" if start else args.output_dir
         trainer = make(dataclasses.replace(args, learning_rate=rate, output_dir=folder))  # type: ignore[call-arg]
         if len(rates) > 1:
             start = start or copied(trainer)
             trainer.take(start)
         yield trainer
         if len(rates) > 1:
-            trainer.optimizer = trainer.lr_scheduler = None
-            trainer.accelerator.free_memory()  # the optimizer's state is as large as the model twice
+            _let_go(trainer)
+
+
+def _let_go(trainer: RecipeTrainer) -> None:
+    """Frees what only training needs: the optimizer's state is as large as what trains, twice."""
+    for holder in (trainer, trainer.callback_handler):
+        holder.optimizer = holder.lr_scheduler = None
+    trainer.callback_handler.train_dataloader = None
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
 
 
 def train_at_best_rate(

@@ -14,6 +14,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers import TrainerCallback
 
+from hlm.artefacts import fingerprint_texts
 from hlm.data.contract import RetrievalData, load
 from hlm.encoders.loading import encode, fingerprint, load_encoder, prompt_of, save_encoder, sent
 from hlm.identity import PATHS, as_config, up_to_date
@@ -87,6 +88,9 @@ def _refine(config: RefineConfig, args: TrainingArguments) -> None:
         | {"qrels/dev": data.fingerprint("qrels/dev")},
         "config": as_config(config, recorded(args)),
     }
+    judged = judged_by_people(data) if config.try_learning_rates else []
+    if judged:
+        identity["inputs"]["typed/judged"] = fingerprint_texts(judged)
     if up_to_date(config.output, "student", identity, paths=PATHS):
         return
     set_dropout(model, config.dropout)
@@ -108,8 +112,7 @@ def _refine(config: RefineConfig, args: TrainingArguments) -> None:
             callbacks=[Refresh(refinement, config.refresh_epochs)] if config.hard_negatives else [],
         )
 
-    judged = {*judged_by_people(data)} if config.try_learning_rates else set()
-    trainer, measured = train_at_best_rate(trainer_with, args, config.try_learning_rates, judged, identity)
+    trainer, measured = train_at_best_rate(trainer_with, args, config.try_learning_rates, {*judged}, identity)
     if trainer.is_world_process_zero():
         save_encoder(model, config.output, "student", **identity, **measured, **named_teacher(documents))
     finish(trainer, measured)

@@ -17,7 +17,7 @@ from accelerate.utils import set_seed
 from sentence_transformers import SentenceTransformer
 from torch.distributed.tensor import DTensor
 
-from hlm.artefacts import HlmError, fingerprint_json
+from hlm.artefacts import fingerprint_json
 from hlm.data.contract import RetrievalData, load
 from hlm.data.ids import rows_with
 from hlm.data.views import DocumentTexts
@@ -73,11 +73,6 @@ def train_teacher(config: TeacherConfig, args: TrainingArguments) -> Path:
     """
     if weights_of(config.merge_weight):
         keep_checkpoints(args)
-    elif config.try_learning_rates:
-        raise HlmError(
-            "try_learning_rates: expected a merge_weight of auto or a list, which chooses on dev, found "
-            f"{config.merge_weight}; or set it to []"
-        )
     check_rates(config.try_learning_rates, args)
     args.check_hardware("teacher", config)
     with claimed_output(config.output, "teacher", args) as output:
@@ -178,6 +173,12 @@ def trained_and_chosen(
     """
     weights = weights_of(config.merge_weight)
     if weights is None:
+        if config.try_learning_rates:
+            logger.warning(
+                "try_learning_rates: %g is taken: dev chooses a rate with merge_weight, which is %s; set it to auto",
+                args.learning_rate,
+                config.merge_weight,
+            )
         trainer, weight = make(args), config.merge_weight
         assert isinstance(weight, float)
         return trainer, train(trainer, identity, then=partial(weaken_lora, trainer.model, weight))
@@ -189,15 +190,19 @@ def trained_and_chosen(
         )
         nothing = {"step": 0, "merge_weight": 0.0, "signal": None}  # an adapter begins without effect
         return make(args), {"chosen": nothing}
-    trainers: list[RecipeTrainer] = []
+    first: RecipeTrainer | None = None
     learnt: dict[tuple[float, int], dict[str, torch.Tensor]] = {}
     for trainer in trainers_at(make, args, config.try_learning_rates):
+        first = first or trainer
         train(trainer, identity, measure=False)
-        learnt |= learnt_by(trainer)
-        trainers.append(trainer)
-    chosen = choose(trainers[0], learnt, weights)
+        found = learnt_by(trainer)
+        if config.try_learning_rates:  # a GPU still has to hold the next rate's training
+            found = {at: {name: tensor.cpu() for name, tensor in adapter.items()} for at, adapter in found.items()}
+        learnt |= found
+    assert first is not None
+    chosen = choose(first, learnt, weights)
     dev = {"metric": "ndcg@10", "start": chosen["backbone"], "end": chosen["ndcg@10"]}
-    return trainers[0], {"dev": dev, "chosen": {"signal": signal} | chosen}
+    return first, {"dev": dev, "chosen": {"signal": signal} | chosen}
 
 
 def whole(model: SentenceTransformer, trained: dict[str, torch.Tensor], config: TeacherConfig) -> SentenceTransformer:

@@ -393,5 +393,5 @@ def test_defaults_are_the_steps_own(folder):
 
 def test_a_training_argument_that_a_plan_does_not_read_is_none_the_less_known(folder):
     with open(folder / "align.yaml", "a") as file:
-        file.write("learning_rate: 1e-4\n")
-    assert "learning_rate" not in read_steps(folder, TrainingArguments)["align"]
+        file.write("warmup_ratio: 0.1\n")
+    assert "warmup_ratio" not in read_steps(folder, TrainingArguments)["align"]

@@ -70,6 +70,14 @@ def test_a_cpu_without_bf16_trains_in_fp32(monkeypatch, fast):
     assert "steps: {}" in write_run_file("gpus", data="a/b", hardware="8xH100").read_text()
 
 
+def test_a_rate_of_the_users_own_is_the_only_one():
+    assert all(step_settings(run_file())[name]["try_learning_rates"] for name in ("teacher", "refine"))
+    steps = step_settings(run_file(steps={"refine": {"learning_rate": 1e-4}, "teacher": {"max_steps": 8}}))
+    assert "try_learning_rates" not in steps["refine"] and steps["teacher"]["try_learning_rates"]
+    both = {"learning_rate": 1e-4, "try_learning_rates": [1e-3]}
+    assert step_settings(run_file(steps={"refine": both}))["refine"]["try_learning_rates"] == [1e-3]
+
+
 def test_what_is_the_users_own_reaches_every_step():
     path = run_file(
         backbone="bert", min_score=2, p99_ms=3.5, steps={"align": {"learning_rate": 1e-3}, "contrastive_only": None}

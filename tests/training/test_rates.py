@@ -124,6 +124,15 @@ def test_derived_queries_choose_no_rate(refined, catalogue_200, tiny_bert, tmp_p
     assert "chosen" not in read_manifest(plain, "student") and same(plain, refined("alone", IDLE))
 
 
+def test_judgements_that_call_themselves_derived_afterwards_choose_anew(house, refined, catalogue_200, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(catalogue_200, data)
+    assert "chosen" in read_manifest(refined("tried", IDLE, [HELPS], data), "student")
+    queries = [json.loads(line) for line in (data / "queries.jsonl").read_text().splitlines()]
+    (data / "queries.jsonl").write_text("".join(json.dumps(row | {"derived": True}) + "\n" for row in queries))
+    assert "chosen" not in read_manifest(refined("tried", IDLE, [HELPS], data), "student")
+
+
 def test_a_rate_named_twice_is_tried_once(refined):
     tried = refined("tried", IDLE, [IDLE, HELPS, HELPS])
     table = read_manifest(tried, "student")["chosen"]["table"]

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import hlm
 from hlm.artefacts import HlmError, read_manifest, write_json
@@ -16,6 +17,7 @@ from hlm.encoders.loading import fingerprint, load_encoder
 from hlm.publishing.cards import teacher_card
 from hlm.training import selection
 from hlm.training.agreement import Agreement, TypedQueries
+from hlm.training.dev_retrieval import DevRetrieval
 from hlm.training.trainer import RecipeTrainer
 
 TRAINING = {"per_device_train_batch_size": 32, "seed": 3, "learning_rate": 3e-3, "disable_tqdm": True}
@@ -76,10 +78,12 @@ def test_pairs_that_are_noise_leave_the_backbone(helped, catalogue_200, tmp_path
 def test_the_card_says_what_was_kept(helped, tmp_path):
     folder, chosen, _ = helped
     backbone = chosen | {"step": 0, "merge_weight": 0.0}
+    older = {name: value for name, value in chosen.items() if name not in ("ndcg@10", "learning_rate")}
     nothing = {"step": 0, "merge_weight": 0.0, "signal": None}
     shutil.copytree(folder, tmp_path / "teacher")
     for kept, words in (
         (chosen, f"the share {chosen['merge_weight']} is kept"),
+        (older, f"judged dev queries: {chosen['ndcg@10']:.4f}, against"),
         (backbone, "nothing that was learnt"),
         (nothing, "no queries that people typed"),
     ):
@@ -132,16 +136,35 @@ def test_rates_are_chosen_with_the_rest_as_if_each_were_the_only_one(
     assert "dev chose learning rate" not in teacher_card(folder, repo_id="acme/teacher")
 
 
-@pytest.mark.parametrize(
-    ("given", "told"),
-    [
-        ({"merge_weight": 0.5}, "merge_weight of auto or a list"),
-        ({"fsdp": "full_shard"}, "whole on each GPU"),
-    ],
-)
-def test_rates_that_cannot_be_chosen_are_refused_first(tmp_path, given, told):
-    with pytest.raises(HlmError, match=told):
-        tuned("nowhere", "nowhere", tmp_path / "teacher", **{"try_learning_rates": [1e-3]} | given)
+def test_a_given_weight_leaves_the_rate(tiny_bert, catalogue_200, tmp_path, caplog):
+    for name, others in (("tried", [3e-4]), ("alone", [])):
+        given = {"merge_weight": 0.5, "try_learning_rates": others, "max_steps": 2}
+        hlm.train_teacher(tiny_bert, str(catalogue_200), str(tmp_path / name), **SETTINGS | given)
+    assert "0.003 is taken: dev chooses a rate with merge_weight, which is 0.5" in caplog.text
+    assert len({fingerprint(load_encoder(str(tmp_path / name))) for name in ("tried", "alone")}) == 1
+
+
+def test_rates_of_a_sharded_model_are_refused_first(tmp_path):
+    with pytest.raises(HlmError, match=r"whole on each GPU, found FSDP; set it to \[\]"):
+        tuned("nowhere", "nowhere", tmp_path / "teacher", fsdp="full_shard", try_learning_rates=[1e-3])
+
+
+def test_what_was_chosen_is_measured_in_the_precision_it_trained_in(tiny_bert, catalogue_200, tmp_path, monkeypatch):
+    """Also after a kill, where nothing was trained in the process that chooses."""
+    seen, before = [], DevRetrieval.scores
+
+    def scores(dev, model):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return before(dev, model)
+
+    monkeypatch.setattr(DevRetrieval, "scores", scores)
+    rates = {"bf16": True, "max_steps": 4, "try_learning_rates": [3e-4]}
+    with pytest.raises(KeyboardInterrupt):
+        tuned(tiny_bert, catalogue_200, tmp_path / "teacher", **rates)
+    tuned(tiny_bert, catalogue_200, tmp_path / "teacher", **rates)
+    assert len(seen) == 3 + 5 and all(seen)
 
 
 def derived(catalogue, folder, unlabelled):
