@@ -98,7 +98,7 @@ def test_what_goes_to_a_loader_worker_is_small_and_makes_the_same_batch(run, tmp
     def stop(trainer, *rest, **named):
         raise Made(trainer)
 
-    monkeypatch.setattr(f"hlm.training.{name}.train", stop)
+    monkeypatch.setattr(f"hlm.training.{'rates' if name == 'refine' else name}.train", stop)
     with pytest.raises(Made) as made:
         MODULES[name].main(words(name, run, tmp_path / "made"))
     collate = made.value.args[0].data_collator
@@ -272,7 +272,7 @@ def test_a_refinement_step_reads_nothing_back_from_the_device(run, tmp_path, mon
     def stop(trainer, *rest, **named):
         raise Made(trainer)
 
-    monkeypatch.setattr("hlm.training.refine.train", stop)
+    monkeypatch.setattr("hlm.training.rates.train", stop)
     more = ["--pool", pool, "--query_query", "true", "--alignment_weight", "0.5"]
     with pytest.raises(Made) as made:
         refine.main(words("refine", run, tmp_path / "made", *more))
