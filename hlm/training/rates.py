@@ -51,9 +51,10 @@ def trainers_at(
     for rate in rates:
         folder = f"{args.output_dir}/rate-{rate!r}" if start else args.output_dir
         trainer = make(dataclasses.replace(args, learning_rate=rate, output_dir=folder))  # type: ignore[call-arg]
-        if len(rates) > 1:
-            start = start or copied(trainer)
+        if start:
             trainer.take(start)
+        elif len(rates) > 1:
+            start = _copied(trainer)
         yield trainer
         if len(rates) > 1:
             _let_go(trainer)
@@ -110,7 +111,7 @@ def train_at_best_rate(
         row = {"learning_rate": trainer.args.learning_rate} | compared(scores, base)
         logger.info("learning rate %g: nDCG@10 %.4f, gain %+.4f %s", *row.values())
         if not table or (row["ci90"][0] > 0 and row["gain"] > kept["row"]["gain"]):
-            kept = {"row": row, "weights": copied(trainer), "measured": measured}
+            kept = {"row": row, "weights": _copied(trainer), "measured": measured}
         table.append(row)
     assert first is not None
     first.take(kept["weights"])
@@ -119,6 +120,6 @@ def train_at_best_rate(
     return first, kept["measured"] | {"chosen": {"learning_rate": rate, "queries": len(base), "table": table}}
 
 
-def copied(trainer: RecipeTrainer) -> dict[str, Tensor]:
+def _copied(trainer: RecipeTrainer) -> dict[str, Tensor]:
     """What trains, as it is now. Every process must call it."""
     return {name: tensor.to("cpu", copy=True) for name, tensor in trainer.trained_tensors().items()}
