@@ -163,6 +163,7 @@ def details() -> str:
         ("index-widths", "Narrower and coarser vectors, and a billion ads", tables.widened),
         ("install", "What an install takes, and how fast it starts", tables.light),
         ("gpu", "The published shapes on one GPU", tables.on_gpu),
+        ("esci-gpu", "The recipe on shopping queries on one GPU", recipe_on_gpu),
         ("reliability", "Two writers on one output, and kills at random moments", tables.reliable),
         ("demo", "The demo as a visitor meets it", tables.visited),
         ("hub-lfs", "Publishing and pulling with a fault at every request, over LFS", tables.published),
@@ -171,6 +172,18 @@ def details() -> str:
         if (found := read(name)) is not None:
             parts += [f"## {title}", command(found), rows(found)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def recipe_on_gpu(found: dict[str, Any]) -> str:
+    """The report of steps that ran on a GPU, and how long each took, its start included."""
+    report = checked_report(found["report"], ROOT / "results" / "esci-gpu.json")
+    seconds = ", ".join(f"{step} {took:.0f}" for step, took in found["seconds"].items())
+    minutes = sum(found["seconds"].values()) / 60
+    times = (
+        f"In seconds, the start of each step included: {seconds}; together {minutes:.1f} minutes on one "
+        f"{found['environment']['gpu']}. The data was made elsewhere; {', '.join(found['left_out'])} did not run there."
+    )
+    return "\n\n".join([table(report, METRICS), summary(report), times])
 
 
 def read(name: str) -> dict[str, Any] | None:
