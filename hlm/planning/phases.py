@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from hlm.artefacts import HlmError
+from hlm.merge_weights import weights_of
 from hlm.planning.footprint import Precision, Shape, forward_flops, inference_memory, training_flops
 from hlm.planning.hardware import Gpu, Training, smallest
 from hlm.planning.settings import Assumptions
@@ -104,17 +106,20 @@ def teacher_phases(shape: Shape, step: Mapping[str, Any], sizes: Assumptions, co
     encoding = inference_memory(shape, max(1, 4096 // document_limit), document_limit, step["dtype"])
     busy = sizes.embed_utilisation
     phases: list[Phase] = []
-    if step["hard_negatives"]:
-        flops = forward_flops(shape, sizes.documents, document) + forward_flops(shape, sizes.judged_queries, query)
+    chosen_of = weights_of(step["merge_weight"])
+    # Where people judged nothing, the backbone and BM25 do: the typed queries that are judged so are few.
+    if step["hard_negatives"] or (chosen_of and sizes.unlabelled and not sizes.dev_documents):
+        asked = sizes.judged_queries if step["hard_negatives"] else 0
+        flops = forward_flops(shape, sizes.documents, document) + forward_flops(shape, asked, query)
         phases.append(
             Phase(
                 "teacher",
-                "mine hard negatives",
+                "mine hard negatives" if asked else "judge typed queries",
                 encoding,
                 flops,
                 busy,
                 disk={"backbone's vectors, until the step ends": store_bytes(sizes.documents, shape.hidden)},
-                search_flops=2.0 * sizes.judged_queries * sizes.documents * shape.hidden,
+                search_flops=2.0 * asked * sizes.documents * shape.hidden,
             )
         )
     pairs = min(sizes.judged_pairs, sizes.judged_queries * (step["pairs_per_query"] or sizes.judged_pairs))
@@ -140,14 +145,17 @@ def teacher_phases(shape: Shape, step: Mapping[str, Any], sizes: Assumptions, co
         step_seconds=sizes.step_seconds,
         training=training,
     )
-    at_each_rate(train, step)
+    rates = at_each_rate(train, step) if chosen_of else 1  # which rate is chosen with the weight, or not at all
     phases.append(train)
-    if evaluations := evaluations_of(step, steps):
-        rows = rates_of(step) * evaluations * (sizes.dev_documents + step["dev_documents"])
-        phases.append(
-            Phase("teacher", "dev retrieval", encoding, forward_flops(shape, rows, document), busy, alone=True)
-        )
-    return phases
+    searches = rates * times("eval", step, steps)
+    if chosen_of:  # of the backbone, and of each checkpoint at each weight
+        kept = rates * times("save", step, steps, end=True)
+        train.disk |= checkpoints(step | {"save_total_limit": kept}, adapter)
+        searches += 1 + kept * len(chosen_of)
+    else:
+        searches += 2  # before and after
+    flops = forward_flops(shape, searches * (sizes.dev_documents + step["dev_documents"]), document)
+    return [*phases, Phase("teacher", "dev retrieval", encoding, flops, busy, alone=True)]
 
 
 def embed_phase(shape: Shape, step: Mapping[str, Any], sizes: Assumptions, dim: int) -> Phase:
@@ -283,11 +291,15 @@ def steps_of(step: Mapping[str, Any], rows: int, count: int) -> tuple[int, int]:
     return steps, steps * accumulation * batch
 
 
-def evaluations_of(step: Mapping[str, Any], steps: int) -> int:
-    if step["eval_strategy"] == "epoch":
-        return int(step["num_train_epochs"])
-    every = step["eval_steps"] or step["logging_steps"]
-    return int(steps // (every if every >= 1 else max(1, every * steps))) if step["eval_strategy"] == "steps" else 0
+def times(what: str, step: Mapping[str, Any], steps: int, end: bool = False) -> int:
+    """How often a training does what its `<what>_strategy` and `<what>_steps` say; with `end`, at its end as well."""
+    strategy, every = step[f"{what}_strategy"], step[f"{what}_steps"] or step["logging_steps"]
+    found = 0.0
+    if strategy == "epoch":
+        found = step["num_train_epochs"]
+    if strategy == "steps":
+        found = steps / (every if every >= 1 else math.ceil(every * steps))
+    return max(1, math.ceil(found)) if end else int(found)
 
 
 def checkpoints(step: Mapping[str, Any], trained: int) -> dict[str, int]:

@@ -16,7 +16,7 @@ PLANNED = ("teacher", "embed", "prune", "align", "refine")  # the scripts whose 
 # What a plan reads of the training arguments, beside the steps' own settings.
 TRAINING = (
     "learning_rate per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps bf16 fp16 "
-    "gradient_checkpointing eval_strategy eval_steps logging_steps save_total_limit"
+    "gradient_checkpointing eval_strategy eval_steps logging_steps save_strategy save_steps save_total_limit"
 ).split()
 UNREAD = {"data", "vectors"}  # a plan takes their sizes from `Assumptions`
 

@@ -28,33 +28,11 @@ from hlm.training.trainer import RecipeTrainer, TrainingArguments
 
 logger = logging.getLogger(__name__)
 
-AUTO = "auto"
 JUDGED = "judged dev queries"  # what a choice is made by
 AGREED = "unlabelled queries, judged by BM25 and the backbone"
-WEIGHTS = (0.25, 0.5, 0.75, 1.0)
 SAMPLES = 10_000
 RISK = 0.05  # of keeping what only noise made better
 DECIMALS = 4
-
-
-def weights_of(setting: float | list[float] | str) -> tuple[float, ...] | None:
-    """The weights to choose from, lowest first; None where the setting is the one weight itself.
-
-    Raises:
-        HlmError: a weight outside (0, 1], an empty list, or a word other than "auto".
-    """
-    if setting == AUTO:
-        return WEIGHTS
-    weights = setting if isinstance(setting, list) else [setting]
-    if not weights or not all(isinstance(weight, float) and 0 <= weight <= 1 for weight in weights):
-        raise HlmError(
-            f"merge_weight: expected a number above 0 and up to 1, a list of such, or {AUTO}, found {setting!r}"
-        )
-    if not isinstance(setting, list):
-        if not setting:
-            raise HlmError("merge_weight: expected above 0, found 0, which trains for nothing; use the backbone")
-        return None
-    return tuple(sorted({*weights} - {0.0})) or WEIGHTS
 
 
 def dev_retrieval(

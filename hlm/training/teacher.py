@@ -24,6 +24,7 @@ from hlm.data.views import DocumentTexts
 from hlm.encoders.loading import encode, fingerprint, load_encoder, prompt_of, save_encoder
 from hlm.encoders.lora import add_lora, enable_gradient_checkpointing, merge_lora, weaken_lora
 from hlm.identity import PATHS, as_config, up_to_date
+from hlm.merge_weights import weights_of
 from hlm.progress import progress
 from hlm.settings import keywords
 from hlm.steps import TeacherConfig
@@ -36,14 +37,7 @@ from hlm.training.inputs import kept_pairs
 from hlm.training.losses import qwen3_contrastive
 from hlm.training.mining import gather_rows, mine_hard_negatives, padded_rows, search_device, shared_rows
 from hlm.training.rates import check_rates, trainers_at
-from hlm.training.selection import (
-    choose,
-    dev_retrieval,
-    keep_checkpoints,
-    learnt_by,
-    typed_retrieval,
-    weights_of,
-)
+from hlm.training.selection import choose, dev_retrieval, keep_checkpoints, learnt_by, typed_retrieval
 from hlm.training.trainer import (
     RecipeTrainer,
     TrainingArguments,

@@ -1,6 +1,7 @@
 """What a plan says of students that are cut, of tables that get smaller, and of those without layers."""
 
 import json
+import re
 import string
 from itertools import product
 
@@ -144,7 +145,8 @@ def test_every_step_that_trains_or_cuts_is_planned(folder, tiny_bert, capsys):
     plan = json.loads(planned(folder, capsys, "--gpus", "2xH100", "--json"))
     phases = {phase["step"]: phase for phase in plan["phases"]}
     assert list(phases) == [name for name, step in STEPS.items() if step.trains or step.script in ("embed", "prune")]
-    assert all(phase["gpu_bytes_peak"] > 0 and phase["disk_bytes"] and phase["fits"] for phase in phases.values())
+    assert all(phase["gpu_bytes_peak"] > 0 and phase["fits"] for phase in phases.values())
+    assert all(phase["disk_bytes"] for name, phase in phases.items() if name != "teacher")  # its last: dev retrieval
     assert plan["hours"] == pytest.approx(sum(phase["hours"] for phase in plan["phases"]))
 
     backbone = model_at(tiny_bert)
@@ -182,12 +184,52 @@ def test_each_rate_that_is_tried_trains_anew(folder, capsys, step, student):
 
     once = phase()
     path = folder / f"{step}.yaml"
+    chosen = "merge_weight: auto\nsave_strategy: epoch\nnum_train_epochs: 1\n" if step == "teacher" else ""
+    path.write_text(path.read_text().replace("num_train_epochs: 2\n", "") + chosen)
+    once = phase() if chosen else once
     path.write_text(path.read_text() + "try_learning_rates: [1e-4, 1e-3]\n")
     thrice = phase()
     assert thrice["steps"] == 3 * once["steps"] and thrice["flops"] == pytest.approx(3 * once["flops"])
     kept = {name: thrice["disk_bytes"][name] / held for name, held in once["disk_bytes"].items()}
     assert kept[student] == 1 and kept[CHECKPOINTS] == 3
     assert thrice["hours"] > 2 * once["hours"]
+
+
+def test_the_choice_of_a_teacher_is_counted(folder, tiny_bert, capsys):
+    path, given = folder / "teacher.yaml", (folder / "teacher.yaml").read_text()
+    (folder / "plan.yaml").write_text((folder / "plan.yaml").read_text() + "dev_documents: 200\n")
+
+    def phases(more):
+        path.write_text(given + "dev_documents: 300\n" + more)
+        plan = json.loads(planned(folder, capsys, "--gpus", "2xH100", "--json"))
+        return {phase["phase"]: phase for phase in plan["phases"] if phase["step"] == "teacher"}
+
+    fixed, fixed_disk = phases(""), phases("")["train"]["disk_bytes"][CHECKPOINTS]
+    once = fixed["dev retrieval"]["flops"] / 2  # before and after
+    more = "merge_weight: [0.5, 1.0]\nsave_strategy: steps\nsave_steps: 4\n"  # nine steps: three checkpoints
+    chosen = phases(more)
+    assert chosen["dev retrieval"]["flops"] == pytest.approx((1 + 3 * 2) * once)
+    assert chosen["train"]["disk_bytes"][CHECKPOINTS] == 3 / 2 * fixed_disk
+    assert (
+        chosen["train"]["flops"] == phases("try_learning_rates: [1e-3]\n")["train"]["flops"]
+    )  # with a weight it is one
+    rates = phases(more + "try_learning_rates: [1e-3]\n")
+    assert rates["dev retrieval"]["flops"] == pytest.approx((1 + 2 * 3 * 2) * once)
+    assert rates["train"]["flops"] == pytest.approx(2 * chosen["train"]["flops"])
+
+
+def test_where_nobody_judged_the_backbone_reads_the_catalogue(folder, capsys):
+    path, sizes = folder / "teacher.yaml", (folder / "plan.yaml").read_text()
+    path.write_text(path.read_text().replace("hard_negatives: 1", "hard_negatives: 0") + "merge_weight: auto\n")
+
+    def names(sizes):
+        (folder / "plan.yaml").write_text(sizes)
+        plan = json.loads(planned(folder, capsys, "--json"))
+        return [phase["phase"] for phase in plan["phases"] if phase["step"] == "teacher"]
+
+    assert names(sizes) == ["judge typed queries", "train", "dev retrieval"]
+    assert names(sizes + "dev_documents: 200\n") == ["train", "dev retrieval"]
+    assert names(re.sub("unlabelled: .*", "unlabelled: 0", sizes)) == ["train", "dev retrieval"]
 
 
 def test_what_is_not_known_beforehand_is_said(folder, tiny_bert, capsys):
