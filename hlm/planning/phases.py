@@ -150,7 +150,7 @@ def teacher_phases(shape: Shape, step: Mapping[str, Any], sizes: Assumptions, co
     searches = rates * times("eval", step, steps)
     if chosen_of:  # of the backbone, and of each checkpoint at each weight
         kept = rates * times("save", step, steps, end=True)
-        train.disk |= checkpoints(step | {"save_total_limit": kept}, adapter)
+        train.disk |= checkpoints({**step, "save_total_limit": kept}, adapter)
         searches += 1 + kept * len(chosen_of)
     else:
         searches += 2  # before and after
