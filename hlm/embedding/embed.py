@@ -25,6 +25,7 @@ from hlm.embedding.embed_index import write_index
 from hlm.embedding.endpoint import Endpoint
 from hlm.embedding.ray_workers import write_by_ray
 from hlm.embedding.shares import share_of, writer_of
+from hlm.encoders.lengths import looked_at, say_what_is_cut
 from hlm.encoders.loading import encode, fingerprint, load_encoder
 from hlm.indexes.index import ENGINES, engine_and_factory
 from hlm.locks import locked
@@ -235,6 +236,10 @@ def write_part(work: Work, part: str, process: PartialState) -> Target:
     rows = target.plan["n_rows"]
     mine = [n for n in target.pending() if n % count == index]
     left = sum(min(config.shard_rows, rows - n * config.shard_rows) for n in mine)
+    if left and process.is_main_process:
+        table = work.tables[part].select(looked_at(rows))
+        texts = [text for _, text in records_of(table, part, config.oracle)(0, len(table))]
+        say_what_is_cut(work.model, texts, role=prompt_name(part))
     with progress(what=f"embed {part}", unit="text", total=left) as bar:
         target.write(work.writes(part, bar)[1], process_index=index, num_processes=count)
     by = " by the first process" if process.num_processes > 1 else ""

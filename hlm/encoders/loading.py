@@ -185,8 +185,11 @@ def prompt_of(model: SentenceTransformer, prompt_name: str | None) -> str:
     return (model.prompts or {}).get(prompt_name) or "" if prompt_name else ""
 
 
-def tokenise(model: SentenceTransformer, texts: list[str], prompt: str = "") -> list[list[int]]:
-    """Token ids of each text with the model's own special tokens, cut to its `max_seq_length`; nothing is padded.
+def tokenise(
+    model: SentenceTransformer, texts: list[str], prompt: str = "", limit: int | None = None
+) -> list[list[int]]:
+    """Token ids of each text with the model's own special tokens, cut to `limit` or else to the model's
+    `max_seq_length`; nothing is padded.
 
     The tokenizer's post-processor places the special tokens, after truncation too: for Qwen3 that is the pooled
     `<|endoftext|>`, which `tokenizer.eos_token` does not name. Half a surrogate pair counts as U+FFFD.
@@ -194,7 +197,7 @@ def tokenise(model: SentenceTransformer, texts: list[str], prompt: str = "") -> 
     Raises:
         HlmError: a text that is no str.
     """
-    limit, prompt = model.max_seq_length, well_formed(prompt)
+    limit, prompt = limit or model.max_seq_length, well_formed(prompt)
     texts = [prompt + text for text in as_texts(texts)]
     return model.tokenizer(texts, truncation=limit is not None, max_length=limit, padding=False)["input_ids"]
 

@@ -21,6 +21,7 @@ from hlm.artefacts import fingerprint_json
 from hlm.data.contract import RetrievalData, load
 from hlm.data.ids import rows_with
 from hlm.data.views import DocumentTexts
+from hlm.encoders.lengths import looked_at, say_what_is_cut
 from hlm.encoders.loading import encode, fingerprint, load_encoder, prompt_of, save_encoder
 from hlm.encoders.lora import add_lora, enable_gradient_checkpointing, merge_lora, weaken_lora
 from hlm.identity import PATHS, as_config, up_to_date
@@ -139,6 +140,9 @@ def searched(
 ) -> tuple[Pairs, np.ndarray, tuple[DevRetrieval | None, str | None]]:
     """What the untuned backbone is asked for: hard negatives, and dev retrieval with what it is judged by."""
     pairs = Pairs(data, config)
+    if PartialState().is_main_process:
+        say_what_is_cut(model, [pairs.queries[row] for row in looked_at(len(pairs.queries))], role="query")
+        say_what_is_cut(model, pairs.documents.of(looked_at(len(pairs.documents)))[:], role="document")
 
     def agreement(texts: list[str]) -> Agreement:
         return Agreement.of(model, texts, data, backbone_vectors(model, pairs.documents, folder, source))

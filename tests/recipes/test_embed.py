@@ -162,6 +162,14 @@ def test_oracle_reaches_ads_and_queries(tiny_bert, shop, tmp_path):
         run(tiny_bert, shop, tmp_path / "plain", "--oracle", "true")
 
 
+def test_ads_that_lose_their_end_are_said_once(tiny_bert, shop, tmp_path, caplog):
+    for told in (["100% of 5 ads looked at", "67% of 3 queries looked at"], []):
+        caplog.clear()
+        run(tiny_bert, shop, tmp_path / "out", "--max_seq_length", "4", "--parts", "corpus", "queries")
+        said = [record.getMessage() for record in caplog.records if "their ends are not read" in record.getMessage()]
+        assert [text.split(" have more")[0] for text in said] == told  # nothing is encoded the second time
+
+
 def test_oracle_without_a_column(tiny_bert, shop, tmp_path):
     with pytest.raises(HlmError, match="oracle: expected an 'oracle' column"):
         run(tiny_bert, shop, tmp_path / "out", "--parts", "unlabelled", "--oracle", "true")

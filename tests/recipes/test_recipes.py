@@ -80,6 +80,14 @@ def test_the_teacher_is_merged_and_its_adapter_beside_it(house):
     assert np.abs(want - encode(plain, texts, prompt_name="query")).max() > 1e-3
 
 
+def test_the_teacher_says_what_it_does_not_read(tiny_bert, catalogue_200, tmp_path, caplog):
+    caplog.set_level("INFO")
+    short = "--max_steps 1 --max_seq_length 4 --dev_documents 0".split()
+    teacher.main([*teacher_arguments(catalogue_200, tiny_bert, tmp_path / "teacher"), *short])
+    said = [record.getMessage() for record in caplog.records if "their ends are not read" in record.getMessage()]
+    assert len(said) == 2 and "queries looked at" in said[0] and said[1].startswith("100% of 200 ads looked at")
+
+
 def test_the_cascade_ends_in_the_shape_asked_for(house):
     model = load_encoder(str(house / "student"))
     assert len(layers_of(model[0].model)) == 2 and model[0].model.config.intermediate_size == 32
