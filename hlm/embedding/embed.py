@@ -25,7 +25,7 @@ from hlm.embedding.embed_index import write_index
 from hlm.embedding.endpoint import Endpoint
 from hlm.embedding.ray_workers import write_by_ray
 from hlm.embedding.shares import share_of, writer_of
-from hlm.encoders.lengths import looked_at, say_what_is_cut
+from hlm.encoders.lengths import say_what_is_cut
 from hlm.encoders.loading import encode, fingerprint, load_encoder
 from hlm.indexes.index import ENGINES, engine_and_factory
 from hlm.locks import locked
@@ -83,12 +83,15 @@ def embed(config: EmbedConfig) -> Path:
     if asked or ready:
         embed_given(config, process, asked, ready)
         return output
+    new: dict[str, int] = {}
     if config.ray_workers:
         sizes = {part: len(table) for part, table in tables_of(config, process)[0].items()}
         new = {part: size for part, size in sizes.items() if not (output / part / MANIFEST).is_file()}
         if new:  # what changed of the others is left to this process
             write_by_ray(config, new)
     work = Work.of(config, process)
+    for part, size in new.items():  # Ray's workers have written them
+        say_what_is_cut(work.model, work.writes(part)[0], size, role=prompt_name(part))
     targets = [write_part(work, part, process) for part in config.parts]
     process.wait_for_everyone()
     if process.is_main_process:
@@ -234,12 +237,11 @@ def write_part(work: Work, part: str, process: PartialState) -> Target:
     records, _ = work.writes(part)
     target = target_of(part, Path(config.output) / part, records, plan)
     rows = target.plan["n_rows"]
-    mine = [n for n in target.pending() if n % count == index]
+    pending = target.pending()
+    mine = [n for n in pending if n % count == index]
     left = sum(min(config.shard_rows, rows - n * config.shard_rows) for n in mine)
-    if left and process.is_main_process:
-        table = work.tables[part].select(looked_at(rows))
-        texts = [text for _, text in records_of(table, part, config.oracle)(0, len(table))]
-        say_what_is_cut(work.model, texts, role=prompt_name(part))
+    if pending and process.is_main_process:
+        say_what_is_cut(work.model, target.rows, rows, role=prompt_name(part))
     with progress(what=f"embed {part}", unit="text", total=left) as bar:
         target.write(work.writes(part, bar)[1], process_index=index, num_processes=count)
     by = " by the first process" if process.num_processes > 1 else ""

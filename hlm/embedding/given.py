@@ -15,6 +15,7 @@ from hlm.artefacts import HlmError
 from hlm.embedding.endpoint import Endpoint
 from hlm.embedding.ready import ReadyVectors, open_ready
 from hlm.embedding.teacher_identity import Loaded, Part, Source, identify
+from hlm.encoders.lengths import say_what_is_cut
 from hlm.planning.plan import check_dim
 from hlm.progress import progress
 from hlm.settings import closest, read_section
@@ -102,6 +103,9 @@ def write_given(
             _write_ready(output / part, part, one, ready[part], source, plans[part])
         elif part in asked and asked[part].pending():
             assert source is not None
+            if model is not None:
+                target, role = asked[part], "document" if part == "corpus" else "query"
+                say_what_is_cut(model, target.rows, target.plan["n_rows"], role=role)
             _write_asked(part, asked[part], source)
         else:
             logger.info("%s: up to date", output / part)

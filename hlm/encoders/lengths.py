@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from sentence_transformers import SentenceTransformer
@@ -11,26 +12,31 @@ from hlm.encoders.loading import prompt_of, tokenise
 
 logger = logging.getLogger(__name__)
 
-LOOKED_AT = 2000  # texts, evenly spread over the table
+Rows = Callable[[int, int], Iterable[tuple[str, str]]]
+LOOKED_AT, BLOCK = 2000, 100  # texts in all, and one after the other
 LEAST, MOST = 0.01, 0.5  # shares below which nothing is said, and from which it is a warning
 
 
-def looked_at(rows: int) -> np.ndarray:
-    """Row numbers (int64, ascending) of the texts to look at, of so many."""
-    return np.linspace(0, rows - 1, min(rows, LOOKED_AT)).astype(np.int64)
+def looked_at(rows: int) -> list[slice]:
+    """Where the texts to look at lie among so many: all of them, or blocks evenly spread."""
+    if rows <= LOOKED_AT:
+        return [slice(0, rows)]
+    starts = np.linspace(0, rows - BLOCK, LOOKED_AT // BLOCK).astype(int).tolist()
+    return [slice(start, start + BLOCK) for start in starts]
 
 
-def say_what_is_cut(model: SentenceTransformer, texts: list[str], *, role: str) -> None:
-    """Logs which share of the texts has more tokens than the model's `max_seq_length`, and than twice and four times as
-    many.
+def say_what_is_cut(model: SentenceTransformer, rows: Rows, count: int, *, role: str) -> None:
+    """Logs which share of `count` texts has more tokens than the model's `max_seq_length`, than twice, and than four
+    times as many.
 
     Args:
-        texts: a sample of all, see `looked_at`.
+        rows: (start, stop) -> (id, text), as `write_store` takes it; some blocks of all are read.
         role: "query" or "document": its prompt goes before each text and counts.
     """
     limit = model.max_seq_length
-    if limit is None or not texts:
+    if limit is None or not count:
         return
+    texts = [text for block in looked_at(count) for _, text in rows(block.start, block.stop)]
     tokens = np.array([len(row) for row in tokenise(model, texts, prompt_of(model, role), limit=4 * limit + 1)])
     shares = [float((tokens > times * limit).mean()) for times in (1, 2, 4)]
     if shares[0] < LEAST:
@@ -38,12 +44,13 @@ def say_what_is_cut(model: SentenceTransformer, texts: list[str], *, role: str) 
     many = shares[0] >= MOST
     logger.log(
         logging.WARNING if many else logging.INFO,
-        "%.0f%% of %d %s looked at have more tokens than max_seq_length, %d, and their ends are not read (%.0f%% have "
-        "more than %d, %.0f%% more than %d)%s",
+        "%.0f%% of %d %s looked at have more tokens than max_seq_length, %d, and their %s are not read (%.0f%% "
+        "have more than %d, %.0f%% more than %d)%s",
         100 * shares[0],
         len(texts),
         {"query": "queries", "document": "ads"}[role],
         limit,
+        "beginnings" if model.tokenizer.truncation_side == "left" else "ends",
         100 * shares[1],
         2 * limit,
         100 * shares[2],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from hlm.artefacts import fingerprint_json
 from hlm.data.contract import RetrievalData, load
 from hlm.data.ids import rows_with
 from hlm.data.views import DocumentTexts
-from hlm.encoders.lengths import looked_at, say_what_is_cut
+from hlm.encoders.lengths import say_what_is_cut
 from hlm.encoders.loading import encode, fingerprint, load_encoder, prompt_of, save_encoder
 from hlm.encoders.lora import add_lora, enable_gradient_checkpointing, merge_lora, weaken_lora
 from hlm.identity import PATHS, as_config, up_to_date
@@ -141,8 +141,8 @@ def searched(
     """What the untuned backbone is asked for: hard negatives, and dev retrieval with what it is judged by."""
     pairs = Pairs(data, config)
     if PartialState().is_main_process:
-        say_what_is_cut(model, [pairs.queries[row] for row in looked_at(len(pairs.queries))], role="query")
-        say_what_is_cut(model, pairs.documents.of(looked_at(len(pairs.documents)))[:], role="document")
+        for role, texts in (("query", pairs.queries), ("document", pairs.documents)):
+            say_what_is_cut(model, partial(numbered, texts), len(texts), role=role)
 
     def agreement(texts: list[str]) -> Agreement:
         return Agreement.of(model, texts, data, backbone_vectors(model, pairs.documents, folder, source))
@@ -236,6 +236,10 @@ class Pairs:
         self.excluded = padded_rows(self.known)
 
 
+def numbered(texts: Sequence[str], start: int, stop: int) -> Iterator[tuple[str, str]]:
+    return zip(map(str, range(start, stop)), texts[start:stop], strict=True)
+
+
 def backbone_vectors(model: SentenceTransformer, texts: Sequence[str], folder: str, source: str) -> VectorStore:
     """The untuned backbone's vectors of the documents, in a store in `folder`: a killed run finds them there."""
     state = PartialState()
@@ -243,7 +247,7 @@ def backbone_vectors(model: SentenceTransformer, texts: Sequence[str], folder: s
     with progress(what="encode the documents", unit="text", total=share) as bar:
         write_store(
             folder,
-            lambda start, stop: zip(map(str, range(start, stop)), texts[start:stop], strict=True),
+            partial(numbered, texts),
             partial(encode, model, prompt_name="document", bar=bar),
             dim=model.get_embedding_dimension(),
             encoder=fingerprint(model),
@@ -288,7 +292,7 @@ class Batches:
         self.document_chunk = self.query_chunk = self.config.cache_chunk or SIMILAR_LENGTH
         if self.config.cache_chunk:
             # `cache_chunk` bounds memory by the longest documents. Short queries fill it by more rows: on an H200, 64
-            # queries of 30 tokens took an 8B teacher as long as 16 (results/gpu.json). The same number on every rank.
+            # queries of 30 tokens took an 8B teacher as long as 16. The same number on every rank.
             query, document = (int(table.lengths().max(initial=1)) for table in (self.queries, self.documents))
             self.query_chunk = rows_of_short_texts(self.config.cache_chunk, query, document)
 

@@ -21,7 +21,7 @@ def model(tiny_bert):
 def said(model, texts, caplog, role="document"):
     caplog.clear()
     with caplog.at_level(logging.INFO):
-        say_what_is_cut(model, texts, role=role)
+        say_what_is_cut(model, lambda start, stop: [("", text) for text in texts[start:stop]], len(texts), role=role)
     return [(record.levelno, record.getMessage()) for record in caplog.records]
 
 
@@ -53,9 +53,17 @@ def test_a_model_without_a_limit_cuts_nothing(model, caplog):
     assert said(model, [words(50)], caplog) == []
 
 
-@pytest.mark.parametrize("rows", [0, 1, 7, LOOKED_AT, 123_457])
+def test_a_model_that_reads_the_end_loses_the_beginning(model, caplog):
+    model.tokenizer.truncation_side = "left"
+    ((_, text),) = said(model, [words(7)], caplog)
+    assert "their beginnings are not read" in text
+
+
+@pytest.mark.parametrize("rows", [0, 1, LOOKED_AT, LOOKED_AT + 1, 123_457])
 def test_the_texts_looked_at_are_spread_over_the_table(rows):
-    found = looked_at(rows)
-    assert len(found) == min(rows, LOOKED_AT) == len(np.unique(found))
-    if rows:
-        assert found[0] == 0 and found[-1] == (rows - 1 if rows > 1 else 0) and np.diff(found).min(initial=1) >= 1
+    blocks = looked_at(rows)
+    found = np.concatenate([np.arange(block.start, block.stop) for block in blocks])
+    assert len(found) == min(rows, LOOKED_AT) == len(np.unique(found)) and found.max(initial=0) == max(rows - 1, 0)
+    if len(blocks) > 1:
+        gaps = np.diff([block.start for block in blocks])
+        assert gaps.max() - gaps.min() <= 1
