@@ -57,7 +57,7 @@ class TeacherConfig:
         default=1.0, metadata={"help": "share of what was learnt that is kept; a list or auto: chosen on dev, 0 too"}
     )
     try_learning_rates: list[float] = field(default_factory=list, metadata=RATES)
-    dev_documents: int = field(default=2000, metadata={"help": "documents beside the positives in the dev corpus"})
+    dev_documents: int = field(default=2000, metadata={"help": "documents beside those judged, in the dev corpus"})
     max_seq_length: int | None = field(
         default=None, metadata={"help": "tokens a text is cut to; null: the backbone's own limit"}
     )

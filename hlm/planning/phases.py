@@ -19,6 +19,7 @@ CONTRASTIVE_MATRICES, REFINEMENT_MATRICES = 12, 8
 PADDING = 1.1  # padded tokens over real ones, in batches of similar length
 SEARCH_FLOPS = 2e13  # a second and GPU, in fp32: exact search of the whole store, which the GPUs share
 ID_BYTES = 12  # of a row id, compressed
+AGREED_DOCUMENTS = 20_000  # at most: 20 that BM25 finds for each of 500 typed queries, and 20 of the backbone's
 CHECKPOINTS = "checkpoints, until the step ends"  # on disk
 
 
@@ -107,8 +108,8 @@ def teacher_phases(shape: Shape, step: Mapping[str, Any], sizes: Assumptions, co
     busy = sizes.embed_utilisation
     phases: list[Phase] = []
     chosen_of = weights_of(step["merge_weight"])
-    # Where people judged nothing, the backbone and BM25 do: the typed queries that are judged so are few.
-    if step["hard_negatives"] or (chosen_of and sizes.unlabelled and not sizes.dev_documents):
+    nobody_judged = chosen_of and sizes.unlabelled and not sizes.dev_documents  # then backbone and BM25 do
+    if step["hard_negatives"] or nobody_judged:
         asked = sizes.judged_queries if step["hard_negatives"] else 0
         flops = forward_flops(shape, sizes.documents, document) + forward_flops(shape, asked, query)
         phases.append(
@@ -147,14 +148,15 @@ def teacher_phases(shape: Shape, step: Mapping[str, Any], sizes: Assumptions, co
     )
     rates = at_each_rate(train, step) if chosen_of else 1  # which rate is chosen with the weight, or not at all
     phases.append(train)
-    searches = rates * times("eval", step, steps)
+    searches = rates * times("eval", step, pairs, count)
     if chosen_of:  # of the backbone, and of each checkpoint at each weight
-        kept = rates * times("save", step, steps, end=True)
+        kept = rates * max(1, times("save", step, pairs, count))
         train.disk |= checkpoints({**step, "save_total_limit": kept}, adapter)
         searches += 1 + kept * len(chosen_of)
     else:
         searches += 2  # before and after
-    flops = forward_flops(shape, searches * (sizes.dev_documents + step["dev_documents"]), document)
+    judged = AGREED_DOCUMENTS if nobody_judged else sizes.dev_documents
+    flops = forward_flops(shape, searches * min(sizes.documents, judged + step["dev_documents"]), document)
     return [*phases, Phase("teacher", "dev retrieval", encoding, flops, busy, alone=True)]
 
 
@@ -256,9 +258,9 @@ def refine_training(shape: Shape, step: Mapping[str, Any], sizes: Assumptions, c
 def refine_phase(shape: Shape, step: Mapping[str, Any], sizes: Assumptions, count: int, dim: int) -> TrainingPhase:
     training = refine_training(shape, step, sizes, count)
     phase = student_phase("refine", "train", training, step, sizes.judged_pairs, sizes, count)
-    epochs = step["num_train_epochs"] if step["max_steps"] <= 0 else 1
+    epochs = epochs_of(step, sizes.judged_pairs, count)
     trials = at_each_rate(phase, step)
-    mined = trials * epochs / max(1, step["refresh_epochs"]) if step["hard_negatives"] else 0
+    mined = trials * math.ceil(epochs / max(1, step["refresh_epochs"])) if step["hard_negatives"] else 0
     phase.search_flops = 2.0 * (mined + bool(step["mask_top"])) * sizes.judged_queries * sizes.documents * dim
     return phase
 
@@ -276,30 +278,37 @@ def at_each_rate(phase: TrainingPhase, step: Mapping[str, Any]) -> int:
     return trials
 
 
-def steps_of(step: Mapping[str, Any], rows: int, count: int) -> tuple[int, int]:
-    """(optimizer steps, rows seen by all GPUs) of a training step."""
+def steps_an_epoch(step: Mapping[str, Any], rows: int, count: int) -> int:
     batch = step["per_device_train_batch_size"] * count
-    accumulation = max(1, step["gradient_accumulation_steps"])
     if rows < batch:
         raise HlmError(
             f"expected at least one whole batch of {batch} rows ({step['per_device_train_batch_size']} on {count} "
             f"GPUs), found {rows}; the nearest per_device_train_batch_size that works is {max(1, rows // count)}"
         )
-    steps = int(step["num_train_epochs"] * -(-(rows // batch) // accumulation))
+    return -(-(rows // batch) // max(1, step["gradient_accumulation_steps"]))
+
+
+def steps_of(step: Mapping[str, Any], rows: int, count: int) -> tuple[int, int]:
+    """(optimizer steps, rows seen by all GPUs) of a training step."""
+    steps = int(step["num_train_epochs"] * steps_an_epoch(step, rows, count))
     if step["max_steps"] > 0:
         steps = step["max_steps"]
-    return steps, steps * accumulation * batch
+    batch = step["per_device_train_batch_size"] * count
+    return steps, steps * max(1, step["gradient_accumulation_steps"]) * batch
 
 
-def times(what: str, step: Mapping[str, Any], steps: int, end: bool = False) -> int:
-    """How often a training does what its `<what>_strategy` and `<what>_steps` say; with `end`, at its end as well."""
+def epochs_of(step: Mapping[str, Any], rows: int, count: int) -> int:
+    """Passes over the rows that a training begins."""
+    return math.ceil(steps_of(step, rows, count)[0] / steps_an_epoch(step, rows, count))
+
+
+def times(what: str, step: Mapping[str, Any], rows: int, count: int) -> int:
+    """How often a training does what its `<what>_strategy` and `<what>_steps` say, once more at its end if need be."""
     strategy, every = step[f"{what}_strategy"], step[f"{what}_steps"] or step["logging_steps"]
-    found = 0.0
     if strategy == "epoch":
-        found = step["num_train_epochs"]
-    if strategy == "steps":
-        found = steps / (every if every >= 1 else math.ceil(every * steps))
-    return max(1, math.ceil(found)) if end else int(found)
+        return epochs_of(step, rows, count)
+    steps, _ = steps_of(step, rows, count)
+    return math.ceil(steps / (every if every >= 1 else math.ceil(every * steps))) if strategy == "steps" else 0
 
 
 def checkpoints(step: Mapping[str, Any], trained: int) -> dict[str, int]:

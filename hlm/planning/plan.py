@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from hlm.artefacts import HlmError
+from hlm.merge_weights import weights_of
 from hlm.planning.footprint import backbone_config
 from hlm.planning.hardware import GIB, Gpu, refuse
 from hlm.planning.phases import (
@@ -63,10 +64,17 @@ def make_plan(folder: str, steps: Mapping[str, dict[str, Any]], sizes: Assumptio
     models = {"teacher": (*teacher.counts[:2], teacher.shape.lora_parameters(settings["lora_rank"]))}
     phases = teacher_phases(teacher.shape, settings, sizes, count)
     plan = Plan(str(folder), sizes, models, phases, index={}, host=0, notes=[])
+    if weights_of(settings["merge_weight"]) and not (sizes.dev_documents or sizes.unlabelled):
+        plan.notes.append(
+            "teacher: dev queries or unlabelled ones choose what is kept of the training, and dev_documents and "
+            "unlabelled are 0; without such queries the backbone is handed on, untrained"
+        )
     made = {settings["output"]: teacher}
     dim = teacher.shape.hidden
     embed = steps.get("embed", {})
     if embed:
+        if embed["max_seq_length"] is None and embed["model"] == settings["output"]:
+            embed = embed | {"max_seq_length": settings["max_seq_length"]}  # the teacher keeps its own
         dim = check_dim(embed["dim"], dim)
         plan.phases.append(embed_phase(teacher.shape, embed, sizes, dim))
     widths = []

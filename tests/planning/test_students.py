@@ -18,11 +18,12 @@ from hlm.encoders.static_words import static_student
 from hlm.encoders.vocabulary import choose_tokens, count_tokens, cut_vocabulary
 from hlm.planning.footprint import Precision, Shape, training_memory
 from hlm.planning.hardware import Gpu
-from hlm.planning.phases import CHECKPOINTS
+from hlm.planning.phases import AGREED_DOCUMENTS, CHECKPOINTS
 from hlm.planning.plan import check_step
 from hlm.planning.students import Model, after_cut, model_at
 from hlm.settings import defaults_of
 from hlm.step_table import STEPS
+from hlm.training.agreement import DEPTH, MOST
 from hlm.training.trainer import TrainingArguments
 
 NEW = ["".join(letters) * 2 for letters in product(string.ascii_lowercase[:10], repeat=3)]  # "abcabc": no token is it
@@ -216,6 +217,11 @@ def test_the_choice_of_a_teacher_is_counted(folder, tiny_bert, capsys):
     rates = phases(more + "try_learning_rates: [1e-3]\n")
     assert rates["dev retrieval"]["flops"] == pytest.approx((1 + 2 * 3 * 2) * once)
     assert rates["train"]["flops"] == pytest.approx(2 * chosen["train"]["flops"])
+    # Nine steps are three epochs; the last step is evaluated after, too.
+    for strategy, evaluated in (("epoch", 3), ("steps\neval_steps: 4", 3), ("steps\neval_steps: 3", 3)):
+        assert phases(f"eval_strategy: {strategy}\n")["dev retrieval"]["flops"] == pytest.approx((2 + evaluated) * once)
+    four = phases("max_steps: 4\neval_strategy: epoch\n")  # a whole epoch and a part of one
+    assert four["dev retrieval"]["flops"] == pytest.approx((2 + 2) * once)
 
 
 def test_where_nobody_judged_the_backbone_reads_the_catalogue(folder, capsys):
@@ -230,6 +236,9 @@ def test_where_nobody_judged_the_backbone_reads_the_catalogue(folder, capsys):
     assert names(sizes) == ["judge typed queries", "train", "dev retrieval"]
     assert names(sizes + "dev_documents: 200\n") == ["train", "dev retrieval"]
     assert names(re.sub("unlabelled: .*", "unlabelled: 0", sizes)) == ["train", "dev retrieval"]
+    notes = json.loads(planned(folder, capsys, "--json"))["notes"]
+    assert notes[0].startswith("teacher: ") and notes[0].endswith("the backbone is handed on, untrained")
+    assert 2 * MOST * DEPTH == AGREED_DOCUMENTS
 
 
 def test_what_is_not_known_beforehand_is_said(folder, tiny_bert, capsys):
