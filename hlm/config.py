@@ -26,7 +26,7 @@ from hlm.endings import tell_launcher, told_ending
 from hlm.help_text import FLAGS, help_text
 from hlm.progress import AboveBars
 from hlm.quiet import quiet_others
-from hlm.settings import arms, build, check_required, closest, coerce, hints_of, read_yaml
+from hlm.settings import arms, build, check_required, closest, coerce, hints_of, overridden, read_yaml
 
 
 def parse(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
@@ -87,7 +87,8 @@ def given(*dataclass_types: type, argv: Sequence[str] | None = None) -> dict[str
     values = read_yaml(config_path, hints) if config_path else {}
     for name, value in typed.items():
         value = coerce(value, hints[name], f"command line: --{name}")
-        values[name] = {**(values.get(name) or {}), **value} if name in pairs else value
+        typed[name] = {**(values.get(name) or {}), **value} if name in pairs else value
+    values = overridden(values, typed)
     for dataclass_type in dataclass_types:
         check_required(dataclass_type, values)
     return values

@@ -231,6 +231,13 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
         raise HlmError(f"{where}: expected {_describe(hint)}, found {value!r} ({type(value).__name__}){note}") from None
 
 
+def overridden(settings: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """A step's settings with others over them. A learning rate of one's own is not one of several to try."""
+    if "learning_rate" in own:
+        settings = {name: value for name, value in settings.items() if name != "try_learning_rates"}
+    return {**settings, **own}
+
+
 def _fit(value: Any, hint: Any) -> Any:
     choices = arms(hint)
     if len(choices) > 1:

@@ -13,6 +13,7 @@ from hlm.artefacts import HlmError
 from hlm.config import Pairs, parse, run_recipe
 from hlm.help_text import SHOWN
 from hlm.settings import read_section
+from hlm.steps import TeacherConfig
 from hlm.training.trainer import TrainingArguments
 
 
@@ -57,6 +58,18 @@ def test_yaml_sets_defaults_and_the_command_line_wins(yaml_file):
     )
     (from_file,) = parse(Settings, argv=["--config", path])
     assert from_file.rate == 1e-5 and isinstance(from_file.rate, float)
+
+
+def test_a_learning_rate_on_the_command_line_is_the_only_one(yaml_file):
+    path = yaml_file("backbone: b\ndata: d\noutput: o\nlearning_rate: 1e-4\ntry_learning_rates: [1e-3]\n")
+
+    def rates(*words):
+        config, args = parse(TeacherConfig, TrainingArguments, argv=["--config", path, *words])
+        return args.learning_rate, config.try_learning_rates
+
+    assert rates() == rates("--max_steps", "3") == (1e-4, [1e-3])
+    assert rates("--learning_rate", "5e-4") == (5e-4, [])
+    assert rates("--learning_rate", "5e-4", "--try_learning_rates", "1e-2") == (5e-4, [1e-2])
 
 
 def test_command_line_alone():

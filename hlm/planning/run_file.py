@@ -21,7 +21,7 @@ from hlm.errors import HlmError
 from hlm.machine import computes_in_bf16
 from hlm.outputs import resolved
 from hlm.recipe_files import sets
-from hlm.settings import build, closest, coerce, hints_of, read_yaml
+from hlm.settings import build, closest, coerce, hints_of, overridden, read_yaml
 from hlm.step_table import STEPS
 
 RUN_FILE = "run.yaml"
@@ -117,9 +117,7 @@ def step_settings(path: Path) -> dict[str, dict[str, Any]]:
         if own is None:
             del steps[name]
         elif isinstance(own, dict):
-            if "learning_rate" in own:  # a rate of one's own is not one of several
-                steps[name].pop("try_learning_rates", None)
-            steps[name] |= own
+            steps[name] = overridden(steps[name], own)
         else:
             raise HlmError(f"{path}: steps: {name}: expected settings, or null to leave it out, found {own!r}")
     return steps

@@ -180,8 +180,9 @@ def recipe_on_gpu(found: dict[str, Any]) -> str:
     seconds = ", ".join(f"{step} {took:.0f}" for step, took in found["seconds"].items())
     minutes = sum(found["seconds"].values()) / 60
     times = (
-        f"In seconds, the start of each step included: {seconds}; together {minutes:.1f} minutes on one "
-        f"{found['environment']['gpu']}. The data was made elsewhere; {', '.join(found['left_out'])} did not run there."
+        f"At {found['max_seq_length']} tokens of an ad. In seconds, the start of each step included: {seconds}; "
+        f"together {minutes:.1f} minutes on one {found['environment']['gpu']}. The data was made elsewhere; "
+        f"{', '.join(found['left_out'])} did not run there."
     )
     return "\n\n".join([table(report, METRICS), summary(report), times])
 

@@ -203,7 +203,7 @@ def test_judgements_are_what_both_rankings_have_high():
     assert agreement.judgements() == {"a": {"d1": 1, "d2": 0, "d3": 1, "d9": 0}}
 
 
-@pytest.mark.parametrize("weight", [0.0, 1.5, "best", [], [0.5, -1.0]])
+@pytest.mark.parametrize("weight", [0.0, 1.5, "best", [], [0.0], [0.5, -1.0]])
 def test_weights_that_are_none(tiny_bert, catalogue_200, tmp_path, weight):
     with pytest.raises(HlmError, match="merge_weight: expected"):
         tuned(tiny_bert, catalogue_200, tmp_path / "teacher", merge_weight=weight)
