@@ -36,7 +36,7 @@ from hlm.evaluation.study_page import draw, write_page
 from hlm.locks import locked
 from hlm.recipe_files import recipes
 from hlm.report_files import read_report
-from hlm.settings import closest, read_yaml
+from hlm.settings import closest, overridden, read_yaml
 from hlm.step_table import OF_A_STUDENT, STEPS, Step
 from hlm.training.trainer import TrainingArguments
 
@@ -241,7 +241,7 @@ class Lab:
         inputs = {
             key: made["student" if key == "model" else key] for key in STEP[name].reads if key in (*made, "model")
         }
-        return {**own, **inputs, **given}
+        return overridden({**own, **inputs}, given)
 
     def step(self, name: str, given: dict[str, Any], made: dict[str, str]) -> Path:
         """The folder of a step's result, made where it is not there yet."""

@@ -97,6 +97,15 @@ def test_a_study_goes_on_where_it_was_and_says_what_was_run(lab, monkeypatch):
     assert len(scored) == 3 and json.loads((lab / "results/study/quick/need.json").read_text())["sets"] == found["sets"]
 
 
+def test_a_variants_learning_rate_is_the_only_one(lab):
+    path = lab / "recipes/configs/tiny/teacher.yaml"
+    path.write_text(path.read_text() + "try_learning_rates: [1.0e-3]\n")
+    settings = study.Lab(lab / "runs", "tiny", quick=False).settings
+    made = {"data": "d", "vectors": "v", "student": "s", "teacher": "t"}
+    assert settings("teacher", {"max_steps": 3}, made)["try_learning_rates"] == [1e-3]
+    assert "try_learning_rates" not in settings("teacher", {"learning_rate": 1e-4}, made)
+
+
 def test_quick_limits_what_a_variant_asks_and_leaves_less_alone(lab, monkeypatch):
     asked: list[dict] = []
     quick = lab / "recipes/configs/study/quick/tiny.yaml"
