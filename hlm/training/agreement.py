@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -21,7 +22,12 @@ from hlm.vectors.store import VectorStore
 DEPTH = 20  # documents of each ranking that are looked at
 BOTH = 10  # a document is agreed on where both rankings have it among so many
 LEAST_JUDGED = 20  # dev queries; fewer tell nothing
-MOST = 500  # unlabelled queries: they are searched once for each candidate
+MOST = 500  # queries of either kind: each candidate encodes what is judged for them, and searches it
+
+
+def some_of(names: Iterable[str]) -> list[str]:
+    """At most `MOST` of these, as if by chance, but always the same."""
+    return sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())[:MOST]
 
 
 def judged_by_people(data: RetrievalData) -> list[str]:
@@ -35,9 +41,11 @@ class TypedQueries:
     """The queries of a dataset that people typed: those that do not call themselves derived.
 
     Attributes:
-        judged: ids of the dev queries, `LEAST_JUDGED` or more; else none.
-        unlabelled: where none are judged, at most `MOST` distinct texts, whatever their order in the table; none is a
-            train query, not in another word order or number either.
+        judged: ids of dev queries, `LEAST_JUDGED` to `MOST`; none where fewer are judged.
+        unlabelled: where none are judged, at most `MOST` distinct texts; none is a train query, not in another word
+            order or number either.
+
+    Of more queries of either kind it is always the same ones, whatever their order in the table.
     """
 
     judged: list[str]
@@ -47,12 +55,12 @@ class TypedQueries:
     def of(cls, data: RetrievalData) -> TypedQueries:
         judged, train = judged_by_people(data), data.qrels.get("train", {})
         if len(judged) >= LEAST_JUDGED:
-            return cls(judged, [])
+            some = {*some_of(judged)}
+            return cls([query for query in judged if query in some], [])
         trained = {canonical(row["text"]) or row["text"] for row in iterate(data.queries) if row["_id"] in train}
         rows = iterate(data.unlabelled) if data.unlabelled is not None else ()
         texts = {canonical(row["text"]) or row["text"]: query_text(row) for row in rows if not row.get("derived")}
-        kept = sorted(texts.keys() - trained, key=lambda text: hashlib.sha256(text.encode()).digest())
-        return cls([], [texts[text] for text in kept[:MOST]])
+        return cls([], [texts[text] for text in some_of(texts.keys() - trained)])
 
     @property
     def fingerprints(self) -> dict[str, str]:

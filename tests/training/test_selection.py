@@ -15,7 +15,7 @@ from hlm.data.contract import load
 from hlm.data.spelling import canonical
 from hlm.encoders.loading import fingerprint, load_encoder
 from hlm.publishing.cards import teacher_card
-from hlm.training import selection
+from hlm.training import agreement, selection
 from hlm.training.agreement import Agreement, TypedQueries
 from hlm.training.dev_retrieval import DevRetrieval
 from hlm.training.trainer import RecipeTrainer
@@ -197,10 +197,20 @@ def test_typed_queries_without_judgements_choose(helped, catalogue_200, tmp_path
     assert 3 <= chosen["queries"] <= len(typed.unlabelled)
 
 
+def test_of_many_judged_queries_the_same_few_choose(catalogue_200, monkeypatch):
+    data = load(catalogue_200)
+    every = TypedQueries.of(data).judged
+    monkeypatch.setattr(agreement, "MOST", len(every) - 3)
+    some = TypedQueries.of(data).judged
+    assert len(some) == len(every) - 3 and some == [query for query in every if query in some] != every[:-3]
+    monkeypatch.setattr(agreement, "judged_by_people", lambda data: every[::-1])  # the table in another order
+    assert {*TypedQueries.of(data).judged} == {*some}
+
+
 def test_judgements_are_what_both_rankings_have_high():
     lexical = {"a": {"d3": 9.0, "d1": 5.0, "d2": 4.0}, "b": {"d4": 1.0}}
-    agreement = Agreement(lexical, {"a": {"d1": 0.9, "d3": 0.8, "d9": 0.7}, "b": {"d5": 0.5}})
-    assert agreement.judgements() == {"a": {"d1": 1, "d2": 0, "d3": 1, "d9": 0}}
+    found = Agreement(lexical, {"a": {"d1": 0.9, "d3": 0.8, "d9": 0.7}, "b": {"d5": 0.5}})
+    assert found.judgements() == {"a": {"d1": 1, "d2": 0, "d3": 1, "d9": 0}}
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.5, "best", [], [0.0], [0.5, -1.0]])
