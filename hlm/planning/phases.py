@@ -308,7 +308,7 @@ def times(what: str, step: Mapping[str, Any], rows: int, count: int) -> int:
     if strategy == "epoch":
         return epochs_of(step, rows, count)
     steps, _ = steps_of(step, rows, count)
-    return math.ceil(steps / (every if every >= 1 else math.ceil(every * steps))) if strategy == "steps" else 0
+    return math.ceil(steps / (every if every >= 1 else max(1, math.ceil(every * steps)))) if strategy == "steps" else 0
 
 
 def checkpoints(step: Mapping[str, Any], trained: int) -> dict[str, int]:
