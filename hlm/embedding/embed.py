@@ -25,6 +25,7 @@ from hlm.embedding.embed_index import write_index
 from hlm.embedding.endpoint import Endpoint
 from hlm.embedding.ray_workers import write_by_ray
 from hlm.embedding.shares import share_of, writer_of
+from hlm.embedding.teacher_identity import prompt_name
 from hlm.encoders.lengths import say_what_is_cut
 from hlm.encoders.loading import encode, fingerprint, load_encoder
 from hlm.indexes.index import ENGINES, engine_and_factory
@@ -183,10 +184,6 @@ def load_model(config: EmbedConfig, process: PartialState) -> SentenceTransforme
         max_seq_length=config.max_seq_length,
         revision=config.model_revision,
     )
-
-
-def prompt_name(part: str) -> str:
-    return "document" if part == "corpus" else "query"
 
 
 def finish(

@@ -14,7 +14,7 @@ from sentence_transformers import SentenceTransformer
 from hlm.artefacts import HlmError
 from hlm.embedding.endpoint import Endpoint
 from hlm.embedding.ready import ReadyVectors, open_ready
-from hlm.embedding.teacher_identity import Loaded, Part, Source, identify
+from hlm.embedding.teacher_identity import Loaded, Part, Source, identify, prompt_name
 from hlm.encoders.lengths import say_what_is_cut
 from hlm.planning.plan import check_dim
 from hlm.progress import progress
@@ -87,8 +87,7 @@ def write_given(
     }
     teacher = identify(config, source, ready, parts, width)
     for part in parts:
-        prompt = "document" if part == "corpus" else "query"
-        facts = {"prompt": prompt, "oracle": config.oracle, **teacher.facts}
+        facts = {"prompt": prompt_name(part), "oracle": config.oracle, **teacher.facts}
         facts |= {"ready": ready[part].stamp} if part in ready else {"dtype": config.dtype} if model else {}
         plans[part] |= {"encoder": teacher.encoder, "facts": facts}
     asked = {
@@ -104,8 +103,8 @@ def write_given(
         elif part in asked and asked[part].pending():
             assert source is not None
             if model is not None:
-                target, role = asked[part], "document" if part == "corpus" else "query"
-                say_what_is_cut(model, target.rows, target.plan["n_rows"], role=role)
+                target = asked[part]
+                say_what_is_cut(model, target.rows, target.plan["n_rows"], role=prompt_name(part))
             _write_asked(part, asked[part], source)
         else:
             logger.info("%s: up to date", output / part)
@@ -135,7 +134,7 @@ def _tell_cost(endpoint: Endpoint, config: EmbedConfig, targets: Mapping[str, Ta
     price, most = endpoint.settings.price, endpoint.settings.max_cost
     total = 0
     for part, target in targets.items():
-        prompt = "document" if part == "corpus" else "query"
+        prompt = prompt_name(part)
         rows = tokens = 0
         for shard in target.pending():
             start, stop = shard * config.shard_rows, min((shard + 1) * config.shard_rows, target.plan["n_rows"])

@@ -35,6 +35,11 @@ SAME_TEACHER = 0.99  # least cosine of a canary to itself: other batches and ker
 CANDIDATES, CANARIES = 4096, 12  # ready queries looked at for canaries; how many become some
 
 
+def prompt_name(part: str) -> str:
+    """The role of a part's texts, whose prompt goes before each."""
+    return "document" if part == "corpus" else "query"
+
+
 class Source(Protocol):
     """What answers with vectors of texts."""
 

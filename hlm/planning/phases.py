@@ -124,6 +124,8 @@ def teacher_phases(shape: Shape, step: Mapping[str, Any], sizes: Assumptions, co
             )
         )
     pairs = min(sizes.judged_pairs, sizes.judged_queries * (step["pairs_per_query"] or sizes.judged_pairs))
+    if chosen_of:  # every checkpoint is a candidate, and kept
+        step = {**step, "save_total_limit": max(1, times("save", step, pairs, count))}
     steps, rows = steps_of(step, pairs, count)
     flops_of = partial(
         training_flops,
@@ -149,12 +151,8 @@ def teacher_phases(shape: Shape, step: Mapping[str, Any], sizes: Assumptions, co
     rates = at_each_rate(train, step) if chosen_of else 1  # which rate is chosen with the weight, or not at all
     phases.append(train)
     searches = rates * times("eval", step, pairs, count)
-    if chosen_of:  # of the backbone, and of each checkpoint at each weight
-        kept = rates * max(1, times("save", step, pairs, count))
-        train.disk |= checkpoints({**step, "save_total_limit": kept}, adapter)
-        searches += 1 + kept * len(chosen_of)
-    else:
-        searches += 2  # before and after
+    # The backbone and each checkpoint at each weight; or the start and the end.
+    searches += 1 + rates * step["save_total_limit"] * len(chosen_of) if chosen_of else 2
     judged = AGREED_DOCUMENTS if nobody_judged else sizes.dev_documents
     flops = forward_flops(shape, searches * min(sizes.documents, judged + step["dev_documents"]), document)
     return [*phases, Phase("teacher", "dev retrieval", encoding, flops, busy, alone=True)]

@@ -146,8 +146,8 @@ def test_every_step_that_trains_or_cuts_is_planned(folder, tiny_bert, capsys):
     plan = json.loads(planned(folder, capsys, "--gpus", "2xH100", "--json"))
     phases = {phase["step"]: phase for phase in plan["phases"]}
     assert list(phases) == [name for name, step in STEPS.items() if step.trains or step.script in ("embed", "prune")]
-    assert all(phase["gpu_bytes_peak"] > 0 and phase["fits"] for phase in phases.values())
-    assert all(phase["disk_bytes"] for name, phase in phases.items() if name != "teacher")  # its last: dev retrieval
+    assert all(phase["gpu_bytes_peak"] > 0 and phase["fits"] for phase in plan["phases"])
+    assert {phase["step"] for phase in plan["phases"] if phase["disk_bytes"]} == phases.keys()
     assert plan["hours"] == pytest.approx(sum(phase["hours"] for phase in plan["phases"]))
 
     backbone = model_at(tiny_bert)
@@ -183,11 +183,10 @@ def test_each_rate_that_is_tried_trains_anew(folder, capsys, step, student):
         plan = json.loads(planned(folder, capsys, "--gpus", "2xH100", "--json"))
         return next(phase for phase in plan["phases"] if (phase["step"], phase["phase"]) == (step, "train"))
 
-    once = phase()
     path = folder / f"{step}.yaml"
-    chosen = "merge_weight: auto\nsave_strategy: epoch\nnum_train_epochs: 1\n" if step == "teacher" else ""
-    path.write_text(path.read_text().replace("num_train_epochs: 2\n", "") + chosen)
-    once = phase() if chosen else once
+    if step == "teacher":  # whose rate is chosen with the weight, or not at all
+        path.write_text(path.read_text() + "merge_weight: auto\nsave_strategy: epoch\n")
+    once = phase()
     path.write_text(path.read_text() + "try_learning_rates: [1e-4, 1e-3]\n")
     thrice = phase()
     assert thrice["steps"] == 3 * once["steps"] and thrice["flops"] == pytest.approx(3 * once["flops"])
@@ -205,15 +204,14 @@ def test_the_choice_of_a_teacher_is_counted(folder, tiny_bert, capsys):
         plan = json.loads(planned(folder, capsys, "--gpus", "2xH100", "--json"))
         return {phase["phase"]: phase for phase in plan["phases"] if phase["step"] == "teacher"}
 
-    fixed, fixed_disk = phases(""), phases("")["train"]["disk_bytes"][CHECKPOINTS]
+    fixed = phases("")
     once = fixed["dev retrieval"]["flops"] / 2  # before and after
     more = "merge_weight: [0.5, 1.0]\nsave_strategy: steps\nsave_steps: 4\n"  # nine steps: three checkpoints
     chosen = phases(more)
     assert chosen["dev retrieval"]["flops"] == pytest.approx((1 + 3 * 2) * once)
-    assert chosen["train"]["disk_bytes"][CHECKPOINTS] == 3 / 2 * fixed_disk
-    assert (
-        chosen["train"]["flops"] == phases("try_learning_rates: [1e-3]\n")["train"]["flops"]
-    )  # with a weight it is one
+    assert chosen["train"]["disk_bytes"][CHECKPOINTS] == 3 / 2 * fixed["train"]["disk_bytes"][CHECKPOINTS]
+    # With a weight that is given there is one rate.
+    assert chosen["train"]["flops"] == phases("try_learning_rates: [1e-3]\n")["train"]["flops"]
     rates = phases(more + "try_learning_rates: [1e-3]\n")
     assert rates["dev retrieval"]["flops"] == pytest.approx((1 + 2 * 3 * 2) * once)
     assert rates["train"]["flops"] == pytest.approx(2 * chosen["train"]["flops"])
@@ -226,7 +224,7 @@ def test_the_choice_of_a_teacher_is_counted(folder, tiny_bert, capsys):
 
 def test_where_nobody_judged_the_backbone_reads_the_catalogue(folder, capsys):
     path, sizes = folder / "teacher.yaml", (folder / "plan.yaml").read_text()
-    path.write_text(path.read_text().replace("hard_negatives: 1", "hard_negatives: 0") + "merge_weight: auto\n")
+    path.write_text(path.read_text() + "merge_weight: auto\n")
 
     def names(sizes):
         (folder / "plan.yaml").write_text(sizes)
